@@ -1,0 +1,268 @@
+// The compiled module. It knows Python and nothing of torch: an array is an address or an object with a data_ptr()
+// method, and shapes, dtypes and devices are the caller's business (pyode/_ops/native.py).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+#define PYODE_STRINGIFY_(x) #x
+#define PYODE_STRINGIFY(x) PYODE_STRINGIFY_(x)
+
+namespace py = pybind11;
+using namespace pyode;
+
+namespace {
+
+constexpr int64_t kWorthUnlocking = 1 << 15;  // numbers; below, letting go of the GIL costs more than the work
+
+PyObject* const kDataPtr = PyUnicode_InternFromString("data_ptr");
+
+template <class T = void>
+T* address(py::handle tensor) {
+  if (tensor.is_none()) return nullptr;
+  if (PyLong_Check(tensor.ptr())) return static_cast<T*>(PyLong_AsVoidPtr(tensor.ptr()));
+  PyObject* const number = PyObject_CallMethodNoArgs(tensor.ptr(), kDataPtr);
+  if (number == nullptr) throw py::error_already_set();
+  void* const pointer = PyLong_AsVoidPtr(number);
+  Py_DECREF(number);
+  if (pointer == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return static_cast<T*>(pointer);
+}
+
+/// A Layout with the memory it points to.
+struct OwnedLayout {
+  Layout layout;
+  std::vector<int64_t> segments;
+  py::object segments_on_device;
+  bool cuda;
+
+  OwnedLayout(int scalar, bool is_complex, int64_t samples, int64_t size, const std::vector<int64_t>& offsets,
+              int threads, bool on_cuda, uintptr_t stream, py::object device_offsets)
+      : layout{}, segments(offsets), segments_on_device(std::move(device_offsets)), cuda(on_cuda) {
+    layout.scalar = static_cast<Scalar>(scalar);
+    layout.is_complex = is_complex;
+    layout.samples = samples;
+    layout.size = size;
+    layout.threads = threads;
+    layout.stream = reinterpret_cast<void*>(stream);
+    layout.segments = cuda ? address<int64_t>(segments_on_device) : segments.data();
+    layout.n_segments = static_cast<int64_t>(segments.size()) - 1;
+    for (int64_t s = 0; s < layout.n_segments; ++s)
+      if (segments[s + 1] - segments[s] > layout.longest_segment)
+        layout.longest_segment = segments[s + 1] - segments[s];
+  }
+  OwnedLayout(const OwnedLayout&) = delete;
+
+  int64_t error_parts() const {
+#if defined(PYODE_CUDA)
+    if (cuda) return cuda::error_parts(layout);
+#endif
+    return 1;
+  }
+};
+
+/// Runs an op on the layout's backend, without the GIL where that pays.
+template <class OnCpu, class OnCuda>
+void dispatch(const OwnedLayout& where, OnCpu on_cpu, OnCuda on_cuda) {
+  if (!where.cuda) {
+    if (where.layout.samples * where.layout.size >= kWorthUnlocking) {
+      py::gil_scoped_release unlocked;
+      on_cpu();
+    } else {
+      on_cpu();
+    }
+    return;
+  }
+  if (const char* error = on_cuda()) throw std::runtime_error(std::string("a CUDA kernel was not launched: ") + error);
+}
+
+#if defined(PYODE_CUDA)
+#define PYODE_DISPATCH(where, op_name, op) \
+  dispatch(where, [&] { cpu::op_name((where).layout, op); }, [&] { return cuda::op_name((where).layout, op); })
+#else
+#define PYODE_DISPATCH(where, op_name, op)              \
+  dispatch(                                             \
+      where, [&] { cpu::op_name((where).layout, op); }, \
+      []() -> const char* { return "pyode was built without CUDA"; })
+#endif
+
+/// The terms with a weight other than zero: k and w filled, their number returned.
+int read_terms(const py::tuple& weights, const py::list& ks, const void** k, double* w) {
+  if (weights.size() > ks.size() || weights.size() > kMaxStages)
+    throw py::value_error("stage weights: there are more than derivatives");
+  int n = 0;
+  for (size_t j = 0; j < weights.size(); ++j) {
+    const double weight = PyFloat_AsDouble(weights[j].ptr());
+    if (weight == 0) continue;
+    w[n] = weight;
+    k[n++] = address(ks[j]);
+  }
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return n;
+}
+
+void stage_combine(const OwnedLayout& where, const py::tuple& weights, py::handle y, const py::list& ks, py::handle dt,
+                   py::handle out) {
+  StageCombine op;
+  op.terms = read_terms(weights, ks, op.k, op.w);
+  op.y = address(y);
+  op.dt = address<double>(dt);
+  op.out = address(out);
+  PYODE_DISPATCH(where, stage_combine, op);
+}
+
+void stage_vjp(const OwnedLayout& where, const py::tuple& weights, py::handle g, py::handle dt, const py::list& outs) {
+  StageVjp op;
+  const void* out[kMaxStages];
+  op.terms = read_terms(weights, outs, out, op.w);
+  for (int j = 0; j < op.terms; ++j) op.out[j] = const_cast<void*>(out[j]);
+  op.g = address(g);
+  op.dt = address<double>(dt);
+  PYODE_DISPATCH(where, stage_vjp, op);
+}
+
+/// A tolerance is a number, or a tensor with one for every number of the state.
+void read_tolerance(py::handle tolerance, double* value, const double** each) {
+  *each = nullptr;
+  *value = 0;
+  if (PyFloat_Check(tolerance.ptr())) {
+    *value = PyFloat_AsDouble(tolerance.ptr());
+  } else {
+    *each = address<const double>(tolerance);
+  }
+}
+
+void error_norm(const OwnedLayout& where, const py::tuple& weights, py::handle y0, py::handle y1, const py::list& ks,
+                py::handle dt, py::handle rtol, py::handle atol, py::handle means, int64_t parts) {
+  ErrorNorm op;
+  op.terms = read_terms(weights, ks, op.k, op.w);
+  op.y0 = address(y0);
+  op.y1 = address(y1);
+  op.dt = address<double>(dt);
+  read_tolerance(rtol, &op.rtol, &op.rtol_each);
+  read_tolerance(atol, &op.atol, &op.atol_each);
+  op.means = address<double>(means);
+  op.parts = parts;
+  PYODE_DISPATCH(where, error_norm, op);
+}
+
+void select_rows(const OwnedLayout& where, py::handle moved, py::handle stayed, py::handle accepted, py::handle out) {
+  const SelectRows op = {address(moved), address(stayed), address<int64_t>(accepted), address(out)};
+  PYODE_DISPATCH(where, select_rows, op);
+}
+
+/// A Control with all that stays the same through a solve.
+struct Controller {
+  const OwnedLayout& where;
+  Control op = {};
+
+  Controller(const OwnedLayout& layout, Scalar time_scalar, py::handle state, py::handle flags,
+             const py::tuple& abscissae)
+      : where(layout) {
+    op.state = {address<double>(state), layout.layout.samples};
+    op.flags = address<int64_t>(flags);
+    op.time_scalar = time_scalar;
+    if (abscissae.size() > kMaxStages) throw py::value_error("abscissae: there are more than stages");
+    op.n_times = static_cast<int>(abscissae.size());
+    for (int i = 0; i < op.n_times; ++i) op.c[i] = abscissae[i].cast<double>();
+  }
+
+  void set_policy(double safety, double ifactor, double dfactor, double min_step, double max_step, double order,
+                  int64_t max_num_steps, bool clip, bool count_per_output, bool resume) {
+    op.policy = {safety, ifactor, dfactor, min_step, max_step, order, max_num_steps, clip, count_per_output, resume};
+  }
+
+  void set_grid(py::handle times, int64_t n_times, bool per_sample, py::handle step_t, int64_t n_step_t,
+                py::handle jump_t, int64_t n_jump_t) {
+    op.grid = {address<double>(times),  n_times,  per_sample ? op.state.samples : 1, per_sample ? 1 : 0,
+               address<double>(step_t), n_step_t, address<double>(jump_t),           n_jump_t};
+  }
+
+  void set_norm(py::handle means, int64_t n_segments, int64_t parts) {
+    op.means = address<double>(means);
+    op.n_segments = n_segments;
+    op.parts = parts;
+  }
+
+  /// The flags; on CUDA they are still on the device, and -1 is returned.
+  int64_t run(int phase, py::handle stage_times, double first_step) {
+    op.phase = static_cast<Phase>(phase);
+    op.stage_times = address(stage_times);
+    op.first_step = first_step;
+    op.turn = 1 - op.turn;
+    PYODE_DISPATCH(where, control, op);
+    return where.cuda ? -1 : op.flags[op.turn];
+  }
+};
+
+/// A tableau's interpolant: for each stage the coefficients of x, x^2, ... and the weight at x = 1.
+struct Interpolant {
+  std::vector<int> stages;
+  Interpolate op = {};
+
+  Interpolant(const py::tuple& coefficients, const py::tuple& end) {
+    for (size_t j = 0; j < coefficients.size(); ++j) {
+      const auto row = coefficients[j].cast<py::tuple>();
+      if (row.size() > kMaxDegree || coefficients.size() > kMaxStages || end.size() != coefficients.size())
+        throw py::value_error("interpolant: too many stages or too high a degree");
+      bool empty = true;
+      for (size_t p = 0; p < row.size(); ++p) empty = empty && row[p].cast<double>() == 0;
+      if (empty) continue;
+      for (size_t p = 0; p < row.size(); ++p) op.c[op.terms][p] = row[p].cast<double>();
+      op.end[op.terms++] = end[j].cast<double>();
+      op.degree = static_cast<int>(row.size());
+      stages.push_back(static_cast<int>(j));
+    }
+  }
+};
+
+void interpolate(const OwnedLayout& where, const Interpolant& interpolant, const Controller& controller, py::handle y,
+                 const py::list& ks, py::handle out, int64_t out_stride) {
+  Interpolate op = interpolant.op;
+  for (int j = 0; j < op.terms; ++j) op.k[j] = address(ks[interpolant.stages[j]]);
+  op.y = address(y);
+  op.state = controller.op.state;
+  op.grid = controller.op.grid;
+  op.out = address(out);
+  op.out_stride = out_stride;
+  PYODE_DISPATCH(where, interpolate, op);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "pyode's compiled ops; see csrc/ops.h";
+  m.attr("MAX_STAGES") = kMaxStages;
+  m.attr("MAX_DEGREE") = kMaxDegree;
+  m.attr("STATE_WORDS") = kWords;
+  m.attr("COMPILER") = PYODE_COMPILER;
+#if defined(PYODE_CUDA)
+  m.attr("CUDA") = PYODE_STRINGIFY(PYODE_CUDA);
+#else
+  m.attr("CUDA") = py::none();
+#endif
+  m.def("simd_level", &cpu::simd_level);
+  py::class_<OwnedLayout>(m, "Layout")
+      .def(py::init<int, bool, int64_t, int64_t, const std::vector<int64_t>&, int, bool, uintptr_t, py::object>())
+      .def_property_readonly("error_parts", &OwnedLayout::error_parts);
+  py::class_<Controller>(m, "Controller")
+      .def(py::init(
+               [](const OwnedLayout& layout, int time_scalar, py::handle state, py::handle flags, const py::tuple& c) {
+                 return new Controller(layout, static_cast<Scalar>(time_scalar), state, flags, c);
+               }),
+           py::keep_alive<1, 2>())
+      .def("set_policy", &Controller::set_policy)
+      .def("set_grid", &Controller::set_grid)
+      .def("set_norm", &Controller::set_norm)
+      .def("run", &Controller::run)
+      .def_property_readonly("turn", [](const Controller& self) { return self.op.turn; });
+  py::class_<Interpolant>(m, "Interpolant").def(py::init<const py::tuple&, const py::tuple&>());
+  m.def("stage_combine", &stage_combine);
+  m.def("stage_vjp", &stage_vjp);
+  m.def("error_norm", &error_norm);
+  m.def("interpolate", &interpolate);
+  m.def("select_rows", &select_rows);
+}

@@ -1,0 +1,45 @@
+// The arithmetic of a Runge-Kutta step for one number: stage sum, scaled error, dense output.
+//
+// R is float, double, or any type with fused_multiply_add and the operators, such as a SIMD vector.
+#pragma once
+
+#include "common.h"
+
+namespace pyode {
+inline namespace PYODE_LEVEL {
+
+/// sum_j w_j k_j over the first n of at most N >= 1 terms, in table order (Hairer, Norsett, Wanner I, II.1).
+/// `k(j)` reads the j-th derivative.
+template <int N, class R, class Read>
+PYODE_HD R weighted_sum(int n, const R* w, Read k) {
+  R sum = w[0] * k(0);
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+  for (int j = 1; j < N; ++j)
+    if (j < n) sum = fused_multiply_add(w[j], k(j), sum);
+  return sum;
+}
+
+/// y + dt * sum: a stage's input, the step's end, a point of dense output.
+template <class R>
+PYODE_HD R advance_state(R y, R dt, R sum) {
+  return fused_multiply_add(dt, sum, y);
+}
+
+/// The error relative to what is tolerated: error / (atol + rtol max(|y0|, |y1|)).
+/// No error is within any tolerance, zero included (Hairer, Norsett, Wanner I, II.4, eq. 4.10).
+PYODE_HD double scaled_error(double error, double y0, double y1, double rtol, double atol) {
+  const double tolerated = atol + rtol * larger(y0, y1);
+  return error == 0 ? 0 : error / tolerated;
+}
+
+/// The interpolant's weight of one stage at x in [0, 1]: sum_p c[p] x^(p + 1), by Horner's rule.
+PYODE_HD double interpolant_weight(const double* c, int degree, double x) {
+  double weight = 0;
+  for (int p = degree - 1; p >= 0; --p) weight = fused_multiply_add(weight, x, c[p]);
+  return weight * x;
+}
+
+}  // namespace PYODE_LEVEL
+}  // namespace pyode

@@ -1,0 +1,150 @@
+#include "levels.h"
+#include "rows.h"
+
+namespace pyode::cpu::PYODE_LEVEL {
+namespace {
+
+constexpr int64_t kLanes = 16;       // running sums: the i-th number goes to lane i % 16, whatever the SIMD width
+constexpr int64_t kMaxParts = 1024;  // of a long segment, each summed by one thread
+constexpr int64_t kPart = 4096;      // numbers in a part, unless that makes too many
+
+// Squared ratios of numbers [begin, end) into `ratios`; for complex states one for each pair.
+template <int N, class T, bool kComplex>
+void square_ratios(const ErrorNorm& op, const Terms<T>& terms, double dt, int64_t begin, int64_t end, double* ratios) {
+  using A = arithmetic_t<T>;
+  const T* const y0 = terms.y;
+  const T* const y1 = static_cast<const T*>(op.y1) + (terms.y - static_cast<const T*>(op.y0));
+  const T* k[N];
+  A w[N];
+  for (int j = 0; j < N; ++j) {
+    k[j] = terms.k[j];
+    w[j] = terms.w[j];
+  }
+  const auto error = [&](int64_t i) {
+    return dt * static_cast<double>(weighted_sum<N>(N, w, [&](int j) { return load(k[j][i]); }));
+  };
+  const auto fill = [&](auto rtol, auto atol) {
+    if constexpr (kComplex) {
+      PYODE_INDEPENDENT
+      for (int64_t i = begin; i < end; i += 2) {
+        const auto modulus = [](double re, double im) { return std::sqrt(re * re + im * im); };
+        const double r = scaled_error(modulus(error(i), error(i + 1)), modulus(load(y0[i]), load(y0[i + 1])),
+                                      modulus(load(y1[i]), load(y1[i + 1])), rtol(i), atol(i));
+        ratios[(i - begin) / 2] = r * r;
+      }
+    } else {
+      PYODE_INDEPENDENT
+      for (int64_t i = begin; i < end; ++i) {
+        const double r = scaled_error(error(i), std::fabs(static_cast<double>(load(y0[i]))),
+                                      std::fabs(static_cast<double>(load(y1[i]))), rtol(i), atol(i));
+        ratios[i - begin] = r * r;
+      }
+    }
+  };
+  if (op.rtol_each || op.atol_each) {
+    const auto each = [](const double* array, double value) {
+      return [=](int64_t i) { return array ? array[i] : value; };
+    };
+    fill(each(op.rtol_each, op.rtol), each(op.atol_each, op.atol));
+  } else {
+    fill([&, rtol = op.rtol](int64_t) { return rtol; }, [&, atol = op.atol](int64_t) { return atol; });
+  }
+}
+
+// The sum over numbers [begin, end) of one sample, in an order that depends on nothing but their count.
+template <int N, class T, bool kComplex>
+double sum_squares(const ErrorNorm& op, const Terms<T>& terms, double dt, int64_t begin, int64_t end) {
+  double lanes[kLanes] = {};
+  double ratios[kBlock];
+  constexpr int64_t stride = kComplex ? 2 * kBlock : kBlock;
+  for (int64_t from = begin; from < end; from += stride) {
+    const int64_t to = from + stride < end ? from + stride : end;
+    square_ratios<N, T, kComplex>(op, terms, dt, from, to, ratios);
+    const int64_t n = kComplex ? (to - from) / 2 : to - from;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      for (int64_t l = 0; l < kLanes; ++l) lanes[l] += ratios[i + l];
+    for (int64_t l = 0; i < n; ++i, ++l) lanes[l] += ratios[i];
+  }
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
+}
+
+template <class T, bool kComplex>
+double sum_squares_any(int n, const ErrorNorm& op, const Terms<T>& terms, double dt, int64_t begin, int64_t end) {
+  using Loop = double (*)(const ErrorNorm&, const Terms<T>&, double, int64_t, int64_t);
+  static constexpr Loop loops[] = {
+      sum_squares<1, T, kComplex>,  sum_squares<2, T, kComplex>,  sum_squares<3, T, kComplex>,
+      sum_squares<4, T, kComplex>,  sum_squares<5, T, kComplex>,  sum_squares<6, T, kComplex>,
+      sum_squares<7, T, kComplex>,  sum_squares<8, T, kComplex>,  sum_squares<9, T, kComplex>,
+      sum_squares<10, T, kComplex>, sum_squares<11, T, kComplex>, sum_squares<12, T, kComplex>,
+      sum_squares<13, T, kComplex>, sum_squares<14, T, kComplex>, sum_squares<15, T, kComplex>,
+      sum_squares<16, T, kComplex>,
+  };
+  static_assert(sizeof loops / sizeof loops[0] == kMaxStages, "a loop for every number of terms");
+  return n == 0 ? 0.0 : loops[n - 1](op, terms, dt, begin, end);
+}
+
+template <bool kComplex>
+double mean(double sum, int64_t n) {
+  return n == 0 ? 0.0 : sum / static_cast<double>(kComplex ? n / 2 : n);
+}
+
+template <class T, bool kComplex>
+void error_norm_of(const Layout& layout, const ErrorNorm& op) {
+  const auto terms_of = [&](int64_t b) {
+    const int64_t row = b * layout.size;
+    Terms<T> terms = {nullptr, static_cast<const T*>(op.y0) + row, {}, {}};
+    for (int j = 0; j < op.terms; ++j) {
+      terms.k[j] = static_cast<const T*>(op.k[j]) + row;
+      terms.w[j] = static_cast<arithmetic_t<T>>(op.w[j]);
+    }
+    return terms;
+  };
+  if (layout.samples == 1) {
+    const Terms<T> terms = terms_of(0);
+    for (int64_t s = 0; s < layout.n_segments; ++s) {
+      const int64_t begin = layout.segments[s], end = layout.segments[s + 1], n = end - begin;
+      const int64_t fair = (n + kMaxParts - 1) / kMaxParts;
+      const int64_t part = fair > kPart ? (fair + 1) / 2 * 2 : kPart;
+      const int64_t parts = (n + part - 1) / part;
+      double partial[kMaxParts];
+      parallel_for(parts, threads_for(layout), [&](int64_t p) {
+        const int64_t from = begin + p * part, to = from + part < end ? from + part : end;
+        partial[p] = sum_squares_any<T, kComplex>(op.terms, op, terms, op.dt[0], from, to);
+      });
+      double sum = 0;
+      for (int64_t p = 0; p < parts; ++p) sum += partial[p];
+      op.means[s] = mean<kComplex>(sum, n);
+    }
+    return;
+  }
+  const int64_t together = layout.size < kChunk ? kChunk / (layout.size + 1) + 1 : 1;
+  parallel_for((layout.samples + together - 1) / together, threads_for(layout), [&](int64_t task) {
+    const int64_t last = (task + 1) * together < layout.samples ? (task + 1) * together : layout.samples;
+    for (int64_t b = task * together; b < last; ++b) {
+      const Terms<T> terms = terms_of(b);
+      for (int64_t s = 0; s < layout.n_segments; ++s) {
+        const int64_t begin = layout.segments[s], end = layout.segments[s + 1];
+        const double sum = sum_squares_any<T, kComplex>(op.terms, op, terms, op.dt[b], begin, end);
+        op.means[s * layout.samples + b] = mean<kComplex>(sum, end - begin);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void error_norm(const Layout& layout, const ErrorNorm& op) {
+  with_scalar(layout.scalar, [&](auto kind) {
+    using T = decltype(kind);
+    if (layout.is_complex) {
+      error_norm_of<T, true>(layout, op);
+    } else {
+      error_norm_of<T, false>(layout, op);
+    }
+  });
+}
+
+}  // namespace pyode::cpu::PYODE_LEVEL

@@ -1,0 +1,109 @@
+#include "parallel.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+namespace pyode::cpu {
+namespace {
+
+class Pool {
+ public:
+  explicit Pool(int helpers) {
+    for (int i = 0; i < helpers; ++i) threads_.emplace_back([this] { serve(); });
+  }
+
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  int helpers() const { return static_cast<int>(threads_.size()); }
+
+  // The caller never waits for a helper that has not begun: on a busy machine one may wake late, and finds the job
+  // closed.
+  void run(int64_t n, void (*body)(int64_t, void*), void* context) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      body_ = body;
+      context_ = context;
+      n_ = n;
+      next_.store(0, std::memory_order_relaxed);
+      open_ = true;
+    }
+    wake_.notify_all();
+    work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    open_ = false;
+    done_.wait(lock, [this] { return at_work_ == 0; });
+  }
+
+ private:
+  void work() {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n_;) body_(i, context_);
+  }
+
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      wake_.wait(lock, [this] { return stop_ || (open_ && next_.load(std::memory_order_relaxed) < n_); });
+      if (stop_) return;
+      ++at_work_;
+      lock.unlock();
+      work();
+      lock.lock();
+      if (--at_work_ == 0) done_.notify_one();
+    }
+  }
+
+  std::vector<std::thread> threads_;
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  void (*body_)(int64_t, void*) = nullptr;
+  void* context_ = nullptr;
+  int64_t n_ = 0;
+  std::atomic<int64_t> next_{0};
+  int at_work_ = 0;
+  bool open_ = false;
+  bool stop_ = false;
+};
+
+// Never destroyed: at exit other threads may still be solving.
+struct Shared {
+  std::mutex busy;
+  Pool* pool = nullptr;
+};
+Shared* shared = new Shared;
+
+#if !defined(_WIN32)
+// The child of a fork has none of the threads, and its copy of the lock may be held by one of them.
+const int at_fork = pthread_atfork(nullptr, nullptr, [] { shared = new Shared; });
+#endif
+
+}  // namespace
+
+void run_parallel(int64_t n, int threads, void (*body)(int64_t, void*), void* context) {
+  std::unique_lock<std::mutex> mine(shared->busy, std::try_to_lock);
+  if (!mine.owns_lock()) {
+    for (int64_t i = 0; i < n; ++i) body(i, context);
+    return;
+  }
+  if (shared->pool == nullptr || shared->pool->helpers() != threads - 1) {
+    delete shared->pool;
+    shared->pool = nullptr;
+    shared->pool = new Pool(threads - 1);
+  }
+  shared->pool->run(n, body, context);
+}
+
+}  // namespace pyode::cpu

@@ -1,0 +1,39 @@
+#include "../control.h"
+#include "launch.cuh"
+
+namespace pyode::cuda {
+namespace {
+
+template <class T>
+__global__ void control_kernel(const __grid_constant__ Control op) {
+  auto* flags = reinterpret_cast<unsigned long long*>(op.flags);
+  for (int64_t b = thread_index(); b < op.state.samples; b += thread_count())
+    atomicOr(flags + op.turn, static_cast<unsigned long long>(control_sample<T>(op, b)));
+  if (thread_index() == 0) flags[1 - op.turn] = 0;
+}
+
+template <class T>
+__global__ void select_kernel(const __grid_constant__ SelectRows op, int64_t samples, int64_t size) {
+  for (int64_t i = thread_index(); i < samples * size; i += thread_count())
+    static_cast<T*>(op.out)[i] = static_cast<const T*>(op.accepted[i / size] ? op.moved : op.stayed)[i];
+}
+
+}  // namespace
+
+const char* control(const Layout& layout, const Control& op) {
+  with_scalar(op.time_scalar, [&](auto kind) {
+    control_kernel<decltype(kind)><<<blocks_for(op.state.samples), kThreads, 0, stream_of(layout)>>>(op);
+  });
+  return launch_error();
+}
+
+const char* select_rows(const Layout& layout, const SelectRows& op) {
+  if (layout.samples * layout.size == 0) return nullptr;
+  with_scalar(layout.scalar, [&](auto kind) {
+    select_kernel<decltype(kind)>
+        <<<blocks_for(layout.samples * layout.size), kThreads, 0, stream_of(layout)>>>(op, layout.samples, layout.size);
+  });
+  return launch_error();
+}
+
+}  // namespace pyode::cuda

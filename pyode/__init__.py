@@ -1,0 +1,22 @@
+"""Fast ODE solvers for PyTorch: C++ and CUDA kernels behind torchdiffeq's interface."""
+
+from ._ops import backend
+from ._version import __version__
+from .adjoint import odeint_adjoint
+from .errors import DynamicsError, InvalidType, InvalidValue, PyodeError, SolveError, Status
+from .odeint import odeint
+from .solution import Stats
+
+__all__ = [
+    "DynamicsError",
+    "InvalidType",
+    "InvalidValue",
+    "PyodeError",
+    "SolveError",
+    "Stats",
+    "Status",
+    "__version__",
+    "backend",
+    "odeint",
+    "odeint_adjoint",
+]

@@ -1,0 +1,44 @@
+"""The ops as nodes of autograd's graph: a stage is one node.
+
+Step sizes are constants. A node's backward pass is the fused op's transpose; where its own gradient is wanted it is
+done in plain torch, which can be differentiated any number of times.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .contract import Layout
+
+
+class _StageCombine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, ops: ModuleType, layout: Layout, weights: tuple[float, ...], dt: Tensor, y: Tensor, *ks: Tensor
+    ) -> Tensor:
+        ctx.ops, ctx.layout, ctx.weights, ctx.dt = ops, layout, weights, dt
+        return ops.stage_combine(layout, weights, y, list(ks), dt)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = gradients
+        wanted = ctx.needs_input_grad[5:]
+        weights = tuple(w if want else 0.0 for w, want in zip(ctx.weights, wanted, strict=True))
+        ops = reference if torch.is_grad_enabled() else ctx.ops
+        ks = ops.stage_vjp(ctx.layout, weights, g.contiguous(), ctx.dt)
+        return (None, None, None, None, g, *ks)
+
+
+def stage_combine(
+    ops: ModuleType, layout: Layout, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor
+) -> Tensor:
+    """Returns y + dt sum_j w_j k_j, differentiable with respect to y and the ks. dt must not change afterwards."""
+    ks = ks[: len(weights)]
+    if ops is not reference and (y.requires_grad or any(k.requires_grad for k in ks)):
+        return _StageCombine.apply(ops, layout, weights, dt, y, *ks)  # type: ignore[no-any-return, no-untyped-call]
+    return ops.stage_combine(layout, weights, y, ks, dt)  # type: ignore[no-any-return]

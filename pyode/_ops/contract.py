@@ -1,0 +1,109 @@
+"""What both backends of the seam take: the shape of a solve, its prescribed times, its step-size policy.
+
+The compiled counterparts are the structs of csrc/ops.h and csrc/core/controller.h.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+
+import torch
+from torch import Tensor
+
+REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+@dataclass
+class Layout:
+    """How the states of one solve lie in memory: [samples, size] numbers, contiguous.
+
+    Args:
+        samples: how many step on their own (B).
+        size: numbers a sample, complex ones counted once.
+        segments: offsets into `size`, from 0 to `size`; the error norm is the largest RMS over the segments.
+        dtype, device: of the state.
+    """
+
+    samples: int
+    size: int
+    segments: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def real_dtype(self) -> torch.dtype:
+        """The dtype of the times that func sees."""
+        return REAL.get(self.dtype, self.dtype)
+
+    @property
+    def n_segments(self) -> int:
+        """How many means error_norm writes."""
+        return len(self.segments) - 1
+
+
+@dataclass
+class Policy:
+    """The step-size controller's constants, by torchdiffeq's names.
+
+    Args:
+        order: the error is taken to shrink as dt**order.
+        clip: whether the last step ends at the last time, instead of passing it.
+        count_per_output: whether max_num_steps bounds the steps to each output time, or all steps.
+        resume: whether to go on with at least the whole size of a step that a prescribed time cut short.
+    """
+
+    order: float
+    safety: float = 0.9
+    ifactor: float = 10.0
+    dfactor: float = 0.2
+    min_step: float = 0.0
+    max_step: float = float("inf")
+    max_num_steps: int = 2**31 - 1
+    clip: bool = False
+    count_per_output: bool = True
+    resume: bool = False
+
+
+@dataclass
+class Grid:
+    """The times that a solve has to meet, float64, on the state's device, each in the direction of integration.
+
+    Args:
+        times: [T] or [T, B]; the first is where the solve starts.
+        step_t: [n] where steps end.
+        jump_t: [n] where steps end because func is discontinuous.
+    """
+
+    times: Tensor
+    step_t: Tensor | None = None
+    jump_t: Tensor | None = None
+
+
+class Phase(IntEnum):
+    """What a controller is asked to do; see csrc/ops.h."""
+
+    TRY_FIRST = 0
+    CHOOSE_FIRST = 1
+    GIVEN_FIRST = 2
+    JUDGE = 3
+
+
+class Flag(IntFlag):
+    """What a controller's call tells of all samples together; see csrc/core/controller.h."""
+
+    RUNNING = 1
+    ACCEPTED = 2
+    STAYED = 4
+    OUTPUT = 8
+    JUMP = 16
+    FAILED = 32
+
+
+# The words of one sample's step state, in the order of `struct Sample` in csrc/core/controller.h.
+REAL_FIELDS = ("t", "dt", "t1", "t_prev", "dt_prev", "dt_whole", "slope")
+INTEGER_FIELDS = (
+    "status", "accepted", "output_begin", "output_end", "on_jump", "non_finite",
+    "n_accepted", "n_rejected", "n_steps", "next_step_t", "next_jump_t",
+)  # fmt: skip
+N_FIELDS = len(REAL_FIELDS) + len(INTEGER_FIELDS)

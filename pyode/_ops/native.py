@@ -1,0 +1,174 @@
+"""The ops, compiled. The only module that imports pyode._C.
+
+A tensor handed to an op is contiguous, and of the layout's dtype and device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from . import contract
+from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy
+
+Interpolant = _C.Interpolant
+
+_SCALARS = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.complex64: 0,
+    torch.complex128: 1,
+}
+
+
+def supports(y: Tensor) -> bool:
+    """Whether the compiled ops can work on a tensor: a plain one, on a device and of a dtype that they know."""
+    return (
+        type(y) in (Tensor, torch.nn.Parameter)
+        and (y.device.type == "cpu" or (y.device.type == "cuda" and _C.CUDA is not None))
+        and y.dtype in _SCALARS
+        and not torch._C._functorch.is_functorch_wrapped_tensor(y)
+    )
+
+
+class Layout(contract.Layout):
+    """A layout with its compiled counterpart."""
+
+    def __init__(
+        self, samples: int, size: int, segments: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(samples, size, segments, dtype, device)
+        width = 2 if dtype.is_complex else 1
+        offsets = [width * offset for offset in segments]
+        cuda = device.type == "cuda"
+        self.handle = _C.Layout(
+            _SCALARS[dtype],
+            dtype.is_complex,
+            samples,
+            width * size,
+            offsets,
+            torch.get_num_threads(),
+            cuda,
+            torch.cuda.current_stream(device).cuda_stream if cuda else 0,
+            torch.tensor(offsets, device=device) if cuda else None,
+        )
+
+
+def stage_combine(layout: Layout, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
+    """Returns y + dt sum_j w_j k_j; dt is [B] float64."""
+    out = torch.empty_like(y)
+    _C.stage_combine(layout.handle, weights, y, ks, dt, out)
+    return out
+
+
+def stage_vjp(layout: Layout, weights: tuple[float, ...], g: Tensor, dt: Tensor) -> list[Tensor | None]:
+    """Returns [dt w_j g for every j], None where w_j is 0."""
+    outs = [torch.empty_like(g) if w else None for w in weights]
+    _C.stage_vjp(layout.handle, weights, g, dt, outs)
+    return outs
+
+
+def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor) -> Tensor:
+    """Rows of `moved` where accepted, of `stayed` elsewhere."""
+    out = torch.empty_like(moved)
+    _C.select_rows(layout.handle, moved, stayed, accepted, out)
+    return out
+
+
+class Controller:
+    """The step-size controller of all samples, and the norms it judges by.
+
+    Args:
+        layouts: of the state, and of further quantities that have a share in the norm.
+        policy, grid: see there.
+        abscissae: of the stages whose times are wanted, relative to the step.
+
+    Attributes:
+        dt: [B] float64, the step to take, signed; 0 for a sample that stands still.
+        stage_times: [len(abscissae)] or, for more than one sample, [len(abscissae), B]: of the step to take.
+    """
+
+    def __init__(self, layouts: list[Layout], policy: Policy, grid: Grid, abscissae: tuple[float, ...]) -> None:
+        state = layouts[0]
+        B, device = state.samples, state.device
+        self.layouts = layouts
+        self._grid = grid  # keeps the memory that the handle points to
+        parts = max(layout.handle.error_parts for layout in layouts)
+        slots = sum(layout.n_segments for layout in layouts)
+        self._slot = 8 * parts * B  # bytes of means for one segment
+        self._n_segments, self._parts = slots, parts
+        # One allocation: the state's words, two of flags, the means of a first step or of any other.
+        words = torch.zeros((N_FIELDS + 2 * slots * parts) * B + 2, dtype=torch.float64, device=device)
+        self._words = words
+        base = words.data_ptr()
+        self._means = base + 8 * (N_FIELDS * B + 2)
+        self.dt = words[B : 2 * B]
+        self._flags = words[N_FIELDS * B : N_FIELDS * B + 2].view(torch.int64)
+        self._template = torch.empty(
+            (len(abscissae),) if B == 1 else (len(abscissae), B), dtype=state.real_dtype, device=device
+        )
+        self.stage_times = self._template
+        self.handle = handle = _C.Controller(
+            state.handle, _SCALARS[state.real_dtype], words, base + 8 * N_FIELDS * B, abscissae
+        )
+        handle.set_policy(
+            policy.safety, policy.ifactor, policy.dfactor, policy.min_step, policy.max_step, policy.order,
+            policy.max_num_steps, policy.clip, policy.count_per_output, policy.resume,
+        )  # fmt: skip
+        step_t, jump_t = grid.step_t, grid.jump_t
+        handle.set_grid(
+            grid.times, len(grid.times), grid.times.dim() == 2,
+            step_t, 0 if step_t is None else len(step_t), jump_t, 0 if jump_t is None else len(jump_t),
+        )  # fmt: skip
+        handle.set_norm(self._means, slots, parts)
+
+    def error_norm(
+        self,
+        weights: tuple[float, ...],
+        y0: Tensor,
+        y1: Tensor,
+        ks: list[Tensor],
+        dt: Tensor,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        slot: int = 0,
+        layout: Layout | None = None,
+    ) -> None:
+        """Notes the mean squares of |dt sum_j w_j k_j| / (atol + rtol max(|y0|, |y1|)), from segment `slot` on."""
+        handle = (layout or self.layouts[0]).handle
+        _C.error_norm(handle, weights, y0, y1, ks, dt, rtol, atol, self._means + slot * self._slot, self._parts)
+
+    def put_norm(self, norm: Tensor | float, slot: int = 0) -> None:
+        """Notes a norm that someone else has computed."""
+        i = N_FIELDS * self.layouts[0].samples + 2 + slot * self._slot // 8
+        self._words[i] = norm**2
+
+    def run(self, phase: Phase, first_step: float = 0.0) -> int:
+        """Carries out a phase for all samples; returns the flags. On CUDA this waits for the device."""
+        if phase is Phase.TRY_FIRST:
+            times = self._template.new_empty(self._template.shape[1:])
+        else:
+            times = torch.empty_like(self._template)
+        self.stage_times = times
+        flags: int = self.handle.run(phase, times, first_step)
+        if flags < 0 and phase is not Phase.TRY_FIRST:
+            flags = self._flags.tolist()[self.handle.turn]
+        return flags
+
+    def field(self, name: str) -> Tensor:
+        """A field of the step state, [B]: a view."""
+        B = self.layouts[0].samples
+        i = (REAL_FIELDS + INTEGER_FIELDS).index(name)
+        row = self._words[i * B : (i + 1) * B]
+        return row if name in REAL_FIELDS else row.view(torch.int64)
+
+
+def interpolate(
+    layout: Layout, interpolant: Interpolant, controller: Controller, y: Tensor, ks: list[Tensor], out: Tensor
+) -> None:
+    """Writes all outputs that the last step passed to their rows of `out`, [T, ...]."""
+    stride = layout.samples * layout.size * (2 if layout.dtype.is_complex else 1)
+    _C.interpolate(layout.handle, interpolant, controller.handle, y, ks, out, stride)

@@ -1,0 +1,334 @@
+"""The ops in plain torch: the oracle of the tests, the pure-Python solver of the benchmarks, and the fallback for
+tensors without memory of their own (functorch's wrappers, fake tensors) and for other devices.
+
+Every function here has its twin of the same name in native.py. All of stage_combine and interpolate_at can be
+differentiated, any number of times, with respect to everything.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .contract import Flag, Grid, Layout, Phase, Policy
+
+__all__ = ["Controller", "Interpolant", "Layout", "interpolate", "select_rows", "stage_combine", "stage_vjp"]
+
+_SUCCESS, _RUNNING, _STEP_TOO_SMALL, _TOO_MANY_STEPS, _NON_FINITE = range(5)
+
+
+def supports(y: Tensor) -> bool:
+    """Whatever torch can compute with."""
+    return y.dtype.is_floating_point or y.dtype.is_complex
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _per_sample(dt: Tensor, layout: Layout, y: Tensor) -> Tensor | float:
+    """dt so that it multiplies a state."""
+    if layout.samples == 1:
+        return dt.reshape(()) if dt.requires_grad else float(dt)
+    return dt.to(y.device, y.real.dtype if y.is_complex() else y.dtype).reshape(-1, *[1] * (y.dim() - 1))
+
+
+def weighted_sum(weights: tuple[float, ...], ks: list[Tensor]) -> Tensor | float:
+    """sum_j w_j k_j over the weights that are not 0."""
+    total: Tensor | None = None
+    for w, k in zip(weights, ks):
+        if w:
+            k = _widened(k)
+            total = w * k if total is None else torch.add(total, k, alpha=w)
+    return 0.0 if total is None else total
+
+
+def stage_combine(layout: Layout, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
+    """Returns y + dt sum_j w_j k_j; dt is [B]."""
+    wide = _widened(y)
+    step = _per_sample(dt, layout, wide)
+    moved = wide + step * weighted_sum(weights, ks)
+    if isinstance(step, Tensor) and layout.samples > 1:
+        moved = torch.where(step == 0, wide, moved)
+    return moved.to(y.dtype)
+
+
+def stage_vjp(layout: Layout, weights: tuple[float, ...], g: Tensor, dt: Tensor) -> list[Tensor | None]:
+    """Returns [dt w_j g for every j], None where w_j is 0."""
+    wide = _widened(g)
+    scaled = _per_sample(dt, layout, wide) * wide
+    return [(w * scaled).to(g.dtype) if w else None for w in weights]
+
+
+def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor) -> Tensor:
+    """Rows of `moved` where accepted, of `stayed` elsewhere."""
+    chosen = accepted.bool().to(moved.device).reshape(-1, *[1] * (moved.dim() - 1))
+    return torch.where(chosen, moved, stayed)
+
+
+def scaled_error(
+    error: Tensor, y0: Tensor, y1: Tensor, rtol: float | Tensor, atol: float | Tensor
+) -> Tensor:
+    """error / (atol + rtol max(|y0|, |y1|)), and 0 where there is no error."""
+    if y0.is_complex():  # tolerances are given twice, for both members of a pair
+        rtol, atol = (x[..., 0] if isinstance(x, Tensor) else x for x in (rtol, atol))
+    tolerated = atol + rtol * torch.maximum(y0.abs(), y1.abs())
+    return torch.where(error == 0, error, error / tolerated)
+
+
+@dataclass
+class Sample:
+    """The step state of one sample; see csrc/core/controller.h for every field."""
+
+    t: float
+    dt: float = 0.0
+    t1: float = 0.0
+    t_prev: float = 0.0
+    dt_prev: float = 0.0
+    dt_whole: float = 0.0
+    slope: float = 0.0
+    status: int = _RUNNING
+    accepted: int = 0
+    output_begin: int = 1
+    output_end: int = 1
+    on_jump: int = 0
+    non_finite: int = 0
+    n_accepted: int = 0
+    n_rejected: int = 0
+    n_steps: int = 0
+
+
+class _Times:
+    """The prescribed times of one sample as lists of numbers, mirrored where time runs backwards."""
+
+    def __init__(self, times: list[float], step_t: list[float], jump_t: list[float]) -> None:
+        self.sign = -1.0 if times[-1] < times[0] else 1.0
+        self.outputs = [self.sign * t for t in times]
+        self.step_t = [self.sign * t for t in step_t]
+        self.jump_t = [self.sign * t for t in jump_t]
+
+    def next_stop(self, stops: list[float], t: float) -> float:
+        i = bisect_right(stops, self.sign * t)
+        return self.sign * stops[i] if i < len(stops) else self.sign * math.inf
+
+
+def _power(x: float, y: float) -> float:
+    return x**y if x > 0 else (math.inf if y < 0 else 0.0)
+
+
+class Controller:
+    """See native.Controller. The clock is on the host, in float64, whatever the state's device."""
+
+    def __init__(self, layouts: list[Layout], policy: Policy, grid: Grid, abscissae: tuple[float, ...]) -> None:
+        self.layouts, self.policy, self.abscissae = layouts, policy, abscissae
+        state = layouts[0]
+        times = grid.times.tolist()
+        rows = [list(row) for row in zip(*times)] if grid.times.dim() == 2 else [times] * state.samples
+        step_t, jump_t = ([] if stops is None else stops.tolist() for stops in (grid.step_t, grid.jump_t))
+        self._times = [_Times(row, step_t, jump_t) for row in rows]
+        self._samples: list[Sample] = []
+        self._means = [[0.0] * state.samples] * (2 * sum(layout.n_segments for layout in layouts))
+        self.dt = torch.zeros(state.samples, dtype=torch.float64)
+        self.stage_times = torch.empty(0)
+
+    def error_norm(
+        self,
+        weights: tuple[float, ...],
+        y0: Tensor,
+        y1: Tensor,
+        ks: list[Tensor],
+        dt: Tensor,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        slot: int = 0,
+        layout: Layout | None = None,
+    ) -> None:
+        """See native.Controller.error_norm."""
+        layout = layout or self.layouts[0]
+        wide = _widened(y0)
+        error = torch.as_tensor(_per_sample(dt, layout, wide) * weighted_sum(weights, ks)).expand(wide.shape)
+        ratio = scaled_error(error, wide, _widened(y1), rtol, atol).detach().abs()
+        flat = ratio.reshape(layout.samples, layout.size)
+        for i, (begin, end) in enumerate(zip(layout.segments, layout.segments[1:])):
+            if end > begin and layout.samples:
+                self._means[slot + i] = flat[:, begin:end].to(_wide_float(flat)).square().mean(1).tolist()
+
+    def put_norm(self, norm: Tensor | float, slot: int = 0) -> None:
+        """See native.Controller.put_norm."""
+        self._means[slot] = [float(norm) ** 2]
+
+    def field(self, name: str) -> Tensor:
+        """See native.Controller.field; a copy."""
+        return torch.tensor([getattr(sample, name) for sample in self._samples])
+
+    def run(self, phase: Phase, first_step: float = 0.0) -> int:
+        """See native.Controller.run."""
+        flags = Flag(0)
+        first = len(self._means) // 2
+        if phase in (Phase.TRY_FIRST, Phase.GIVEN_FIRST):
+            self._samples = [Sample(t=times.sign * times.outputs[0]) for times in self._times]
+        for b, (sample, times) in enumerate(zip(self._samples, self._times)):
+            norm, slope = (_root_of_largest(means, b) for means in (self._means[:first], self._means[first:]))
+            if phase in (Phase.TRY_FIRST, Phase.GIVEN_FIRST):
+                self._try_first_step(sample, times, norm, slope)
+            if phase is Phase.TRY_FIRST:
+                flags |= Flag.RUNNING
+                continue
+            was_on_jump = sample.on_jump
+            if phase is Phase.GIVEN_FIRST:
+                sample.dt = first_step
+            elif phase is Phase.CHOOSE_FIRST:
+                self._choose_first_step(sample, times, norm)
+            else:
+                self._judge_step(sample, times, norm)
+            self._plan_step(sample, times)
+            flags |= Flag.RUNNING if sample.status == _RUNNING else 0
+            flags |= Flag.ACCEPTED if sample.accepted else Flag.STAYED
+            flags |= Flag.OUTPUT if sample.output_end > sample.output_begin else 0
+            flags |= Flag.JUMP if sample.accepted and was_on_jump else 0
+            flags |= Flag.FAILED if sample.status > _RUNNING else 0
+        self.dt = torch.tensor([sample.dt for sample in self._samples], dtype=torch.float64)
+        self.stage_times = self._times_of(phase)
+        return int(flags)
+
+    def _times_of(self, phase: Phase) -> Tensor:
+        state = self.layouts[0]
+        kind = {"dtype": state.real_dtype, "device": state.device}
+        if phase is Phase.TRY_FIRST:
+            rows = torch.tensor([sample.t + sample.dt for sample in self._samples], **kind)
+            return rows[0] if state.samples == 1 else rows
+        rows = torch.tensor(
+            [[s.t1 if c == 1 else s.t + c * s.dt for s in self._samples] for c in self.abscissae], **kind
+        ).reshape(len(self.abscissae), state.samples)
+        # The end of the step is seen from before it: there may be a discontinuity.
+        start = torch.tensor([s.t - s.dt for s in self._samples], **kind)
+        ends = torch.tensor([c == 1 for c in self.abscissae], dtype=torch.bool, device=state.device)
+        rows = torch.where(ends[:, None], torch.nextafter(rows, start.expand_as(rows)), rows)
+        return rows[:, 0] if state.samples == 1 else rows
+
+    def _try_first_step(self, s: Sample, times: _Times, size: float, slope: float) -> None:
+        """Hairer, Norsett, Wanner I, II.4, starting step size, a to c."""
+        if not (math.isfinite(size) and math.isfinite(slope)):
+            s.status = _NON_FINITE
+        s.slope = slope
+        s.dt = times.sign * (1e-6 if size < 1e-5 or slope < 1e-5 else 0.01 * size / slope)
+
+    def _choose_first_step(self, s: Sample, times: _Times, change: float) -> None:
+        """Steps d to f."""
+        if not math.isfinite(change):
+            return
+        h0 = abs(s.dt)
+        curvature = change / h0
+        if s.slope <= 1e-15 and curvature <= 1e-15:
+            h1 = max(1e-6, h0 * 1e-3)
+        else:
+            h1 = _power(0.01 / max(s.slope, curvature), 1 / self.policy.order)
+        s.dt = times.sign * min(100 * h0, h1)
+
+    def _judge_step(self, s: Sample, times: _Times, error: float) -> None:
+        policy = self.policy
+        s.accepted, s.output_begin = 0, s.output_end
+        if s.status != _RUNNING:
+            return
+        s.non_finite = not math.isfinite(error)
+        smallest = abs(s.dt) <= policy.min_step
+        s.accepted = int(error <= 1 or (smallest and not s.non_finite))
+        if s.non_finite and smallest:
+            s.status = _NON_FINITE
+        factor = policy.dfactor
+        if error == 0:
+            factor = policy.ifactor
+        elif not s.non_finite:
+            least = 1.0 if error < 1 else policy.dfactor
+            factor = min(policy.ifactor, max(policy.safety / error ** (1 / policy.order), least))
+        s.t_prev, s.dt_prev, s.dt = s.t, s.dt, s.dt * factor
+        s.n_steps += 1
+        if not s.accepted:
+            s.n_rejected += 1
+            return
+        if policy.resume:
+            s.dt = times.sign * max(abs(s.dt), abs(s.dt_whole))
+        s.n_accepted += 1
+        s.t = s.t1
+        s.output_end = max(s.output_begin, bisect_right(times.outputs, times.sign * s.t))
+        if s.output_end > s.output_begin and policy.count_per_output:
+            s.n_steps = 0
+        if s.output_end == len(times.outputs):
+            s.status = _SUCCESS
+
+    def _plan_step(self, s: Sample, times: _Times) -> None:
+        policy, sign = self.policy, times.sign
+        if s.status == _RUNNING and s.n_steps >= policy.max_num_steps:
+            s.status = _TOO_MANY_STEPS
+        s.dt = s.dt_whole = sign * min(max(abs(s.dt), policy.min_step), policy.max_step)
+        if s.status == _RUNNING and not sign * (s.t + s.dt - s.t) > 0:
+            s.status = _NON_FINITE if s.non_finite else _STEP_TOO_SMALL
+        s.on_jump = 0
+        if s.status != _RUNNING:
+            s.dt, s.t1 = 0.0, s.t
+            return
+        s.t1 = s.t + s.dt
+        step_t, jump_t = (times.next_stop(stops, s.t) for stops in (times.step_t, times.jump_t))
+        end = sign * times.outputs[-1]
+        for stop, reached in (
+            (step_t, sign * (s.t1 - step_t) > 0),
+            (jump_t, sign * (s.t1 - jump_t) >= 0),
+            (end, policy.clip and sign * (s.t1 - end) > 0),
+        ):
+            if reached and sign * (s.t1 - stop) >= 0:
+                s.t1, s.dt = stop, stop - s.t
+        s.on_jump = int(s.t1 == jump_t)
+
+
+def _wide_float(x: Tensor) -> torch.dtype:
+    """Norms are summed in float64 where the device has it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _root_of_largest(means: list[list[float]], b: int) -> float:
+    values = [mean[b] for mean in means]
+    return math.nan if any(math.isnan(value) for value in values) else math.sqrt(max(values))
+
+
+class Interpolant:
+    """For each stage the coefficients of x, x^2, ... in its weight, and the weights at x = 1."""
+
+    def __init__(self, coefficients: tuple[tuple[float, ...], ...], end: tuple[float, ...]) -> None:
+        self.coefficients, self.end = coefficients, end
+
+    def weights_at(self, x: float) -> tuple[float, ...]:
+        """The weights at position x of a step."""
+        if x == 1.0:
+            return self.end
+        return tuple(x * sum(c * x**p for p, c in enumerate(row)) for row in self.coefficients)
+
+
+def interpolate_at(interpolant: Interpolant, x: Tensor, y: Tensor, ks: list[Tensor], dt: float | Tensor) -> Tensor:
+    """The state at position x, a 0-dim tensor that may require a gradient, of a joint step."""
+    wide = _widened(y)
+    total: Tensor | float = 0.0
+    for row, k in zip(interpolant.coefficients, ks):
+        if any(row):
+            weight: Tensor | float = 0.0
+            for c in reversed(row):
+                weight = (weight + c) * x
+            total = total + weight * _widened(k)
+    return (wide + dt * total).to(y.dtype)
+
+
+def interpolate(
+    layout: Layout, interpolant: Interpolant, controller: Controller, y: Tensor, ks: list[Tensor], out: Tensor
+) -> None:
+    """Writes all outputs that the last step passed to their rows of `out`, [T, ...]."""
+    for b, (s, times) in enumerate(zip(controller._samples, controller._times)):
+        row = slice(None) if layout.samples == 1 else slice(b, b + 1)
+        single = Layout(1, layout.size, layout.segments, layout.dtype, layout.device)
+        for i in range(s.output_begin, s.output_end):
+            time = times.sign * times.outputs[i]
+            weights = interpolant.weights_at(1.0 if time == s.t else (time - s.t_prev) / s.dt_prev)
+            step = torch.tensor([s.dt_prev], dtype=torch.float64)
+            out[i][row] = stage_combine(single, weights, y[row], [k[row] for k in ks], step)

@@ -1,0 +1,2 @@
+"""odeint_adjoint."""
+def odeint_adjoint(*a, **k): raise NotImplementedError

@@ -1,0 +1,149 @@
+"""From the user's tolerances, times and options to what the loops and the controller take."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._ops.contract import REAL, Grid, Policy
+from .errors import InvalidType, InvalidValue
+from .methods import Tableau
+from .state import Form
+
+ADAPTIVE_OPTIONS = frozenset(
+    "first_step min_step max_step safety ifactor dfactor max_num_steps dtype norm step_t jump_t stats".split()
+)
+FIXED_STEP_OPTIONS = frozenset("step_size grid_constructor interp perturb norm stats".split())
+
+
+def check_options(options: dict[str, Any], tableau: Tableau) -> None:
+    """Warns of options that the method does not know, as torchdiffeq does."""
+    known = ADAPTIVE_OPTIONS if tableau.adaptive else FIXED_STEP_OPTIONS
+    unknown = {name: value for name, value in options.items() if name not in known}
+    if unknown:
+        warnings.warn(f"{tableau.name}: Unexpected arguments {unknown}; it knows {', '.join(sorted(known))}", stacklevel=4)
+
+
+@dataclass
+class Times:
+    """The output times: the user's tensor, and their values as float64 on the host."""
+
+    tensor: Tensor
+    values: list[float]
+
+    @property
+    def sign(self) -> float:
+        """+1 where time runs forwards, -1 where backwards."""
+        return -1.0 if self.values[-1] < self.values[0] else 1.0
+
+
+def check_times(t: Any) -> Times:
+    """Raises InvalidType or InvalidValue unless t is a 1-D floating tensor, strictly monotonic."""
+    if not isinstance(t, Tensor):
+        raise InvalidType(f"t must be a tensor, not a {type(t).__name__}: torch.linspace(0., 1., 10), for example")
+    if not t.is_floating_point():
+        raise InvalidType(f"t must be floating, not {t.dtype}; convert it: t.float()")
+    if t.dim() != 1:
+        raise InvalidValue(f"t must be 1-D, not of shape {tuple(t.shape)}")
+    if len(t) == 0:
+        raise InvalidValue("t must not be empty; its first entry is where the solve starts")
+    values = t.detach().double().tolist() if t.device.type != "mps" else t.detach().cpu().double().tolist()
+    times = Times(t, values)
+    for i, (a, b) in enumerate(zip(values, values[1:])):
+        if not times.sign * (b - a) > 0:
+            raise InvalidValue(f"t must be strictly monotonic; t[{i}] = {a:g} is followed by t[{i + 1}] = {b:g}")
+    if not all(map(math.isfinite, values)):
+        raise InvalidValue("t must be finite")
+    return times
+
+
+def check_tolerance(tolerance: Any, name: str, form: Form, y0: Tensor) -> float | Tensor:
+    """A number, or a contiguous float64 tensor with one for every number of the state (each half, if complex)."""
+    if isinstance(tolerance, float) and 0 <= tolerance < math.inf:
+        return tolerance
+    tolerance = form.spread(tolerance, name)
+    if isinstance(tolerance, Tensor) and tolerance.requires_grad:
+        raise InvalidValue(f"{name} cannot require gradient; detach it")
+    try:
+        each = torch.as_tensor(tolerance, dtype=torch.float64, device=y0.device)
+    except (TypeError, ValueError) as error:
+        raise InvalidType(f"{name} must be a number or a tensor, not a {type(tolerance).__name__}") from error
+    if not bool(torch.all((each >= 0) & (each < math.inf))):
+        raise InvalidValue(f"{name} must be finite and not negative, not {tolerance}")
+    if each.numel() == 1:
+        return float(each)
+    try:
+        each = each.expand(y0.shape)
+    except RuntimeError as error:
+        raise InvalidValue(
+            f"{name} must be a number or broadcast to the state's shape {tuple(y0.shape)}; it has {tuple(each.shape)}"
+        ) from error
+    if y0.dtype in REAL:
+        each = each.unsqueeze(-1).expand(*y0.shape, 2)
+    return each.contiguous()
+
+
+def _number(options: dict[str, Any], name: str, default: float, least: float, most: float = math.inf) -> float:
+    value = options.get(name, default)
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidType(f"options[{name!r}] must be a number, not {value!r}") from error
+    if not least <= number <= most:
+        bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+        raise InvalidValue(f"options[{name!r}] must be {bounds}, not {value!r}")
+    return number
+
+
+def policy_from(options: dict[str, Any], tableau: Tableau, **settings: bool) -> Policy:
+    """The step-size policy that the options ask for."""
+    return Policy(
+        order=float(tableau.order),
+        safety=_number(options, "safety", 0.9, 0),
+        ifactor=_number(options, "ifactor", 10.0, 1),
+        dfactor=_number(options, "dfactor", 0.2, 0, 1),
+        min_step=_number(options, "min_step", 0.0, 0),
+        max_step=_number(options, "max_step", math.inf, 0),
+        max_num_steps=int(_number(options, "max_num_steps", 2**31 - 1, 0)),
+        **settings,
+    )
+
+
+def first_step_from(options: dict[str, Any]) -> float | None:
+    """The size of the first step, if the user gave one."""
+    return None if options.get("first_step") is None else abs(_number(options, "first_step", 0.0, -math.inf))
+
+
+def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Grid:
+    """The output times and the steps and discontinuities that the options prescribe, in time's direction."""
+    stops = {name: _stops(options.get(name), name, times) for name in ("step_t", "jump_t")}
+    repeated = sorted(set(stops["step_t"]) & set(stops["jump_t"]))
+    for name, values in stops.items():
+        repeated += [a for a, b in zip(values, values[1:]) if a == b]
+        if repeated:
+            raise InvalidValue(
+                f"`step_t` and `jump_t` must not have any repeated elements between them; {repeated[0]:g} is (in {name})"
+            )
+
+    def tensor(values: list[float]) -> Tensor | None:
+        return torch.tensor(values, dtype=torch.float64, device=device) if values else None
+
+    return Grid(
+        torch.tensor(times.values, dtype=torch.float64, device=device), tensor(stops["step_t"]), tensor(stops["jump_t"])
+    )
+
+
+def _stops(value: Any, name: str, times: Times) -> list[float]:
+    """Those after the start, sorted in time's direction."""
+    if value is None:
+        return []
+    values = torch.as_tensor(value, dtype=torch.float64).reshape(-1).tolist()
+    if not all(map(math.isfinite, values)):
+        raise InvalidValue(f"options[{name!r}] must be finite")
+    sign, start = times.sign, times.values[0]
+    return sorted((v for v in values if sign * (v - start) >= 0), reverse=sign < 0)

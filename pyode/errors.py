@@ -1,0 +1,77 @@
+"""How a solve can end, every error pyode raises, and the sentences for both.
+
+Each error derives from the builtin class that torchdiffeq raises in the same place, so code that catches that keeps
+working.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Status(IntEnum):
+    """How a solve, or one sample of it, stands. The numbers are those of csrc/core/controller.h."""
+
+    SUCCESS = 0
+    RUNNING = 1
+    STEP_TOO_SMALL = 2
+    TOO_MANY_STEPS = 3
+    NON_FINITE = 4
+
+    @property
+    def sentence(self) -> str:
+        """What happened, and what usually helps."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Status.SUCCESS: "The solve reached the last time.",
+    Status.RUNNING: "The solve is not finished.",
+    Status.STEP_TOO_SMALL: (
+        "The step size underflowed: no step that still moves t is accurate enough. The problem may be stiff or have a "
+        "singularity here; loosen rtol and atol, check func for a discontinuity (and name it in options['jump_t']), or "
+        "solve in float64."
+    ),
+    Status.TOO_MANY_STEPS: (
+        "max_num_steps was reached. Raise options['max_num_steps'] or loosen rtol and atol; a problem that needs very "
+        "many steps is often stiff."
+    ),
+    Status.NON_FINITE: (
+        "func or the state became inf or nan, and smaller steps did not help. The solution may blow up here; check "
+        "func at this time and state, shorten the time span, or scale the problem."
+    ),
+}
+
+
+class PyodeError(Exception):
+    """The base of all errors that pyode raises itself."""
+
+
+class InvalidValue(PyodeError, ValueError, AssertionError):
+    """An argument has the right type and a wrong value."""
+
+
+class InvalidType(PyodeError, TypeError, AssertionError):
+    """An argument is of the wrong type."""
+
+
+class DynamicsError(PyodeError, RuntimeError):
+    """`func` returned something that can't be a derivative of the state, or wrote into its input."""
+
+
+class SolveError(PyodeError, AssertionError, RuntimeError):
+    """A solve could not go on.
+
+    Attributes:
+        status: why (a `Status`).
+        t: where it stopped.
+        dt: the last step that was tried.
+        n_steps: how many steps had been tried.
+    """
+
+    def __init__(self, status: Status, t: float, dt: float, n_steps: int) -> None:
+        super().__init__(status, t, dt, n_steps)
+        self.status, self.t, self.dt, self.n_steps = Status(status), t, dt, n_steps
+
+    def __str__(self) -> str:
+        return f"at t = {self.t:.9g}, with dt = {self.dt:.3g}, after {self.n_steps} steps: {self.status.sentence}"

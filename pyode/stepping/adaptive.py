@@ -1,0 +1,230 @@
+"""The adaptive loop: evaluate the stages, judge the step, move or stay.
+
+Python calls func and decides what happens next; all numbers are the ops'. One loop serves one step-size controller
+for the whole state (B = 1) and one for each sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._ops import autograd, backend_of, reference
+from .._ops.contract import Flag, Grid, Layout, Phase, Policy
+from ..control import Times
+from ..errors import SolveError, Status
+from ..methods import Tableau
+from ..solution import Stats
+from ..state import Dynamics
+from .quadrature import Quadrature
+
+Norm = Callable[[Tensor], Any]
+
+_RUNNING, _ACCEPTED, _STAYED = int(Flag.RUNNING), int(Flag.ACCEPTED), int(Flag.STAYED)
+_OUTPUT, _JUMP, _FAILED = int(Flag.OUTPUT), int(Flag.JUMP), int(Flag.FAILED)
+
+
+class AdaptiveLoop:
+    """An adaptive explicit Runge-Kutta solve.
+
+    Args:
+        dynamics: func, on packed states.
+        tableau: the method.
+        layout: the state's, from the backend that is to do the work.
+        rtol, atol: numbers, or tensors with one for each number of the state.
+        policy, grid: of the step-size controller.
+        times: the output times; grid.times holds their values on the device.
+        norm: the user's norm of the scaled error, instead of the largest RMS over the layout's segments.
+        quadrature: integrals that are carried along and have a share in the norm.
+        at_jump: called at each discontinuity with its time and the state; returns the state behind it.
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        tableau: Tableau,
+        layout: Layout,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        policy: Policy,
+        grid: Grid,
+        times: Times,
+        norm: Norm | None = None,
+        quadrature: Quadrature | None = None,
+        at_jump: Callable[[float, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.dynamics, self.tableau, self.layout = dynamics, tableau, layout
+        self.rtol, self.atol, self.times = rtol, atol, times
+        self.norm, self.quadrature, self.at_jump = norm, quadrature, at_jump
+        self.ops = ops = backend_of(layout)
+        layouts = [layout] if quadrature is None else [layout, *quadrature.layouts]
+        self.controller = ops.Controller(layouts, policy, grid, tableau.abscissae)
+        self.interpolant = ops.Interpolant(tableau.interpolant, tableau.end)
+
+    def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
+        """Returns the states at the output times, [T, *y0.shape].
+
+        Raises:
+            SolveError: says why and where the solve could not go on.
+        """
+        controller, dynamics, quadrature = self.controller, self.dynamics, self.quadrature
+        layout, rows = self.layout, self.tableau.rows
+        recording = torch.is_grad_enabled()
+        stage_combine = partial(autograd.stage_combine, self.ops) if recording else self.ops.stage_combine
+        output = RecordedOutput(self) if recording else Output(self, y0)
+
+        # The derivatives of the step under way. An old one is let go only when its successor is there: freeing all of
+        # them at once would make malloc return the memory to the system, and the next step fetch it page by page.
+        ks = [dynamics(self._at_start(y0), y0)] * (len(rows) + 1)
+        y = y0
+        if quadrature is not None:
+            quadrature.start()
+        flags = self._first_step(y, ks[0], first_step)
+        while flags & _RUNNING:
+            dt = controller.dt.clone() if recording else controller.dt  # the backward pass needs this step's
+            for j, t in enumerate(self._shifted(controller.stage_times).unbind()):
+                y1 = stage_combine(layout, rows[j], y, ks, dt)
+                ks[j + 1] = dynamics(t, y1)
+            self._measure(y, y1, ks)
+            flags = controller.run(Phase.JUDGE)
+            if flags & _OUTPUT:
+                output.add(y, ks, dt)
+            if not flags & _ACCEPTED:
+                if quadrature is not None:
+                    quadrature.reject()
+                continue
+            if not flags & _STAYED:
+                y, ks[0] = y1, ks[-1]
+            else:
+                accepted = controller.field("accepted")
+                y = self.ops.select_rows(layout, y1, y, accepted)
+                ks[0] = self.ops.select_rows(layout, ks[-1], ks[0], accepted)
+            if quadrature is not None:
+                quadrature.accept()
+            if flags & _JUMP and flags & _RUNNING:
+                y, ks[0] = self._behind_jump(y)
+        if flags & _FAILED:
+            raise self._error()
+        return output.collect(y0)
+
+    def add_to(self, stats: Stats | None) -> None:
+        """Adds the solve's counts."""
+        if stats is not None:
+            stats.n_f_evals += self.dynamics.n_evals
+            stats.n_accepted += int(self.controller.field("n_accepted").sum())
+            stats.n_rejected += int(self.controller.field("n_rejected").sum())
+
+    def _at_start(self, y0: Tensor) -> Tensor:
+        return self.times.tensor[0].to(device=y0.device, dtype=self.layout.real_dtype)
+
+    def _shifted(self, stage_times: Tensor) -> Tensor:
+        """Times that move with the start, for the gradient with respect to t[0]."""
+        t = self.times.tensor
+        if not (t.requires_grad and torch.is_grad_enabled()):
+            return stage_times
+        return stage_times + (t[0] - t[0].detach()).to(stage_times)
+
+    def _first_step(self, y: Tensor, k: Tensor, first_step: float | None) -> int:
+        """Plans the first step; returns the flags (Hairer, Norsett, Wanner I, II.4)."""
+        controller, ops, layout = self.controller, self.ops, self.layout
+        ones = torch.ones(layout.samples, dtype=torch.float64, device=y.device)
+        y, k = y.detach(), k.detach()
+        n = sum(part.n_segments for part in controller.layouts)
+        self._note_norm((1.0,), y, y, [y], ones, 0)
+        self._note_norm((1.0,), y, y, [k], ones, n)
+        if self.quadrature is not None:
+            self.quadrature.measure_slope(controller, ones, n)
+        if first_step is not None:
+            return int(controller.run(Phase.GIVEN_FIRST, first_step))
+        controller.run(Phase.TRY_FIRST)
+        with torch.no_grad():
+            trial = ops.stage_combine(layout, (1.0,), y, [k], controller.dt)
+            change = [self.dynamics(controller.stage_times, trial), k]
+        self._note_norm((1.0, -1.0), y, y, change, ones, 0)
+        if self.quadrature is not None:
+            self.quadrature.measure_change(controller, ones)
+        return int(controller.run(Phase.CHOOSE_FIRST))
+
+    def _measure(self, y: Tensor, y1: Tensor, ks: list[Tensor]) -> None:
+        self._note_norm(self.tableau.error_weights, y, y1, ks, self.controller.dt, 0)
+        if self.quadrature is not None:
+            self.quadrature.finish_step(self.controller)
+
+    def _note_norm(
+        self, weights: tuple[float, ...], y: Tensor, y1: Tensor, ks: list[Tensor], dt: Tensor, slot: int
+    ) -> None:
+        if self.norm is None:
+            self.controller.error_norm(weights, y, y1, ks, dt, self.rtol, self.atol, slot)
+            return
+        with torch.no_grad():
+            error = reference.stage_combine(self.layout, weights, torch.zeros_like(y), ks, dt)
+            self.controller.put_norm(self.norm(reference.scaled_error(error, y, y1, self.rtol, self.atol)), slot)
+
+    def _behind_jump(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The state and its derivative just behind the discontinuity at which the solve has arrived."""
+        now = self.controller.field("t")
+        if self.at_jump is not None:
+            y = self.at_jump(float(now), y)
+        t = now.to(device=y.device, dtype=self.layout.real_dtype)
+        t = self._shifted(torch.nextafter(t, t + self.times.sign))
+        if self.quadrature is not None:
+            self.quadrature.restart()
+        return y, self.dynamics(t[0] if self.layout.samples == 1 else t, y)
+
+    def _error(self) -> SolveError:
+        status = self.controller.field("status")
+        b = int((status > int(Status.RUNNING)).nonzero()[0])
+        field = {name: self.controller.field(name)[b].item() for name in ("t", "dt_prev", "n_accepted", "n_rejected")}
+        return SolveError(
+            Status(int(status[b])), float(field["t"]), float(field["dt_prev"]), int(field["n_accepted"] + field["n_rejected"])
+        )
+
+
+class Output:
+    """The states at the output times, written in place as steps pass them."""
+
+    def __init__(self, loop: AdaptiveLoop, y0: Tensor) -> None:
+        self.loop = loop
+        self.out = torch.empty((len(loop.times.values), *y0.shape), dtype=y0.dtype, device=y0.device)
+        self.out[0] = y0
+
+    def add(self, y: Tensor, ks: list[Tensor], dt: Tensor) -> None:
+        """Adds the outputs which the step just accepted has passed."""
+        loop = self.loop
+        loop.ops.interpolate(loop.layout, loop.interpolant, loop.controller, y, ks, self.out)
+
+    def collect(self, y0: Tensor) -> Tensor:
+        """All of them, [T, ...]."""
+        return self.out
+
+
+class RecordedOutput:
+    """The same with a graph behind it: every output is a node of its own."""
+
+    def __init__(self, loop: AdaptiveLoop) -> None:
+        self.loop = loop
+        self.rows: list[Tensor] = []
+        self.polynomial = reference.Interpolant(loop.tableau.interpolant, loop.tableau.end)
+
+    def add(self, y: Tensor, ks: list[Tensor], dt: Tensor) -> None:
+        """Adds the outputs which the step just accepted has passed."""
+        loop, t, values = self.loop, self.loop.times.tensor, self.loop.times.values
+        now, start, size = (float(loop.controller.field(name)) for name in ("t", "t_prev", "dt_prev"))
+        begin, end = (int(loop.controller.field(name)) for name in ("output_begin", "output_end"))
+        for i in range(begin, end):
+            x = 1.0 if values[i] == now else (values[i] - start) / size
+            if t.requires_grad:
+                moved = (t[i] - t[i].detach()) - (t[0] - t[0].detach())
+                position = x + (moved / size).to(device=y.device, dtype=loop.layout.real_dtype)
+                self.rows.append(reference.interpolate_at(self.polynomial, position, y, ks, size))
+            else:
+                weights = self.polynomial.weights_at(x)
+                self.rows.append(autograd.stage_combine(loop.ops, loop.layout, weights, y, ks, dt))
+
+    def collect(self, y0: Tensor) -> Tensor:
+        """All of them, [T, ...]."""
+        return torch.stack([y0, *self.rows])
