@@ -9,7 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pybind11
 from setuptools import Extension, setup
@@ -36,8 +38,18 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext):
         """Runs CMake for the one extension there is."""
-        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
+        source = Path(__file__).resolve().parent
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # A build in place is kept, for the next one. Any other is made afresh: cmake and ninja may come from an
+        # environment that pip has thrown away since.
+        with nullcontext(source / "build" / "inplace") if self.inplace else TemporaryDirectory() as build:
+            self.run_cmake(source, Path(build), target.parent)
+        # `python -m pyode` and pytest in a clone import the clone's folder, not what pip installed: it gets the module too.
+        if not self.inplace:
+            shutil.copy2(target, source / "pyode")
+
+    def run_cmake(self, source, build, target):
+        """Configures and builds in one folder, for another."""
         build.mkdir(parents=True, exist_ok=True)
         options = {
             "CMAKE_BUILD_TYPE": "Release",
@@ -52,7 +64,6 @@ class CMakeBuild(build_ext):
             options |= {"PYODE_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc}
             if architectures := os.environ.get("PYODE_CUDA_ARCHITECTURES"):
                 options["CMAKE_CUDA_ARCHITECTURES"] = architectures
-        source = Path(__file__).resolve().parent
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
         subprocess.run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *definitions], check=True)

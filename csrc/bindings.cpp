@@ -32,8 +32,38 @@ T* address(py::handle tensor) {
   return static_cast<T*>(pointer);
 }
 
+/// Addresses of the arrays seen last, one for each role. Asking a tensor takes as long as a small op does, and the
+/// derivatives of a step are handed over again and again. An array is kept alive while its address is.
+class AddressCache {
+ public:
+  AddressCache() = default;
+  AddressCache(const AddressCache&) = delete;
+  ~AddressCache() {
+    for (Entry& entry : entries_) Py_XDECREF(entry.object);
+  }
+
+  void* of(int role, py::handle array) {
+    Entry& entry = entries_[role];
+    if (entry.object != array.ptr()) {
+      entry.address = address(array);
+      Py_XDECREF(entry.object);
+      entry.object = array.inc_ref().ptr();
+    }
+    return entry.address;
+  }
+
+ private:
+  struct Entry {
+    PyObject* object = nullptr;
+    void* address = nullptr;
+  };
+  Entry entries_[kMaxStages + 2];
+};
+constexpr int kRoleY = kMaxStages, kRoleDt = kMaxStages + 1;  // the others are the derivatives'
+
 /// A Layout with the memory it points to.
 struct OwnedLayout {
+  mutable AddressCache addresses;
   Layout layout;
   std::vector<int64_t> segments;
   py::object segments_on_device;
@@ -89,16 +119,19 @@ void dispatch(const OwnedLayout& where, OnCpu on_cpu, OnCuda on_cuda) {
       []() -> const char* { return "pyode was built without CUDA"; })
 #endif
 
-/// The terms with a weight other than zero: k and w filled, their number returned.
-int read_terms(const py::tuple& weights, const py::list& ks, const void** k, double* w) {
+/// The terms with a weight other than zero: k and w filled, their number returned. `address_of(j, array)` looks up.
+template <class AddressOf>
+int read_terms(const py::tuple& weights, const py::list& ks, const void** k, double* w, AddressOf address_of) {
   if (weights.size() > ks.size() || weights.size() > kMaxStages)
     throw py::value_error("stage weights: there are more than derivatives");
   int n = 0;
   for (size_t j = 0; j < weights.size(); ++j) {
-    const double weight = PyFloat_AsDouble(weights[j].ptr());
+    const double weight = PyFloat_AsDouble(PyTuple_GET_ITEM(weights.ptr(), j));
     if (weight == 0) continue;
+    const py::handle array = PyList_GET_ITEM(ks.ptr(), j);
+    if (array.is_none()) throw py::value_error("a derivative with a weight is missing");
     w[n] = weight;
-    k[n++] = address(ks[j]);
+    k[n++] = address_of(static_cast<int>(j), array);
   }
   if (PyErr_Occurred()) throw py::error_already_set();
   return n;
@@ -106,10 +139,11 @@ int read_terms(const py::tuple& weights, const py::list& ks, const void** k, dou
 
 void stage_combine(const OwnedLayout& where, const py::tuple& weights, py::handle y, const py::list& ks, py::handle dt,
                    py::handle out) {
+  AddressCache& cache = where.addresses;
   StageCombine op;
-  op.terms = read_terms(weights, ks, op.k, op.w);
-  op.y = address(y);
-  op.dt = address<double>(dt);
+  op.terms = read_terms(weights, ks, op.k, op.w, [&](int j, py::handle k) { return cache.of(j, k); });
+  op.y = cache.of(kRoleY, y);
+  op.dt = static_cast<const double*>(cache.of(kRoleDt, dt));
   op.out = address(out);
   PYODE_DISPATCH(where, stage_combine, op);
 }
@@ -117,7 +151,7 @@ void stage_combine(const OwnedLayout& where, const py::tuple& weights, py::handl
 void stage_vjp(const OwnedLayout& where, const py::tuple& weights, py::handle g, py::handle dt, const py::list& outs) {
   StageVjp op;
   const void* out[kMaxStages];
-  op.terms = read_terms(weights, outs, out, op.w);
+  op.terms = read_terms(weights, outs, out, op.w, [](int, py::handle array) { return address(array); });
   for (int j = 0; j < op.terms; ++j) op.out[j] = const_cast<void*>(out[j]);
   op.g = address(g);
   op.dt = address<double>(dt);
@@ -137,9 +171,10 @@ void read_tolerance(py::handle tolerance, double* value, const double** each) {
 
 void error_norm(const OwnedLayout& where, const py::tuple& weights, py::handle y0, py::handle y1, const py::list& ks,
                 py::handle dt, py::handle rtol, py::handle atol, py::handle means, int64_t parts) {
+  AddressCache& cache = where.addresses;
   ErrorNorm op;
-  op.terms = read_terms(weights, ks, op.k, op.w);
-  op.y0 = address(y0);
+  op.terms = read_terms(weights, ks, op.k, op.w, [&](int j, py::handle k) { return cache.of(j, k); });
+  op.y0 = cache.of(kRoleY, y0);
   op.y1 = address(y1);
   op.dt = address<double>(dt);
   read_tolerance(rtol, &op.rtol, &op.rtol_each);

@@ -81,7 +81,7 @@ struct SelectRows {
 /// What the controller is asked to do. Each of the last three leaves a planned step behind, or an ended solve.
 enum class Phase : int32_t {
   try_first,     // from the norms of y0 (first half of means) and f0 (second half): a trial step for the slope's change
-  choose_first,  // from the norm of that change: the first step
+  choose_first,  // from the norm of that change times the trial step: the first step
   given_first,   // the first step is given; the norms of y0 and f0 only have to be finite
   judge,         // from the norm of the scaled error: accept or reject, and the next step
 };

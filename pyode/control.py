@@ -23,6 +23,8 @@ FIXED_STEP_OPTIONS = frozenset("step_size grid_constructor interp perturb norm s
 
 def check_options(options: dict[str, Any], tableau: Tableau) -> None:
     """Warns of options that the method does not know, as torchdiffeq does."""
+    if not options:
+        return
     known = ADAPTIVE_OPTIONS if tableau.adaptive else FIXED_STEP_OPTIONS
     unknown = {name: value for name, value in options.items() if name not in known}
     if unknown:
@@ -100,8 +102,10 @@ def _number(options: dict[str, Any], name: str, default: float, least: float, mo
     return number
 
 
-def policy_from(options: dict[str, Any], tableau: Tableau, **settings: bool) -> Policy:
+def policy_from(options: dict[str, Any], tableau: Tableau, *, clip: bool = False, resume: bool = False) -> Policy:
     """The step-size policy that the options ask for."""
+    if not options:
+        return Policy(order=float(tableau.order), clip=clip, resume=resume)
     return Policy(
         order=float(tableau.order),
         safety=_number(options, "safety", 0.9, 0),
@@ -110,7 +114,8 @@ def policy_from(options: dict[str, Any], tableau: Tableau, **settings: bool) -> 
         min_step=_number(options, "min_step", 0.0, 0),
         max_step=_number(options, "max_step", math.inf, 0),
         max_num_steps=int(_number(options, "max_num_steps", 2**31 - 1, 0)),
-        **settings,
+        clip=clip,
+        resume=resume,
     )
 
 
@@ -121,21 +126,22 @@ def first_step_from(options: dict[str, Any]) -> float | None:
 
 def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Grid:
     """The output times and the steps and discontinuities that the options prescribe, in time's direction."""
+    values = times.tensor.detach().to(device=device, dtype=torch.float64).contiguous()
+    if options.get("step_t") is None and options.get("jump_t") is None:
+        return Grid(values)
     stops = {name: _stops(options.get(name), name, times) for name in ("step_t", "jump_t")}
     repeated = sorted(set(stops["step_t"]) & set(stops["jump_t"]))
-    for name, values in stops.items():
-        repeated += [a for a, b in zip(values, values[1:]) if a == b]
+    for name, sorted_times in stops.items():
+        repeated += [a for a, b in zip(sorted_times, sorted_times[1:]) if a == b]
         if repeated:
             raise InvalidValue(
                 f"`step_t` and `jump_t` must not have any repeated elements between them; {repeated[0]:g} is (in {name})"
             )
 
-    def tensor(values: list[float]) -> Tensor | None:
-        return torch.tensor(values, dtype=torch.float64, device=device) if values else None
+    def tensor(stops: list[float]) -> Tensor | None:
+        return torch.tensor(stops, dtype=torch.float64, device=device) if stops else None
 
-    return Grid(
-        torch.tensor(times.values, dtype=torch.float64, device=device), tensor(stops["step_t"]), tensor(stops["jump_t"])
-    )
+    return Grid(values, tensor(stops["step_t"]), tensor(stops["jump_t"]))
 
 
 def _stops(value: Any, name: str, times: Times) -> list[float]:

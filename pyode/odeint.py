@@ -147,7 +147,7 @@ def solve(problem: Problem) -> Tensor:
     """The packed states at the output times, [T, *y0.shape], with a graph behind them where gradients are enabled."""
     y0, times, form, options = problem.y0, problem.times, problem.form, problem.options
     if len(times.values) == 1:
-        return y0.unsqueeze(0)
+        return y0.unsqueeze(0).clone()
     with torch.cuda.device(y0.device) if y0.device.type == "cuda" else nullcontext():
         ops = backend_for(y0)
         dynamics = Dynamics(problem.func, form, y0)
@@ -169,7 +169,7 @@ def solve(problem: Problem) -> Tensor:
                 problem.policy,
                 problem.grid,
                 times,
-                (lambda error: norm(form.unpack(error))) if norm and form.is_tuple else norm,
+                None if norm is None else lambda error, _: norm(form.unpack(error)),
             )
         try:
             return loop.solve(y0, problem.first_step)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops.autograd import plain
 from .errors import DynamicsError, InvalidType, InvalidValue
 
 State = Tensor | tuple[Tensor, ...]
@@ -51,7 +52,7 @@ class Form:
         """One contiguous tensor; parts of different dtypes are promoted."""
         if isinstance(state, tuple):
             return torch.cat([part.reshape(-1) for part in state])
-        return state.contiguous()
+        return plain(state)
 
     def unpack(self, y: Tensor, leading: tuple[int, ...] = ()) -> State:
         """The user's state, as views; `leading` dimensions come before those of the state."""
@@ -71,9 +72,9 @@ class Form:
             )
         parts = [torch.as_tensor(part, dtype=torch.float64) for part in tolerance]
         for i, (part, shape) in enumerate(zip(parts, self.shapes)):
-            if part.dim() > 0 and part.shape != shape:
+            if part.numel() != 1 and part.numel() != shape.numel():
                 raise InvalidValue(f"{name}[{i}] has shape {tuple(part.shape)}; y0[{i}] has {tuple(shape)}")
-        return torch.cat([part.expand(shape).reshape(-1) for part, shape in zip(parts, self.shapes)])
+        return torch.cat([part.reshape(-1).expand(size) for part, size in zip(parts, self.sizes)])
 
 
 class Dynamics:
@@ -90,23 +91,41 @@ class Dynamics:
         self.shape, self.dtype, self.device = y0.shape, y0.dtype, y0.device
         self.n_evals = 0
         self._watch = not y0.is_inference() and not torch.is_inference_mode_enabled()
+        self._may_be_lazy = y0.is_complex() or y0.numel() == 1  # a conj() or neg view that is contiguous all the same
+        self._first: Tensor | None = None
+        self._copies = False
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Returns func(t, y), packed."""
-        self.n_evals += 1
+        n = self.n_evals = self.n_evals + 1
         version = y._version if self._watch else 0
-        k = self.func(t, self.form.unpack(y)) if self.form.is_tuple else self.func(t, y)
+        if self.form.is_tuple:
+            k = self._pack(self.func(t, self.form.unpack(y)))
+        else:
+            k = self.func(t, y)
+            if not (
+                type(k) is Tensor
+                and k.dtype is self.dtype
+                and k.shape == self.shape
+                and k.device == self.device
+                and k.is_contiguous()
+            ) or (self._may_be_lazy and (k.is_conj() or k.is_neg())):
+                k = self._pack(k)
         if self._watch and y._version != version:
             raise DynamicsError("func wrote into its input y; it must leave y as it is and return a new tensor")
-        if (
-            type(k) is Tensor
-            and k.dtype is self.dtype
-            and k.shape == self.shape
-            and k.device == self.device
-            and k.is_contiguous()
-        ):
+        return k if n > 2 and not self._copies else self._own(k)
+
+    def _own(self, k: Tensor) -> Tensor:
+        """A copy, if func returns the same memory again and again: the first evaluation's, and then as need be."""
+        if k.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(k):
             return k
-        return self._pack(k)
+        if self.n_evals == 1:
+            self._first = k
+            return k.clone()
+        if self._first is not None:
+            self._copies = k.data_ptr() == self._first.data_ptr()
+            self._first = None
+        return k.clone() if self._copies else k
 
     def _pack(self, k: Any) -> Tensor:
         form = self.form
@@ -116,15 +135,16 @@ class Dynamics:
             raise DynamicsError(f"func must return a tuple of {len(form.shapes)} tensors, as y0 is one, not {_kind(k)}")
         if len(k) != len(form.shapes):
             raise DynamicsError(f"func must return {len(form.shapes)} tensors, one for each of y0's, not {len(k)}")
-        return torch.cat([self._checked(part, s, f"func()[{i}]").reshape(-1) for i, (part, s) in enumerate(zip(k, form.shapes))])
+        parts = enumerate(zip(k, form.shapes))
+        return torch.cat([self._checked(part, shape, f"func()[{i}]").reshape(-1) for i, (part, shape) in parts])
 
     def _checked(self, k: Any, shape: torch.Size, name: str) -> Tensor:
         if not isinstance(k, Tensor):
-            raise DynamicsError(f"{name} must return a tensor, as y0 is one, not {_kind(k)}")
+            raise DynamicsError(f"{name} must be a tensor, as y0's is, not {_kind(k)}")
         if k.shape != shape:
             raise DynamicsError(f"{name} must return the shape of the state, {tuple(shape)}, not {tuple(k.shape)}")
         if k.device != self.device:
             raise DynamicsError(f"{name} must return a tensor on the state's device, {self.device}, not {k.device}")
         if k.is_complex() and not self.dtype.is_complex:
             raise DynamicsError(f"{name} returned {k.dtype} for a state of {self.dtype}; make y0 complex")
-        return k.to(self.dtype).contiguous()
+        return plain(k.to(self.dtype))

@@ -56,7 +56,7 @@ struct Policy {
   int64_t max_num_steps;
   int64_t clip;              // the last step ends at the last output time instead of passing it
   int64_t count_per_output;  // max_num_steps bounds the steps to each output, not all
-  int64_t resume;            // after a step that a prescribed time cut short, go on with at least its whole size
+  int64_t resume;  // behind a discontinuity go on with the size that the step to it was to have
 };
 
 /// The times a solve has to meet, all in the direction of integration.
@@ -152,10 +152,10 @@ PYODE_HD void try_first_step(Sample& s, const Grid& grid, int64_t b, double size
 }
 
 /// The first step from the guess and the change of f over it (steps d to f). `change` is the norm of
-/// f(t0 + h0, y0 + h0 f0) - f0 over the same scale.
+/// h0 (f(t0 + h0, y0 + h0 f0) - f0) over the same scale.
 PYODE_HD void choose_first_step(Sample& s, const Policy& policy, const Grid& grid, int64_t b, double change) {
-  if (!is_finite(change)) return;  // f breaks off nearby: h0 will do
-  const double h0 = fabs(s.dt), curvature = change / h0;
+  if (!is_finite(change) || s.dt == 0) return;  // f breaks off nearby: h0 will do
+  const double h0 = fabs(s.dt), curvature = change / (h0 * h0);
   const double h1 = (s.slope <= 1e-15 && curvature <= 1e-15) ? larger(1e-6, h0 * 1e-3)
                                                              : pow(0.01 / larger(s.slope, curvature), 1 / policy.order);
   s.dt = direction(grid, b) * smaller(100 * h0, h1);
@@ -187,11 +187,11 @@ PYODE_HD void judge_step(Sample& s, const Policy& policy, const Grid& grid, int6
     s.n_rejected += 1;
     return;
   }
-  if (policy.resume) s.dt = sign * larger(fabs(s.dt), fabs(s.dt_whole));
+  if (policy.resume && s.on_jump) s.dt = sign * larger(fabs(s.dt), fabs(s.dt_whole));
   s.n_accepted += 1;
   s.t = s.t1;
   while (s.output_end < grid.n_times && sign * (output_time(grid, s.output_end, b) - s.t) <= 0) s.output_end += 1;
-  if (s.output_end > s.output_begin && policy.count_per_output) s.n_steps = 0;
+  if ((s.output_end > s.output_begin || (s.on_jump && policy.resume)) && policy.count_per_output) s.n_steps = 0;
   if (s.output_end == grid.n_times) s.status = kSuccess;
 }
 

@@ -16,6 +16,11 @@ from . import reference
 from .contract import Layout
 
 
+def plain(x: Tensor) -> Tensor:
+    """The same numbers as they lie in memory: contiguous, without a conjugation or negation still to be done."""
+    return x.contiguous().resolve_conj().resolve_neg()
+
+
 class _StageCombine(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -30,7 +35,7 @@ class _StageCombine(torch.autograd.Function):
         wanted = ctx.needs_input_grad[5:]
         weights = tuple(w if want else 0.0 for w, want in zip(ctx.weights, wanted, strict=True))
         ops = reference if torch.is_grad_enabled() else ctx.ops
-        ks = ops.stage_vjp(ctx.layout, weights, g.contiguous(), ctx.dt)
+        ks = ops.stage_vjp(ctx.layout, weights, plain(g), ctx.dt)
         return (None, None, None, None, g, *ks)
 
 

@@ -25,13 +25,23 @@ _SCALARS = {
 
 
 def supports(y: Tensor) -> bool:
-    """Whether the compiled ops can work on a tensor: a plain one, on a device and of a dtype that they know."""
+    """Whether the compiled ops can work on a tensor: a plain one, on a device and of a dtype that they know.
+
+    Under torch.func's transforms and in forward-mode differentiation any tensor that func uses may be a wrapper, or
+    carry a tangent: there the reference ops do the work.
+    """
     return (
         type(y) in (Tensor, torch.nn.Parameter)
         and (y.device.type == "cpu" or (y.device.type == "cuda" and _C.CUDA is not None))
         and y.dtype in _SCALARS
-        and not torch._C._functorch.is_functorch_wrapped_tensor(y)
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
     )
+
+
+def build_info() -> dict[str, str | None]:
+    """The compiler of the module, the SIMD level it runs at on this machine, the CUDA version it was built with."""
+    return {"compiler": _C.COMPILER, "simd": _C.simd_level(), "cuda": _C.CUDA}
 
 
 class Layout(contract.Layout):
@@ -106,7 +116,6 @@ class Controller:
         base = words.data_ptr()
         self._means = base + 8 * (N_FIELDS * B + 2)
         self.dt = words[B : 2 * B]
-        self._flags = words[N_FIELDS * B : N_FIELDS * B + 2].view(torch.int64)
         self._template = torch.empty(
             (len(abscissae),) if B == 1 else (len(abscissae), B), dtype=state.real_dtype, device=device
         )
@@ -144,7 +153,7 @@ class Controller:
     def put_norm(self, norm: Tensor | float, slot: int = 0) -> None:
         """Notes a norm that someone else has computed."""
         i = N_FIELDS * self.layouts[0].samples + 2 + slot * self._slot // 8
-        self._words[i] = norm**2
+        self._words[i] = norm * norm
 
     def run(self, phase: Phase, first_step: float = 0.0) -> int:
         """Carries out a phase for all samples; returns the flags. On CUDA this waits for the device."""
@@ -155,7 +164,8 @@ class Controller:
         self.stage_times = times
         flags: int = self.handle.run(phase, times, first_step)
         if flags < 0 and phase is not Phase.TRY_FIRST:
-            flags = self._flags.tolist()[self.handle.turn]
+            first = N_FIELDS * self.layouts[0].samples
+            flags = self._words[first : first + 2].view(torch.int64).tolist()[self.handle.turn]
         return flags
 
     def field(self, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .contract import Flag, Grid, Layout, Phase, Policy
+from .contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy
 
 __all__ = ["Controller", "Interpolant", "Layout", "interpolate", "select_rows", "stage_combine", "stage_vjp"]
 
@@ -73,11 +73,28 @@ def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor)
 def scaled_error(
     error: Tensor, y0: Tensor, y1: Tensor, rtol: float | Tensor, atol: float | Tensor
 ) -> Tensor:
-    """error / (atol + rtol max(|y0|, |y1|)), and 0 where there is no error."""
+    """error / (atol + rtol max(|y0|, |y1|)); 0 where there is no error, nan where the state is not finite."""
     if y0.is_complex():  # tolerances are given twice, for both members of a pair
         rtol, atol = (x[..., 0] if isinstance(x, Tensor) else x for x in (rtol, atol))
-    tolerated = atol + rtol * torch.maximum(y0.abs(), y1.abs())
-    return torch.where(error == 0, error, error / tolerated)
+    size = torch.maximum(y0.abs(), y1.abs())
+    tolerated = atol + rtol * size
+    return torch.where(error == 0, error, error / tolerated) + (size - size)
+
+
+def scaled_step_error(
+    layout: Layout,
+    weights: tuple[float, ...],
+    y0: Tensor,
+    y1: Tensor,
+    ks: list[Tensor],
+    dt: Tensor,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+) -> Tensor:
+    """The scaled error of dt sum_j w_j k_j, of the state's shape."""
+    wide = _widened(y0)
+    error = torch.as_tensor(_per_sample(dt, layout, wide) * weighted_sum(weights, ks)).expand(wide.shape)
+    return scaled_error(error, wide, _widened(y1), rtol, atol)
 
 
 @dataclass
@@ -149,28 +166,28 @@ class Controller:
     ) -> None:
         """See native.Controller.error_norm."""
         layout = layout or self.layouts[0]
-        wide = _widened(y0)
-        error = torch.as_tensor(_per_sample(dt, layout, wide) * weighted_sum(weights, ks)).expand(wide.shape)
-        ratio = scaled_error(error, wide, _widened(y1), rtol, atol).detach().abs()
-        flat = ratio.reshape(layout.samples, layout.size)
+        ratio = scaled_step_error(layout, weights, y0, y1, ks, dt, rtol, atol)
+        flat = ratio.detach().abs().reshape(layout.samples, layout.size)
         for i, (begin, end) in enumerate(zip(layout.segments, layout.segments[1:])):
             if end > begin and layout.samples:
                 self._means[slot + i] = flat[:, begin:end].to(_wide_float(flat)).square().mean(1).tolist()
 
     def put_norm(self, norm: Tensor | float, slot: int = 0) -> None:
         """See native.Controller.put_norm."""
-        self._means[slot] = [float(norm) ** 2]
+        self._means[slot] = [float(norm) * float(norm)]
 
     def field(self, name: str) -> Tensor:
         """See native.Controller.field; a copy."""
-        return torch.tensor([getattr(sample, name) for sample in self._samples])
+        dtype = torch.float64 if name in REAL_FIELDS else torch.int64
+        return torch.tensor([getattr(sample, name) for sample in self._samples], dtype=dtype)
 
     def run(self, phase: Phase, first_step: float = 0.0) -> int:
         """See native.Controller.run."""
         flags = Flag(0)
         first = len(self._means) // 2
         if phase in (Phase.TRY_FIRST, Phase.GIVEN_FIRST):
-            self._samples = [Sample(t=times.sign * times.outputs[0]) for times in self._times]
+            starts = [times.sign * times.outputs[0] for times in self._times]
+            self._samples = [Sample(t=t, t1=t, t_prev=t) for t in starts]
         for b, (sample, times) in enumerate(zip(self._samples, self._times)):
             norm, slope = (_root_of_largest(means, b) for means in (self._means[:first], self._means[first:]))
             if phase in (Phase.TRY_FIRST, Phase.GIVEN_FIRST):
@@ -205,9 +222,9 @@ class Controller:
             [[s.t1 if c == 1 else s.t + c * s.dt for s in self._samples] for c in self.abscissae], **kind
         ).reshape(len(self.abscissae), state.samples)
         # The end of the step is seen from before it: there may be a discontinuity.
-        start = torch.tensor([s.t - s.dt for s in self._samples], **kind)
+        before = torch.tensor([s.t1 if s.dt == 0 else -math.copysign(math.inf, s.dt) for s in self._samples], **kind)
         ends = torch.tensor([c == 1 for c in self.abscissae], dtype=torch.bool, device=state.device)
-        rows = torch.where(ends[:, None], torch.nextafter(rows, start.expand_as(rows)), rows)
+        rows = torch.where(ends[:, None], torch.nextafter(rows, before.expand_as(rows)), rows)
         return rows[:, 0] if state.samples == 1 else rows
 
     def _try_first_step(self, s: Sample, times: _Times, size: float, slope: float) -> None:
@@ -219,10 +236,10 @@ class Controller:
 
     def _choose_first_step(self, s: Sample, times: _Times, change: float) -> None:
         """Steps d to f."""
-        if not math.isfinite(change):
-            return
         h0 = abs(s.dt)
-        curvature = change / h0
+        if not (math.isfinite(change) and h0):
+            return
+        curvature = change / (h0 * h0)
         if s.slope <= 1e-15 and curvature <= 1e-15:
             h1 = max(1e-6, h0 * 1e-3)
         else:
@@ -250,12 +267,12 @@ class Controller:
         if not s.accepted:
             s.n_rejected += 1
             return
-        if policy.resume:
+        if policy.resume and s.on_jump:
             s.dt = times.sign * max(abs(s.dt), abs(s.dt_whole))
         s.n_accepted += 1
         s.t = s.t1
         s.output_end = max(s.output_begin, bisect_right(times.outputs, times.sign * s.t))
-        if s.output_end > s.output_begin and policy.count_per_output:
+        if (s.output_end > s.output_begin or (s.on_jump and policy.resume)) and policy.count_per_output:
             s.n_steps = 0
         if s.output_end == len(times.outputs):
             s.status = _SUCCESS
@@ -331,4 +348,4 @@ def interpolate(
             time = times.sign * times.outputs[i]
             weights = interpolant.weights_at(1.0 if time == s.t else (time - s.t_prev) / s.dt_prev)
             step = torch.tensor([s.dt_prev], dtype=torch.float64)
-            out[i][row] = stage_combine(single, weights, y[row], [k[row] for k in ks], step)
+            out[i][row] = stage_combine(single, weights, y[row], [k if k is None else k[row] for k in ks], step)

@@ -22,7 +22,7 @@ from ..solution import Stats
 from ..state import Dynamics
 from .quadrature import Quadrature
 
-Norm = Callable[[Tensor], Any]
+Norm = Callable[[Tensor, list[Tensor]], Any]
 
 _RUNNING, _ACCEPTED, _STAYED = int(Flag.RUNNING), int(Flag.ACCEPTED), int(Flag.STAYED)
 _OUTPUT, _JUMP, _FAILED = int(Flag.OUTPUT), int(Flag.JUMP), int(Flag.FAILED)
@@ -38,7 +38,7 @@ class AdaptiveLoop:
         rtol, atol: numbers, or tensors with one for each number of the state.
         policy, grid: of the step-size controller.
         times: the output times; grid.times holds their values on the device.
-        norm: the user's norm of the scaled error, instead of the largest RMS over the layout's segments.
+        norm: of the scaled error of the state and those of the integrals, instead of the largest RMS over the segments.
         quadrature: integrals that are carried along and have a share in the norm.
         at_jump: called at each discontinuity with its time and the state; returns the state behind it.
     """
@@ -74,25 +74,29 @@ class AdaptiveLoop:
         controller, dynamics, quadrature = self.controller, self.dynamics, self.quadrature
         layout, rows = self.layout, self.tableau.rows
         recording = torch.is_grad_enabled()
+        shifting = recording and self.times.tensor.requires_grad
         stage_combine = partial(autograd.stage_combine, self.ops) if recording else self.ops.stage_combine
         output = RecordedOutput(self) if recording else Output(self, y0)
 
+        if quadrature is not None:
+            quadrature.start()
         # The derivatives of the step under way. An old one is let go only when its successor is there: freeing all of
         # them at once would make malloc return the memory to the system, and the next step fetch it page by page.
         ks = [dynamics(self._at_start(y0), y0)] * (len(rows) + 1)
         y = y0
-        if quadrature is not None:
-            quadrature.start()
         flags = self._first_step(y, ks[0], first_step)
         while flags & _RUNNING:
             dt = controller.dt.clone() if recording else controller.dt  # the backward pass needs this step's
-            for j, t in enumerate(self._shifted(controller.stage_times).unbind()):
+            times = self._shifted(controller.stage_times) if shifting else controller.stage_times
+            for j, t in enumerate(times.unbind()):
                 y1 = stage_combine(layout, rows[j], y, ks, dt)
                 ks[j + 1] = dynamics(t, y1)
             self._measure(y, y1, ks)
             flags = controller.run(Phase.JUDGE)
             if flags & _OUTPUT:
                 output.add(y, ks, dt)
+                if quadrature is not None:
+                    quadrature.add_output(controller, self.interpolant)
             if not flags & _ACCEPTED:
                 if quadrature is not None:
                     quadrature.reject()
@@ -108,13 +112,15 @@ class AdaptiveLoop:
             if flags & _JUMP and flags & _RUNNING:
                 y, ks[0] = self._behind_jump(y)
         if flags & _FAILED:
-            raise self._error()
+            raise self._error(y, ks[0])
+        if quadrature is not None:
+            quadrature.finish()
         return output.collect(y0)
 
-    def add_to(self, stats: Stats | None) -> None:
+    def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
         """Adds the solve's counts."""
         if stats is not None:
-            stats.n_f_evals += self.dynamics.n_evals
+            stats.n_f_evals += self.dynamics.n_evals - evals_before
             stats.n_accepted += int(self.controller.field("n_accepted").sum())
             stats.n_rejected += int(self.controller.field("n_rejected").sum())
 
@@ -131,28 +137,31 @@ class AdaptiveLoop:
     def _first_step(self, y: Tensor, k: Tensor, first_step: float | None) -> int:
         """Plans the first step; returns the flags (Hairer, Norsett, Wanner I, II.4)."""
         controller, ops, layout = self.controller, self.ops, self.layout
-        ones = torch.ones(layout.samples, dtype=torch.float64, device=y.device)
-        y, k = y.detach(), k.detach()
+        dt = controller.dt.fill_(1.0)
+        if torch.is_grad_enabled():
+            y, k = y.detach(), k.detach()
         n = sum(part.n_segments for part in controller.layouts)
-        self._note_norm((1.0,), y, y, [y], ones, 0)
-        self._note_norm((1.0,), y, y, [k], ones, n)
-        if self.quadrature is not None:
-            self.quadrature.measure_slope(controller, ones, n)
-        if first_step is not None:
+        if first_step is not None:  # the state and slope have to be finite, no more
+            controller.error_norm((1.0,), y, y, [y], dt, 0.0, 1.0, 0)
+            controller.error_norm((1.0,), y, y, [k], dt, 0.0, 1.0, n)
             return int(controller.run(Phase.GIVEN_FIRST, first_step))
+        self._note_norm((1.0,), y, y, [y], dt, 0)
+        self._note_norm((1.0,), y, y, [k], dt, n)
+        if self.quadrature is not None:
+            self.quadrature.measure_slope(controller, dt, n)
         controller.run(Phase.TRY_FIRST)
         with torch.no_grad():
             trial = ops.stage_combine(layout, (1.0,), y, [k], controller.dt)
             change = [self.dynamics(controller.stage_times, trial), k]
-        self._note_norm((1.0, -1.0), y, y, change, ones, 0)
+        self._note_norm((1.0, -1.0), y, y, change, controller.dt, 0)
         if self.quadrature is not None:
-            self.quadrature.measure_change(controller, ones)
+            self.quadrature.measure_change(controller)
         return int(controller.run(Phase.CHOOSE_FIRST))
 
     def _measure(self, y: Tensor, y1: Tensor, ks: list[Tensor]) -> None:
-        self._note_norm(self.tableau.error_weights, y, y1, ks, self.controller.dt, 0)
         if self.quadrature is not None:
             self.quadrature.finish_step(self.controller)
+        self._note_norm(self.tableau.error_weights, y, y1, ks, self.controller.dt, 0)
 
     def _note_norm(
         self, weights: tuple[float, ...], y: Tensor, y1: Tensor, ks: list[Tensor], dt: Tensor, slot: int
@@ -161,8 +170,9 @@ class AdaptiveLoop:
             self.controller.error_norm(weights, y, y1, ks, dt, self.rtol, self.atol, slot)
             return
         with torch.no_grad():
-            error = reference.stage_combine(self.layout, weights, torch.zeros_like(y), ks, dt)
-            self.controller.put_norm(self.norm(reference.scaled_error(error, y, y1, self.rtol, self.atol)), slot)
+            error = reference.scaled_step_error(self.layout, weights, y, y1, ks, dt, self.rtol, self.atol)
+            errors = [] if self.quadrature is None else self.quadrature.scaled_errors(weights, y1 is y, dt)
+            self.controller.put_norm(self.norm(error, errors), slot)
 
     def _behind_jump(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """The state and its derivative just behind the discontinuity at which the solve has arrived."""
@@ -175,13 +185,16 @@ class AdaptiveLoop:
             self.quadrature.restart()
         return y, self.dynamics(t[0] if self.layout.samples == 1 else t, y)
 
-    def _error(self) -> SolveError:
-        status = self.controller.field("status")
-        b = int((status > int(Status.RUNNING)).nonzero()[0])
-        field = {name: self.controller.field(name)[b].item() for name in ("t", "dt_prev", "n_accepted", "n_rejected")}
-        return SolveError(
-            Status(int(status[b])), float(field["t"]), float(field["dt_prev"]), int(field["n_accepted"] + field["n_rejected"])
+    def _error(self, y: Tensor, k: Tensor) -> SolveError:
+        statuses = self.controller.field("status")
+        b = int((statuses > int(Status.RUNNING)).nonzero()[0])
+        status = Status(int(statuses[b]))
+        t, dt, accepted, rejected = (
+            self.controller.field(name)[b].item() for name in ("t", "dt_prev", "n_accepted", "n_rejected")
         )
+        if status is Status.NON_FINITE and accepted + rejected == 0 and (y.isfinite() & k.isfinite()).all():
+            status = Status.STEP_TOO_SMALL  # all is finite, but a tolerance is 0 where y0 is 0
+        return SolveError(status, float(t), float(dt), int(accepted + rejected))
 
 
 class Output:

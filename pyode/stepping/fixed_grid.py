@@ -116,10 +116,10 @@ class FixedGridLoop:
             return partial(autograd.stage_combine, self.ops, self.layout)
         return partial(self.ops.stage_combine, self.layout)
 
-    def add_to(self, stats: Stats | None) -> None:
+    def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
         """Adds the solve's counts."""
         if stats is not None:
-            stats.n_f_evals += self.dynamics.n_evals
+            stats.n_f_evals += self.dynamics.n_evals - evals_before
             stats.n_accepted += self.n_steps
 
     def _schedule(self, y0: Tensor, moving: bool) -> tuple[list[float], Sequence[Tensor], Tensor]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .._ops import reference
 from .._ops.contract import Layout
 from ..methods import Tableau
 
@@ -33,7 +35,9 @@ class Quadrature:
         self.rtol, self.atol, self.in_norm = rtol, atol, in_norm
         self._all_layouts = [ops.Layout(1, v.numel(), (0, v.numel()), v.dtype, v.device) for v in values]
         self._ends: list[Tensor] = []
+        self._outputs: list[Tensor] = []
         self._evaluations: list[list[Tensor] | None] = []
+        self._trying = True  # a first step: every evaluation counts
         columns = zip(tableau.interpolant, (*tableau.error_weights, *[0.0] * 99))
         self._needed = [bool(any(row) or e) for row, e in columns]
 
@@ -46,33 +50,35 @@ class Quadrature:
     def wanted(self) -> bool:
         """Whether the next evaluation's integrands will be used."""
         i = len(self._evaluations)
-        return i >= len(self._needed) or self._needed[i]
+        return self._trying or i >= len(self._needed) or self._needed[i]
 
     def note(self, integrands: list[Tensor] | None) -> None:
         """Adds the integrands of an evaluation of the step under way; None if they are not wanted."""
         self._evaluations.append(integrands)
 
     def restart(self) -> None:
-        """Forgets the integrands: the next evaluation is a step's first."""
+        """Forgets the integrands: the next evaluation is the first after a jump."""
         self._evaluations.clear()
 
     def start(self) -> None:
-        """Marks the evaluation noted last as the first of a step."""
-        del self._evaluations[:-1]
+        """Forgets the integrands: the next evaluation is the first of a solve, and a trial may come behind it."""
+        self._evaluations.clear()
+        self._trying = True
 
     def _columns(self) -> list[list[Any]]:
         """For each integral its integrands, by evaluation."""
         return [[e and e[i] for e in self._evaluations] for i in range(len(self.values))]
 
-    def measure_slope(self, controller: Any, ones: Tensor, half: int) -> None:
+    def measure_slope(self, controller: Any, dt: Tensor, half: int) -> None:
         """Their share of the norms of a first step's state and slope."""
-        self._measure(controller, (1.0,), self.values, [[v] for v in self.values], ones, 1)
-        self._measure(controller, (1.0,), self.values, [c[:1] for c in self._columns()], ones, 1 + half)
+        self._measure(controller, (1.0,), self.values, [[v] for v in self.values], dt, 1)
+        self._measure(controller, (1.0,), self.values, [c[:1] for c in self._columns()], dt, 1 + half)
 
-    def measure_change(self, controller: Any, ones: Tensor) -> None:
+    def measure_change(self, controller: Any) -> None:
         """Their share of the norm of the slope's change over the trial step, whose evaluation is dropped."""
-        self._measure(controller, (-1.0, 1.0), self.values, self._columns(), ones, 1)
+        self._measure(controller, (-1.0, 1.0), self.values, self._columns(), controller.dt, 1)
         del self._evaluations[1:]
+        self._trying = False
 
     def finish_step(self, controller: Any) -> None:
         """Their values at the step's end, and their share of its error norm."""
@@ -106,6 +112,25 @@ class Quadrature:
             if counts:
                 controller.error_norm(weights, value, end, gs, dt, self.rtol, self.atol, slot, layout)
                 slot += 1
+
+    def scaled_errors(self, weights: tuple[float, ...], at_start: bool, dt: Tensor) -> list[Tensor]:
+        """Their errors over the step's weights, scaled, for a norm of the user's."""
+        ends = self.values if at_start else self._ends
+        columns = [[v] for v in self.values] if at_start and len(weights) == 1 else self._columns()
+        return [
+            reference.scaled_step_error(layout, weights, value, end, gs, dt, self.rtol, self.atol)
+            for layout, value, end, gs in zip(self._all_layouts, self.values, ends, columns)
+        ]
+
+    def add_output(self, controller: Any, interpolant: Any) -> None:
+        """Notes their values at the output time that the step has passed: there is one, the last."""
+        self._outputs = [torch.empty((2, *value.shape), dtype=value.dtype, device=value.device) for value in self.values]
+        for layout, value, gs, out in zip(self._all_layouts, self.values, self._columns(), self._outputs):
+            self.ops.interpolate(layout, interpolant, controller, value, gs, out)
+
+    def finish(self) -> None:
+        """Moves to the last output time."""
+        self.values = [out[1] for out in self._outputs]
 
     def accept(self) -> None:
         """Moves to the step's end; the last evaluation is the next step's first."""

@@ -1,0 +1,1 @@
+"""What `python -m pyode` can do, a module for each command."""

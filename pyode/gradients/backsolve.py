@@ -1,0 +1,248 @@
+"""The continuous adjoint: gradients from a second solve, backwards in time, in memory that does not grow with steps.
+
+With a(t) = dL/dy(t), the solve carries y, a, and integrals of a' df/dp for each parameter p and for time::
+
+    a' = -a df/dy,    dL/dp = int a df/dp dt        (Chen, Rubanova, Bettencourt, Duvenaud 2018)
+
+At each output time a jumps by the gradient that arrives there, and y is set to the forward solve's value. The solve
+runs through all of them: they are its discontinuities, and the step size is carried on. The integrals are read by
+nothing but their own share of the error norm, so they need no stage sums (stepping/quadrature.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._ops import backend_for
+from .._ops.autograd import plain
+from .._ops.contract import Grid, Policy
+from ..control import Times, grid_from
+from ..methods import Tableau
+from ..solution import Stats
+from ..state import Dynamics, Form, Func
+from ..stepping.adaptive import AdaptiveLoop
+from ..stepping.fixed_grid import FixedGridLoop, grid_of
+from ..stepping.quadrature import Quadrature
+
+AdjointNorm = Callable[[tuple[Tensor, ...]], Any]
+
+
+@dataclass
+class BacksolveConfig:
+    """How the backward solve is done, all checked.
+
+    Attributes:
+        restart: whether every output interval is a solve of its own, with its own first step, as in torchdiffeq.
+        norm: of (t, y, adj_y, *params), or for a tuple state (t, *y, *adj_y, *params); None for the largest RMS.
+        seminorm: whether the parameters have no share in the norm.
+    """
+
+    tableau: Tableau
+    rtol: float | Tensor
+    atol: float | Tensor
+    options: dict[str, Any]
+    policy: Policy
+    first_step: float | None
+    restart: bool
+    norm: AdjointNorm | None
+    seminorm: bool
+
+
+class _AdjointDynamics:
+    """d/dt of (y, a), stacked; notes the integrands of time and the parameters."""
+
+    def __init__(self, forward: Dynamics, params: tuple[Tensor, ...], time: bool) -> None:
+        self.forward, self.params, self.time = forward, params, time
+        self.quadrature: Quadrature | None = None
+        self.zeros = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
+
+    @property
+    def n_evals(self) -> int:
+        return self.forward.n_evals
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        y, a = z.unbind()
+        quadrature = self.quadrature
+        wanted = quadrature is not None and quadrature.wanted
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            inputs = [y]
+            if wanted and self.time:
+                t = t.detach().requires_grad_()
+                inputs.append(t)
+            if wanted:
+                inputs += self.params
+            f = self.forward(t, y)
+            gradients: tuple[Tensor | None, ...] = (None,) * len(inputs)
+            if f.requires_grad:
+                gradients = torch.autograd.grad(f, inputs, a.neg(), allow_unused=True)
+        if quadrature is not None:
+            quadrature.note(self._integrands(t, gradients[1:]) if wanted else None)
+        slope = gradients[0]
+        return torch.stack([f.detach(), torch.zeros_like(y) if slope is None else slope])
+
+    def _integrands(self, t: Tensor, gradients: tuple[Tensor | None, ...]) -> list[Tensor]:
+        zeros = [torch.zeros_like(t), *self.zeros] if self.time else self.zeros
+        return [zero if g is None else plain(g) for g, zero in zip(gradients, zeros)]
+
+
+class Backsolve:
+    """The backward solve for one forward solve.
+
+    Args:
+        func, form: the user's func, and the form of the user's state.
+        times: of the forward solve's outputs.
+        config: see there.
+        ys: [T, ...] the forward solve's outputs, packed.
+        gradients: [T, ...] the gradients that arrive at them.
+        params: the tensors whose gradients are wanted, beside y0's.
+    """
+
+    def __init__(
+        self,
+        func: Func,
+        form: Form,
+        times: Times,
+        config: BacksolveConfig,
+        ys: Tensor,
+        gradients: Tensor,
+        params: tuple[Tensor, ...],
+    ) -> None:
+        self.form, self.times, self.config = form, times, config
+        self.ys, self.gradients, self.params = ys, plain(gradients), params
+        self.time = times.tensor.requires_grad
+        self.func = func
+        self.forward = Dynamics(func, form, ys[0])
+        self.dynamics = _AdjointDynamics(self.forward, params, self.time)
+        self.time_gradients = [torch.zeros((), dtype=times.tensor.dtype, device=ys.device) for _ in times.values]
+        n, segments = ys[0].numel(), form.segments
+        self.ops = backend_for(ys)
+        self.layout = self.ops.Layout(1, 2 * n, (*segments, *(n + s for s in segments[1:])), ys.dtype, ys.device)
+        self.rtol, self.atol = (
+            x if isinstance(x, float) else torch.stack([x, x]) for x in (config.rtol, config.atol)
+        )
+
+    def solve(self) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Returns the gradients with respect to y0 (packed), t (None if not wanted) and the parameters."""
+        last = len(self.times.values) - 1
+        if last == 0:
+            t = torch.zeros_like(self.times.tensor) if self.time else None
+            return self.gradients[0], t, list(self.dynamics.zeros)
+        z = self._arrive(last, torch.zeros_like(self.ys[:1]).expand(2, *self.ys.shape[1:]), None)
+        quadrature = self._quadrature()
+        if self.time:
+            quadrature.values[0] = quadrature.values[0] - self.time_gradients[last].to(quadrature.values[0])
+        self.dynamics.quadrature = quadrature if quadrature.values else None
+        with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
+            stepwise = self.config.restart or not self.config.tableau.adaptive
+            z = self._interval_by_interval(z, quadrature) if stepwise else self._through(z, quadrature)
+        results = list(quadrature.values)
+        if self.time:
+            self.time_gradients[0] = results.pop(0).to(self.time_gradients[0])
+        return z[1] + self.gradients[0], torch.stack(self.time_gradients) if self.time else None, results
+
+    def _quadrature(self) -> Quadrature:
+        config, like = self.config, self.ys
+        values = [zero.clone() for zero in self.dynamics.zeros]
+        shares = [not config.seminorm and config.norm is None] * len(values)
+        if self.time:
+            real = like.real.dtype if like.is_complex() else like.dtype
+            values.insert(0, torch.zeros((), dtype=real, device=like.device))
+            shares.insert(0, config.norm is None)
+        rtol, atol = (x if isinstance(x, float) else float(x.min()) for x in (config.rtol, config.atol))
+        return Quadrature(values, config.tableau, self.ops, rtol, atol, shares)
+
+    def _arrive(self, i: int, z: Tensor, quadrature: Quadrature | None) -> Tensor:
+        """The state behind output i: y from the forward solve, a with the gradient that arrives there."""
+        gradient = self.gradients[i]
+        if self.time and i > 0:
+            # Moving the output time moves the output along f.
+            t = self.times.tensor[i].detach().to(device=z.device, dtype=self.layout.real_dtype)
+            f = self.forward(t, self.ys[i])
+            effect = torch.sum((f.conj() * gradient).real if f.is_complex() else f * gradient)
+            self.time_gradients[i] = effect.to(self.time_gradients[i])
+            if quadrature is not None:
+                quadrature.values[0] = quadrature.values[0] - effect
+        return torch.stack([self.ys[i], z[1] + gradient])
+
+    def _through(self, z: Tensor, quadrature: Quadrature) -> Tensor:
+        """One solve from the last output time to the first, with a jump at each between."""
+        values = self.times.values
+        pending = list(range(1, len(values) - 1))
+
+        def at_jump(t: float, z: Tensor) -> Tensor:
+            if not pending or t != values[pending[-1]]:
+                return z  # a discontinuity of the user's
+            return self._arrive(pending.pop(), z, quadrature)
+
+        times = Times(self.times.tensor.detach()[[-1, 0]], [values[-1], values[0]])
+        options = dict(self.config.options)
+        jumps = options.get("jump_t")
+        jumps = [] if jumps is None else torch.as_tensor(jumps, dtype=torch.float64).reshape(-1).tolist()
+        options["jump_t"] = [*jumps, *(v for v in values[1:-1] if v not in jumps)]
+        stops = options.get("step_t")
+        if stops is not None:
+            stops = torch.as_tensor(stops, dtype=torch.float64).reshape(-1).tolist()
+            options["step_t"] = [v for v in stops if v not in values]
+        loop = self._loop(times, grid_from(options, times, z.device), quadrature)
+        loop.at_jump = at_jump
+        return self._run(loop, z, quadrature)
+
+    def _interval_by_interval(self, z: Tensor, quadrature: Quadrature) -> Tensor:
+        """A solve for every output interval, from the last to the first."""
+        values = self.times.values
+        for i in range(len(values) - 1, 0, -1):
+            times = Times(self.times.tensor.detach()[[i, i - 1]], [values[i], values[i - 1]])
+            loop: AdaptiveLoop | FixedGridLoop
+            if self.config.tableau.adaptive:
+                loop = self._loop(times, grid_from(self.config.options, times, z.device), quadrature)
+            else:
+                options = self.config.options
+                grid = grid_of(options, times, self.func, self.form.unpack(z[0]))
+                interp, perturb = options.get("interp", "linear"), bool(options.get("perturb", False))
+                loop = FixedGridLoop(
+                    self.dynamics, self.config.tableau, self.layout, times, grid, interp, perturb, quadrature
+                )
+            z = self._run(loop, z, quadrature)
+            if i > 1:
+                z = self._arrive(i - 1, z, quadrature)
+        return z
+
+    def _loop(self, times: Times, grid: Grid, quadrature: Quadrature) -> AdaptiveLoop:
+        config = self.config
+        return AdaptiveLoop(
+            self.dynamics,
+            config.tableau,
+            self.layout,
+            self.rtol,
+            self.atol,
+            config.policy,
+            grid,
+            times,
+            None if config.norm is None else self._user_norm,
+            quadrature if quadrature.values else None,
+        )
+
+    def _user_norm(self, error: Tensor, integral_errors: list[Tensor]) -> Any:
+        assert self.config.norm is not None
+        t = [] if self.time else [torch.zeros((), dtype=self.layout.real_dtype, device=error.device)]
+        y, a = (self.form.unpack(part) for part in error.unbind())
+        states = (*y, *a) if self.form.is_tuple else (y, a)
+        if not self.time:
+            return self.config.norm((*t, *states, *integral_errors))
+        return self.config.norm((integral_errors[0], *states, *integral_errors[1:]))
+
+    def _run(self, loop: AdaptiveLoop | FixedGridLoop, z: Tensor, quadrature: Quadrature) -> Tensor:
+        stats: Stats | None = self.config.options.get("stats")
+        before = self.dynamics.n_evals
+        try:
+            out = loop.solve(z, self.config.first_step)
+        finally:
+            loop.add_to(stats, before)
+        return out[-1]

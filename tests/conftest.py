@@ -1,0 +1,35 @@
+"""The devices and dtypes that tests run on, and a clean state around each of them."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("pyode", deadline=None, max_examples=25, derandomize=True, database=None)
+hypothesis.settings.load_profile("pyode")
+
+ON_CPU = pytest.param("cpu", marks=pytest.mark.device)
+ON_CUDA = pytest.param("cuda", marks=[pytest.mark.device, pytest.mark.cuda])
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=[ON_CPU, ON_CUDA] if torch.cuda.is_available() else [ON_CPU])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device of this machine."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Each dtype that a state may have."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _clean_state():
+    """The same random numbers in every test, and the number of threads as it was."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,214 @@
+"""What one step may cost: calls into native code, allocations, launches; and what a solve may keep in memory."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyode
+from pyode._ops import native
+from pyode.methods import TABLEAUS
+
+ADAPTIVE = pytest.mark.parametrize("method", [name for name, tableau in TABLEAUS.items() if tableau.adaptive])
+BIG = 5000  # numbers in a state whose memory is counted; nothing else is as big
+
+
+def forced(n: int) -> dict[str, float]:
+    """Options for exactly n steps to t = 1, all accepted."""
+    return {"first_step": 1 / n, "min_step": 1 / n, "max_step": 1 / n}
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Counter:
+    """How often each compiled function is called, and each phase of the controller."""
+    counter: Counter = Counter()
+    compiled = native._C
+
+    class Controller(compiled.Controller):
+        def run(self, *args):
+            counter["control"] += 1
+            return super().run(*args)
+
+    class Counting:
+        def __getattr__(self, name):
+            found = Controller if name == "Controller" else getattr(compiled, name)
+            if not name.islower() or not callable(found):
+                return found
+
+            def counted(*args):
+                counter[name] += 1
+                return found(*args)
+
+            return counted
+
+    monkeypatch.setattr(native, "_C", Counting())
+    return counter
+
+
+def solve(n: int, method: str = "dopri5", f=lambda t, y: -y, t: Tensor | None = None, size: int = 5, device="cpu"):
+    y0 = torch.ones(size, device=device)
+    t = torch.tensor([0.0, 1.0], device=device) if t is None else t
+    return pyode.odeint(f, y0, t, 1e-3, 1e-3, method, forced(n) if TABLEAUS[method].adaptive else {"step_size": 1 / n})
+
+
+def of_one_step(counter: Counter, method: str, **kwargs) -> dict[str, int]:
+    """Counts of a solve of 13 steps minus those of one of 3, by step."""
+    counts = []
+    for n in (3, 13):
+        counter.clear()
+        with torch.no_grad():
+            solve(n, method, **kwargs)
+        counts.append(dict(counter))
+    few, many = counts
+    extra = {name: many.get(name, 0) - few.get(name, 0) for name in many}
+    assert all(count % 10 == 0 for count in extra.values()), extra
+    return {name: count // 10 for name, count in extra.items() if count}
+
+
+@ADAPTIVE
+def test_a_step_calls_native_code_once_a_stage_and_twice_more(method, calls, device):
+    stages = len(TABLEAUS[method].rows)
+    assert of_one_step(calls, method, device=device) == {"stage_combine": stages, "error_norm": 1, "control": 1}
+
+
+def test_a_dopri5_step_is_eight_native_calls(calls):
+    assert of_one_step(calls, "dopri5") == {"stage_combine": 6, "error_norm": 1, "control": 1}
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun2", "heun3", "rk4"])
+def test_a_step_of_fixed_size_calls_native_code_once_a_stage(method, calls):
+    assert of_one_step(calls, method) == {"stage_combine": len(TABLEAUS[method].b)}
+
+
+def test_all_outputs_of_a_step_are_one_native_call(calls):
+    t = torch.linspace(0, 1, 100)
+    with torch.no_grad():
+        solve(4, t=t)
+    assert calls["interpolate"] == 4
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the operations that make a tensor, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter: Counter = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counter[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@ADAPTIVE
+def test_a_step_allocates_a_tensor_a_stage_and_one_for_the_times(method, device):
+    stages = len(TABLEAUS[method].rows)
+    with Allocations() as mode:
+        made = of_one_step(mode.counter, method, f=lambda t, y: y, device=device)
+    # The rest are views. func's own operations: none.
+    new = {name: n for name, n in made.items() if name not in ("unbind", "slice", "select", "alias", "view", "detach")}
+    assert sum(new.values()) <= stages + 1, made
+    assert set(new) <= {"empty_like", "empty", "new_empty"}
+
+
+class Live(TorchDispatchMode):
+    """The largest number of states' memories that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: weakref.WeakSet = weakref.WeakSet()
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and x.untyped_storage().nbytes() >= 4 * BIG:
+                self.tensors.add(x)
+        self.count()
+        return out
+
+    def count(self) -> None:
+        """Bytes of the distinct memories, in states."""
+        memories = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors}
+        self.most = max(self.most, sum(memories.values()) // (4 * BIG))
+
+
+def most_states_alive(n: int, method: str, T: int, device) -> int:
+    """During a solve of n steps with T outputs, beyond the output itself and y0."""
+    gc.collect()
+    t = torch.linspace(0, 1, T, device=device)
+    options = forced(n) if TABLEAUS[method].adaptive else {"step_size": 1 / n}
+    y0 = torch.ones(BIG, device=device)
+    with torch.no_grad(), Live() as live:
+        pyode.odeint(lambda t, y: -y, y0, t, 1e-3, 1e-3, method, options)
+    return live.most - T
+
+
+@pytest.mark.parametrize("method", list(TABLEAUS))
+def test_a_solve_without_gradients_keeps_some_states_whatever_its_number_of_steps(method, device):
+    evaluations = max(len(TABLEAUS[method].rows), len(TABLEAUS[method].b))
+    few, many = (most_states_alive(n, method, 3, device) for n in (4, 64))
+    assert few == many <= evaluations + 4
+    assert most_states_alive(16, method, 30, device) == few
+
+
+class Decay(nn.Module):
+    def __init__(self, device) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.full((BIG,), -1.0, device=device))
+
+    def forward(self, t, y):
+        return self.rate * y
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_the_adjoints_memory_does_not_grow_with_the_number_of_steps(method, device):
+    most = []
+    for n in (4, 32):
+        func = Decay(device)
+        y0 = torch.ones(BIG, device=device, requires_grad=True)
+        t = torch.tensor([0.0, 0.5, 1.0], device=device)
+        options = forced(n) if method == "dopri5" else {"step_size": 1 / n}
+        gc.collect()
+        with Live() as live:
+            y = pyode.odeint_adjoint(func, y0, t, rtol=1e-3, atol=1e-3, method=method, options=options)
+            y[1:].square().sum().backward()
+        assert y0.grad is not None and func.rate.grad is not None
+        most.append(live.most)
+        del func, y0, y
+    assert most[0] == most[1]
+
+
+def test_a_failed_solve_leaves_nothing_behind(device):
+    def f(t, y):
+        if float(t) > 0.5:
+            raise KeyError("mine")
+        return -y
+
+    y0 = torch.ones(BIG, device=device)
+    with torch.no_grad(), Live() as live:
+        with pytest.raises(KeyError):
+            pyode.odeint(f, y0, torch.tensor([0.0, 1.0], device=device), 1e-3, 1e-3)
+        gc.collect()
+        left = {x.untyped_storage().data_ptr() for x in live.tensors} - {y0.untyped_storage().data_ptr()}
+    assert not left
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_step_launches_no_more_than_its_stages_and_two_kernels():
+    from torch.profiler import ProfilerActivity, profile
+
+    def kernels(n: int) -> int:
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CUDA]) as trace:
+            solve(n, f=lambda t, y: y, size=1000, device="cuda")
+            torch.cuda.synchronize()
+        return sum(event.count for event in trace.key_averages() if "pyode" in event.key)
+
+    solve(3, device="cuda")
+    assert kernels(23) - kernels(3) <= 20 * (6 + 2)
