@@ -44,7 +44,7 @@ class CMakeBuild(build_ext):
         # environment that pip has thrown away since.
         with nullcontext(source / "build" / "inplace") if self.inplace else TemporaryDirectory() as build:
             self.run_cmake(source, Path(build), target.parent)
-        # `python -m pyode` and pytest in a clone import the clone's folder, not what pip installed: it gets the module too.
+        # In a clone, `python -m pyode` and pytest import the clone's folder, not what pip installed: it gets one too.
         if not self.inplace:
             shutil.copy2(target, source / "pyode")
 

@@ -27,7 +27,7 @@ struct StageCombine {
   const void* k[kMaxStages];
   double w[kMaxStages];
   int terms;         // those with a weight other than zero; may be none
-  const double* dt;  // [B]
+  const double* dt;  // [B]; not read if there are no terms
   void* out;
 };
 

@@ -135,16 +135,14 @@ def _configure(
 
 class _OdeintAdjoint(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, problem: Problem, config: BacksolveConfig, t: Tensor, y0: Tensor, *params: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, problem: Problem, config: BacksolveConfig, t: Tensor, y0: Tensor, *params: Tensor) -> Tensor:
         ctx.problem, ctx.config = problem, config
         ys = solve(problem)
         ctx.save_for_backward(t, ys, *params)
         return ys
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         t, ys, *params = ctx.saved_tensors
         times = Times(t if ctx.needs_input_grad[2] else t.detach(), ctx.problem.times.values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,9 +17,22 @@ from .methods import Tableau
 from .state import Form
 
 ADAPTIVE_OPTIONS = frozenset(
-    "first_step min_step max_step safety ifactor dfactor max_num_steps dtype norm step_t jump_t stats".split()
+    [
+        "first_step",
+        "min_step",
+        "max_step",
+        "safety",
+        "ifactor",
+        "dfactor",
+        "max_num_steps",
+        "dtype",
+        "norm",
+        "step_t",
+        "jump_t",
+        "stats",
+    ]
 )
-FIXED_STEP_OPTIONS = frozenset("step_size grid_constructor interp perturb norm stats".split())
+FIXED_STEP_OPTIONS = frozenset(["step_size", "grid_constructor", "interp", "perturb", "norm", "stats"])
 
 
 def check_options(options: dict[str, Any], tableau: Tableau) -> None:
@@ -28,7 +42,9 @@ def check_options(options: dict[str, Any], tableau: Tableau) -> None:
     known = ADAPTIVE_OPTIONS if tableau.adaptive else FIXED_STEP_OPTIONS
     unknown = {name: value for name, value in options.items() if name not in known}
     if unknown:
-        warnings.warn(f"{tableau.name}: Unexpected arguments {unknown}; it knows {', '.join(sorted(known))}", stacklevel=4)
+        warnings.warn(
+            f"{tableau.name}: Unexpected arguments {unknown}; it knows {', '.join(sorted(known))}", stacklevel=4
+        )
 
 
 @dataclass
@@ -56,7 +72,7 @@ def check_times(t: Any) -> Times:
         raise InvalidValue("t must not be empty; its first entry is where the solve starts")
     values = t.detach().double().tolist() if t.device.type != "mps" else t.detach().cpu().double().tolist()
     times = Times(t, values)
-    for i, (a, b) in enumerate(zip(values, values[1:])):
+    for i, (a, b) in enumerate(pairwise(values)):
         if not times.sign * (b - a) > 0:
             raise InvalidValue(f"t must be strictly monotonic; t[{i}] = {a:g} is followed by t[{i + 1}] = {b:g}")
     if not all(map(math.isfinite, values)):
@@ -131,11 +147,11 @@ def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Gr
         return Grid(values)
     stops = {name: _stops(options.get(name), name, times) for name in ("step_t", "jump_t")}
     repeated = sorted(set(stops["step_t"]) & set(stops["jump_t"]))
-    for name, sorted_times in stops.items():
-        repeated += [a for a, b in zip(sorted_times, sorted_times[1:]) if a == b]
+    for sorted_times in stops.values():
+        repeated += [a for a, b in pairwise(sorted_times) if a == b]
         if repeated:
             raise InvalidValue(
-                f"`step_t` and `jump_t` must not have any repeated elements between them; {repeated[0]:g} is (in {name})"
+                f"`step_t` and `jump_t` must not have any repeated elements between them; {repeated[0]:g} is one"
             )
 
     def tensor(stops: list[float]) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,9 +151,9 @@ def solve(problem: Problem) -> Tensor:
         return y0.unsqueeze(0).clone()
     with torch.cuda.device(y0.device) if y0.device.type == "cuda" else nullcontext():
         ops = backend_for(y0)
-        dynamics = Dynamics(problem.func, form, y0)
         segments = form.segments if form.is_tuple else (0, y0.numel())
         layout = ops.Layout(1, y0.numel(), segments, y0.dtype, y0.device)
+        dynamics = Dynamics(problem.func, form, y0, partial(ops.copy, layout))
         loop: AdaptiveLoop | FixedGridLoop
         if not problem.tableau.adaptive:
             grid = grid_of(options, times, problem.func, form.unpack(y0))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ def check_y0(y0: State) -> None:
         if not (part.is_floating_point() or part.is_complex()):
             raise InvalidType(f"{name} must be floating or complex, not {part.dtype}; convert it: {name}.float()")
         if part.device != parts[0].device:
-            raise InvalidValue(f"all of y0 must be on one device; y0[0] is on {parts[0].device}, {name} on {part.device}")
+            raise InvalidValue(
+                f"all of y0 must be on one device; y0[0] is on {parts[0].device}, {name} on {part.device}"
+            )
 
 
 def _kind(value: object) -> str:
@@ -58,7 +60,7 @@ class Form:
         """The user's state, as views; `leading` dimensions come before those of the state."""
         if not self.is_tuple:
             return y
-        return tuple(part.view(*leading, *shape) for part, shape in zip(y.split(self.sizes, -1), self.shapes))
+        return tuple(part.view((*leading, *shape)) for part, shape in zip(torch.split(y, self.sizes, -1), self.shapes))
 
     def spread(self, tolerance: Any, name: str) -> Any:
         """A tolerance for the packed state from one for the user's: a number or tensor, or one for each part."""
@@ -77,6 +79,17 @@ class Form:
         return torch.cat([part.reshape(-1).expand(size) for part, size in zip(parts, self.sizes)])
 
 
+class RightHandSide(Protocol):
+    """What a loop evaluates: a packed state's derivative."""
+
+    @property
+    def n_evals(self) -> int:
+        """How often it has been evaluated."""
+
+    def __call__(self, t: Tensor, y: Tensor, /) -> Tensor:
+        """Returns dy/dt, contiguous, of y's shape, dtype and device."""
+
+
 class Dynamics:
     """The user's func on packed states: what it returns is checked, counted, and made contiguous.
 
@@ -84,10 +97,11 @@ class Dynamics:
         func: as the user gave it.
         form: of the user's state.
         y0: the packed state at the start; all others are of its shape, dtype and device.
+        copy: how to copy a state.
     """
 
-    def __init__(self, func: Func, form: Form, y0: Tensor) -> None:
-        self.func, self.form = func, form
+    def __init__(self, func: Func, form: Form, y0: Tensor, copy: Callable[[Tensor], Tensor] = torch.clone) -> None:
+        self.func, self.form, self.copy = func, form, copy
         self.shape, self.dtype, self.device = y0.shape, y0.dtype, y0.device
         self.n_evals = 0
         self._watch = not y0.is_inference() and not torch.is_inference_mode_enabled()
@@ -121,11 +135,11 @@ class Dynamics:
             return k
         if self.n_evals == 1:
             self._first = k
-            return k.clone()
+            return self.copy(k)
         if self._first is not None:
             self._copies = k.data_ptr() == self._first.data_ptr()
             self._first = None
-        return k.clone() if self._copies else k
+        return self.copy(k) if self._copies else k
 
     def _pack(self, k: Any) -> Tensor:
         form = self.form

@@ -63,7 +63,8 @@ def test_everything_func_is_given_may_be_kept(method, grad):
         solve(f, method=method, t=torch.linspace(0, 2, 5, dtype=torch.float64))
     assert len(kept) > 10
     for (t, y), (t_then, y_then) in zip(kept, copies):
-        assert torch.equal(t, t_then) and torch.equal(y, y_then)
+        assert torch.equal(t, t_then)
+        assert torch.equal(y, y_then)
 
 
 RETURNS = {
@@ -99,7 +100,9 @@ def test_a_lazy_conjugate_is_a_conjugate(method, dtype):
     assert torch.equal(solve(lambda t, y: y.conj(), y0, method=method), expected)
     negated = solve(lambda t, y: torch.complex(y.imag, -y.real), y0, method=method)
     assert torch.equal(solve(lambda t, y: -1j * y, y0, method=method), negated)
-    assert torch.equal(solve(lambda t, y: -y, y0.conj(), method=method), solve(lambda t, y: -y, y0, method=method).conj())
+    assert torch.equal(
+        solve(lambda t, y: -y, y0.conj(), method=method), solve(lambda t, y: -y, y0, method=method).conj()
+    )
 
 
 @METHODS
@@ -194,7 +197,11 @@ def test_tensor_subclasses_are_solved_by_the_reference():
     assert torch.allclose(torch.as_tensor(y).as_subclass(Tensor), solve(lambda t, y: -y), rtol=1e-14)
 
 
-PARTS = (torch.linspace(0, 1, 6, dtype=torch.float64).reshape(2, 3), tensor(1.0), torch.tensor(2.0, dtype=torch.float64))
+PARTS = (
+    torch.linspace(0, 1, 6, dtype=torch.float64).reshape(2, 3),
+    tensor(1.0),
+    torch.tensor(2.0, dtype=torch.float64),
+)
 
 
 def coupled(t, parts):
@@ -247,7 +254,8 @@ def test_parts_of_mixed_dtypes_are_promoted():
         return -y[0], y[1]
 
     y = pyode.odeint(f, parts, UNIT)
-    assert seen == {(torch.float64,) * 3} and {part.dtype for part in y} == {torch.float64}
+    assert seen == {(torch.float64,) * 3}
+    assert {part.dtype for part in y} == {torch.float64}
 
 
 @pytest.mark.parametrize("device_t", ["cpu", "cuda"])

@@ -91,14 +91,16 @@ def test_growth_and_shrinking_are_bounded_by_the_options():
     pyode.odeint(f, tensor(1.0), tensor(0.0, 5.0), rtol=1e-4, atol=1e-6, options=options)
     ratios = [b / a for a, b in zip(f.sizes(), f.sizes()[1:])]
     assert ratios[0] == pytest.approx(3.0, rel=1e-6)
-    assert 0.5 - 1e-6 <= min(ratios) and max(ratios) <= 3.0 + 1e-6
+    assert min(ratios) >= 0.5 - 1e-6
+    assert max(ratios) <= 3.0 + 1e-6
 
 
 def test_max_step_and_min_step_bound_every_step():
     f = Recorder(lambda t, y: torch.sin(40 * t) * 30 * y)
     options = {"max_step": 0.05, "min_step": 0.01}
     pyode.odeint(f, tensor(1.0), UNIT, options=options)
-    assert 0.01 - 1e-9 <= min(f.sizes()) and max(f.sizes()) <= 0.05 + 1e-9
+    assert min(f.sizes()) >= 0.01 - 1e-9
+    assert max(f.sizes()) <= 0.05 + 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -261,7 +263,8 @@ def test_stats_count_every_evaluation(method):
 def test_one_time_is_the_start(t0):
     y0, f = tensor(1.0, 2.0), Recorder(constant)
     y = pyode.odeint(f, y0, tensor(t0))
-    assert torch.equal(y, y0[None]) and y.shape == (1, 2)
+    assert torch.equal(y, y0[None])
+    assert y.shape == (1, 2)
     y += 1  # a tensor of its own
     assert torch.equal(y0, tensor(1.0, 2.0))
 
@@ -273,6 +276,8 @@ def test_every_shape(shape, method, dtype, device):
     tolerance = 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-5
     t = torch.linspace(0, 1, 5, device=device)
     y = pyode.odeint(lambda t, y: -y, y0, t, rtol=tolerance, atol=tolerance, method=method)
-    assert y.shape == (5, *shape) and y.dtype == dtype and y.device == y0.device
+    assert y.shape == (5, *shape)
+    assert y.dtype == dtype
+    assert y.device == y0.device
     exact = torch.exp(-t).reshape(5, *[1] * len(shape)).expand(y.shape)
     assert torch.allclose(y, exact.to(dtype), atol=10 * tolerance, rtol=0)  # some steps, each within the tolerance

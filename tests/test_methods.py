@@ -8,7 +8,6 @@ from fractions import Fraction
 from itertools import zip_longest
 
 import pytest
-import torch
 from problems import growth, rigid_body, tensor
 from trees import Stages, decimal, trees
 
@@ -181,8 +180,9 @@ def test_an_unknown_method_is_told_the_closest_name(wrong, right):
 
 
 def test_an_inconsistent_table_is_refused():
-    def table(a=(exact("1/2"),), b=exact(0, 1), c=exact("1/2"), error=None):
-        return Tableau(name="mine", order=2, a=a, b=b, c=c, error=error, source="")
+    def table(**wrong):
+        right = {"a": (exact("1/2"),), "b": exact(0, 1), "c": exact("1/2"), "error": None}
+        return Tableau(name="mine", order=2, source="", **{**right, **wrong})
 
     assert table().order == 2
     for wrong in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import hypothesis.strategies as st
@@ -79,7 +80,7 @@ def test_the_norm_is_the_largest_of_its_segments(ops, samples, segments, dtype, 
     whole = norm_for(ops, layout, WEIGHTS, y0, y1, ks, dt, RTOL, ATOL)
     parts = [
         definition(WEIGHTS, y0[:, a:b], y1[:, a:b], [k[:, a:b] for k in ks], dt, RTOL, ATOL).cpu()
-        for a, b in zip(segments, segments[1:])
+        for a, b in itertools.pairwise(segments)
         if b > a
     ]
     assert torch.allclose(whole, torch.stack(parts).amax(0), rtol=0, atol=allowed(y0, ks, dt, ATOL))

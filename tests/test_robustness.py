@@ -69,7 +69,8 @@ def test_an_exception_in_func_passes_through_unchanged(call, n, method, expected
     with pytest.raises(Mine) as caught:
         pyode.odeint(raising_at(call, error), torch.randn(n), torch.tensor([0.0, 1.0]), 1e-4, 1e-5, method, options)
     assert caught.value is error
-    assert error.__cause__ is None and error.__context__ is None
+    assert error.__cause__ is None
+    assert error.__context__ is None
     assert traceback.extract_tb(error.__traceback__)[-1].name == "f"
     assert_as_good_as_new(expected)
 
@@ -126,7 +127,8 @@ def test_threads_may_differ_in_their_number_of_threads():
         worker.start()
     for worker in workers:
         worker.join(60)
-    assert len(done) == 9 and all(torch.equal(y, alone) for y in done)
+    assert len(done) == 9
+    assert all(torch.equal(y, alone) for y in done)
 
 
 def test_the_choice_of_backend_is_each_threads_own():
@@ -142,7 +144,8 @@ def test_the_choice_of_backend_is_each_threads_own():
         worker.start()
         pyode.odeint(watch(inside), tensor(1.0), tensor(0.0, 1.0))
         worker.join(60)
-    assert set(inside) == {"reference"} and set(outside) == {"native"}
+    assert set(inside) == {"reference"}
+    assert set(outside) == {"native"}
 
 
 def in_a_child(work: Callable[[], bool]) -> None:
@@ -204,7 +207,8 @@ class TestAfterAFork:
         finally:
             stop.set()
             worker.join(60)
-        assert seen and all(seen)
+        assert seen
+        assert all(seen)
         assert_as_good_as_new(expected)
 
 

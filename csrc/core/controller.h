@@ -56,7 +56,7 @@ struct Policy {
   int64_t max_num_steps;
   int64_t clip;              // the last step ends at the last output time instead of passing it
   int64_t count_per_output;  // max_num_steps bounds the steps to each output, not all
-  int64_t resume;  // behind a discontinuity go on with the size that the step to it was to have
+  int64_t resume;            // after a step that a prescribed time cut short go on with at least its whole size
 };
 
 /// The times a solve has to meet, all in the direction of integration.
@@ -187,7 +187,7 @@ PYODE_HD void judge_step(Sample& s, const Policy& policy, const Grid& grid, int6
     s.n_rejected += 1;
     return;
   }
-  if (policy.resume && s.on_jump) s.dt = sign * larger(fabs(s.dt), fabs(s.dt_whole));
+  if (policy.resume) s.dt = sign * larger(fabs(s.dt), fabs(s.dt_whole));
   s.n_accepted += 1;
   s.t = s.t1;
   while (s.output_end < grid.n_times && sign * (output_time(grid, s.output_end, b) - s.t) <= 0) s.output_end += 1;

@@ -8,58 +8,52 @@ constexpr int64_t kLanes = 16;       // running sums: the i-th number goes to la
 constexpr int64_t kMaxParts = 1024;  // of a long segment, each summed by one thread
 constexpr int64_t kPart = 4096;      // numbers in a part, unless that makes too many
 
-// Squared ratios of numbers [begin, end) into `ratios`; for complex states one for each pair.
-template <int N, class T, bool kComplex>
+// Squared ratios of numbers [begin, end), at most kBlock, into `ratios`; for complex states one for each pair.
+template <class T, bool kComplex>
 void square_ratios(const ErrorNorm& op, const Terms<T>& terms, double dt, int64_t begin, int64_t end, double* ratios) {
-  using A = arithmetic_t<T>;
-  const T* const y0 = terms.y;
-  const T* const y1 = static_cast<const T*>(op.y1) + (terms.y - static_cast<const T*>(op.y0));
-  const T* k[N];
-  A w[N];
-  for (int j = 0; j < N; ++j) {
-    k[j] = terms.k[j];
-    w[j] = terms.w[j];
-  }
-  const auto error = [&](int64_t i) {
-    return dt * static_cast<double>(weighted_sum<N>(N, w, [&](int j) { return load(k[j][i]); }));
-  };
+  const T* const y0 = terms.y + begin;
+  const T* const y1 = static_cast<const T*>(op.y1) + (y0 - static_cast<const T*>(op.y0));
+  arithmetic_t<T> errors[kBlock];
+  accumulate(op.terms, terms, begin, end, errors);
+  const int64_t n = end - begin;
   const auto fill = [&](auto rtol, auto atol) {
     if constexpr (kComplex) {
       PYODE_INDEPENDENT
-      for (int64_t i = begin; i < end; i += 2) {
+      for (int64_t i = 0; i < n; i += 2) {
         const auto modulus = [](double re, double im) { return std::sqrt(re * re + im * im); };
-        const double r = scaled_error(modulus(error(i), error(i + 1)), modulus(load(y0[i]), load(y0[i + 1])),
-                                      modulus(load(y1[i]), load(y1[i + 1])), rtol(i), atol(i));
-        ratios[(i - begin) / 2] = r * r;
+        const double r =
+            scaled_error(modulus(dt * errors[i], dt * errors[i + 1]), modulus(load(y0[i]), load(y0[i + 1])),
+                         modulus(load(y1[i]), load(y1[i + 1])), rtol(i), atol(i));
+        ratios[i / 2] = r * r;
       }
     } else {
       PYODE_INDEPENDENT
-      for (int64_t i = begin; i < end; ++i) {
-        const double r = scaled_error(error(i), std::fabs(static_cast<double>(load(y0[i]))),
+      for (int64_t i = 0; i < n; ++i) {
+        const double r = scaled_error(dt * errors[i], std::fabs(static_cast<double>(load(y0[i]))),
                                       std::fabs(static_cast<double>(load(y1[i]))), rtol(i), atol(i));
-        ratios[i - begin] = r * r;
+        ratios[i] = r * r;
       }
     }
   };
   if (op.rtol_each || op.atol_each) {
-    const auto each = [](const double* array, double value) {
-      return [=](int64_t i) { return array ? array[i] : value; };
+    const auto each = [begin](const double* array, double value) {
+      return [=](int64_t i) { return array ? array[begin + i] : value; };
     };
     fill(each(op.rtol_each, op.rtol), each(op.atol_each, op.atol));
   } else {
-    fill([&, rtol = op.rtol](int64_t) { return rtol; }, [&, atol = op.atol](int64_t) { return atol; });
+    fill([rtol = op.rtol](int64_t) { return rtol; }, [atol = op.atol](int64_t) { return atol; });
   }
 }
 
 // The sum over numbers [begin, end) of one sample, in an order that depends on nothing but their count.
-template <int N, class T, bool kComplex>
+template <class T, bool kComplex>
 double sum_squares(const ErrorNorm& op, const Terms<T>& terms, double dt, int64_t begin, int64_t end) {
+  if (op.terms == 0) return 0;
   double lanes[kLanes] = {};
   double ratios[kBlock];
-  constexpr int64_t stride = kComplex ? 2 * kBlock : kBlock;
-  for (int64_t from = begin; from < end; from += stride) {
-    const int64_t to = from + stride < end ? from + stride : end;
-    square_ratios<N, T, kComplex>(op, terms, dt, from, to, ratios);
+  for (int64_t from = begin; from < end; from += kBlock) {
+    const int64_t to = from + kBlock < end ? from + kBlock : end;
+    square_ratios<T, kComplex>(op, terms, dt, from, to, ratios);
     const int64_t n = kComplex ? (to - from) / 2 : to - from;
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes)
@@ -69,21 +63,6 @@ double sum_squares(const ErrorNorm& op, const Terms<T>& terms, double dt, int64_
   for (int64_t half = kLanes / 2; half > 0; half /= 2)
     for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
   return lanes[0];
-}
-
-template <class T, bool kComplex>
-double sum_squares_any(int n, const ErrorNorm& op, const Terms<T>& terms, double dt, int64_t begin, int64_t end) {
-  using Loop = double (*)(const ErrorNorm&, const Terms<T>&, double, int64_t, int64_t);
-  static constexpr Loop loops[] = {
-      sum_squares<1, T, kComplex>,  sum_squares<2, T, kComplex>,  sum_squares<3, T, kComplex>,
-      sum_squares<4, T, kComplex>,  sum_squares<5, T, kComplex>,  sum_squares<6, T, kComplex>,
-      sum_squares<7, T, kComplex>,  sum_squares<8, T, kComplex>,  sum_squares<9, T, kComplex>,
-      sum_squares<10, T, kComplex>, sum_squares<11, T, kComplex>, sum_squares<12, T, kComplex>,
-      sum_squares<13, T, kComplex>, sum_squares<14, T, kComplex>, sum_squares<15, T, kComplex>,
-      sum_squares<16, T, kComplex>,
-  };
-  static_assert(sizeof loops / sizeof loops[0] == kMaxStages, "a loop for every number of terms");
-  return n == 0 ? 0.0 : loops[n - 1](op, terms, dt, begin, end);
 }
 
 template <bool kComplex>
@@ -112,7 +91,7 @@ void error_norm_of(const Layout& layout, const ErrorNorm& op) {
       double partial[kMaxParts];
       parallel_for(parts, threads_for(layout), [&](int64_t p) {
         const int64_t from = begin + p * part, to = from + part < end ? from + part : end;
-        partial[p] = sum_squares_any<T, kComplex>(op.terms, op, terms, op.dt[0], from, to);
+        partial[p] = sum_squares<T, kComplex>(op, terms, op.dt[0], from, to);
       });
       double sum = 0;
       for (int64_t p = 0; p < parts; ++p) sum += partial[p];
@@ -127,7 +106,7 @@ void error_norm_of(const Layout& layout, const ErrorNorm& op) {
       const Terms<T> terms = terms_of(b);
       for (int64_t s = 0; s < layout.n_segments; ++s) {
         const int64_t begin = layout.segments[s], end = layout.segments[s + 1];
-        const double sum = sum_squares_any<T, kComplex>(op.terms, op, terms, op.dt[b], begin, end);
+        const double sum = sum_squares<T, kComplex>(op, terms, op.dt[b], begin, end);
         op.means[s * layout.samples + b] = mean<kComplex>(sum, end - begin);
       }
     }
@@ -139,11 +118,10 @@ void error_norm_of(const Layout& layout, const ErrorNorm& op) {
 void error_norm(const Layout& layout, const ErrorNorm& op) {
   with_scalar(layout.scalar, [&](auto kind) {
     using T = decltype(kind);
-    if (layout.is_complex) {
-      error_norm_of<T, true>(layout, op);
-    } else {
-      error_norm_of<T, false>(layout, op);
+    if constexpr (sizeof(T) > 2) {
+      if (layout.is_complex) return error_norm_of<T, true>(layout, op);
     }
+    error_norm_of<T, false>(layout, op);
   });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "../core/step.h"
 #include "../ops.h"
@@ -61,17 +62,55 @@ void sum_terms(const Terms<T>& terms, int64_t begin, int64_t end, Step dt) {
   }
 }
 
+/// sums[i - begin] = sum_j w_j k_j[i], for any number of terms and at most kBlock numbers: term by term, in table
+/// order.
+template <class T>
+void accumulate(int n, const Terms<T>& terms, int64_t begin, int64_t end, arithmetic_t<T>* sums) {
+  using A = arithmetic_t<T>;
+  const auto add = [&](int j, auto first) {
+    const T* const k = terms.k[j] + begin;
+    const A w = terms.w[j];
+    PYODE_INDEPENDENT
+    for (int64_t i = 0; i < end - begin; ++i)
+      sums[i] = first ? w * load(k[i]) : fused_multiply_add(w, load(k[i]), sums[i]);
+  };
+  add(0, std::true_type{});
+  for (int j = 1; j < n; ++j) add(j, std::false_type{});
+}
+
+// Tableaus of up to seven stages get a loop of their own for every number of terms; longer sums go block by block.
 template <class T, class Step>
 void sum_terms_any(int n, const Terms<T>& terms, int64_t begin, int64_t end, Step dt) {
-  using Loop = void (*)(const Terms<T>&, int64_t, int64_t, Step);
-  static constexpr Loop loops[] = {
-      sum_terms<1, T, Step>,  sum_terms<2, T, Step>,  sum_terms<3, T, Step>,  sum_terms<4, T, Step>,
-      sum_terms<5, T, Step>,  sum_terms<6, T, Step>,  sum_terms<7, T, Step>,  sum_terms<8, T, Step>,
-      sum_terms<9, T, Step>,  sum_terms<10, T, Step>, sum_terms<11, T, Step>, sum_terms<12, T, Step>,
-      sum_terms<13, T, Step>, sum_terms<14, T, Step>, sum_terms<15, T, Step>, sum_terms<16, T, Step>,
-  };
-  static_assert(sizeof loops / sizeof loops[0] == kMaxStages, "a loop for every number of terms");
-  loops[n - 1](terms, begin, end, dt);
+  using A = arithmetic_t<T>;
+  switch (n) {
+    case 1:
+      return sum_terms<1>(terms, begin, end, dt);
+    case 2:
+      return sum_terms<2>(terms, begin, end, dt);
+    case 3:
+      return sum_terms<3>(terms, begin, end, dt);
+    case 4:
+      return sum_terms<4>(terms, begin, end, dt);
+    case 5:
+      return sum_terms<5>(terms, begin, end, dt);
+    case 6:
+      return sum_terms<6>(terms, begin, end, dt);
+    case 7:
+      return sum_terms<7>(terms, begin, end, dt);
+    default:
+      break;
+  }
+  A sums[kBlock];
+  for (int64_t from = begin; from < end; from += kBlock) {
+    const int64_t to = from + kBlock < end ? from + kBlock : end;
+    accumulate(n, terms, from, to, sums);
+    PYODE_INDEPENDENT
+    for (int64_t i = from; i < to; ++i) {
+      const A step = dt(i), start = load(terms.y[i]);
+      const A moved = advance_state(start, step, sums[i - from]);
+      terms.out[i] = store<T>(step == 0 ? start : moved);
+    }
+  }
 }
 
 /// Numbers [begin, end) of one sample.
@@ -104,7 +143,7 @@ void sum_rows(const Layout& layout, int n, const Terms<T>& terms, const double* 
     const int64_t begin = chunk * kChunk, end = begin + kChunk < total ? begin + kChunk : total;
     if (layout.samples == 1 || layout.size >= kSmallRow || n == 0) {
       for_each_row(begin, end, layout.size,
-                   [&](int64_t b, int64_t from, int64_t to) { sum_row(n, terms, from, to, dt[b]); });
+                   [&](int64_t b, int64_t from, int64_t to) { sum_row(n, terms, from, to, n == 0 ? 0 : dt[b]); });
       return;
     }
     A steps[kBlock];

@@ -10,7 +10,7 @@ __global__ void stage_combine_kernel(const __grid_constant__ StageCombine op, in
   using A = arithmetic_t<T>;
   using P = Pack<T, V>;
   for (int64_t i = thread_index(); i < samples * packs_per_sample; i += thread_count()) {
-    const A dt = static_cast<A>(op.dt[samples == 1 ? 0 : i / packs_per_sample]);
+    const A dt = op.terms == 0 ? A(0) : static_cast<A>(op.dt[samples == 1 ? 0 : i / packs_per_sample]);
     P out = static_cast<const P*>(op.y)[i];
     if (dt != 0 && op.terms > 0) {
       P k[kMaxStages];

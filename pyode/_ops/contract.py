@@ -50,7 +50,7 @@ class Policy:
         order: the error is taken to shrink as dt**order.
         clip: whether the last step ends at the last time, instead of passing it.
         count_per_output: whether max_num_steps bounds the steps to each output time, or all steps.
-        resume: whether to go on behind a discontinuity with the size that the step to it was to have.
+        resume: whether to go on with at least the whole size of a step that a prescribed time cut short.
     """
 
     order: float

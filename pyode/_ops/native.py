@@ -12,7 +12,10 @@ from .. import _C
 from . import contract
 from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy
 
-Interpolant = _C.Interpolant
+
+class Interpolant(_C.Interpolant):
+    """For each stage the coefficients of x, x^2, ... in its weight, and the weights at x = 1."""
+
 
 _SCALARS = {
     torch.float32: 0,
@@ -71,6 +74,13 @@ def stage_combine(layout: Layout, weights: tuple[float, ...], y: Tensor, ks: lis
     """Returns y + dt sum_j w_j k_j; dt is [B] float64."""
     out = torch.empty_like(y)
     _C.stage_combine(layout.handle, weights, y, ks, dt, out)
+    return out
+
+
+def copy(layout: Layout, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """Copies a state, by threads of our own: torch's hang in a forked child."""
+    out = torch.empty_like(y) if out is None else out
+    _C.stage_combine(layout.handle, (), y, [], None, out)
     return out
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy
 
-__all__ = ["Controller", "Interpolant", "Layout", "interpolate", "select_rows", "stage_combine", "stage_vjp"]
+__all__ = ["Controller", "Interpolant", "Layout", "copy", "interpolate", "select_rows", "stage_combine", "stage_vjp"]
 
 _SUCCESS, _RUNNING, _STEP_TOO_SMALL, _TOO_MANY_STEPS, _NON_FINITE = range(5)
 
@@ -57,6 +57,11 @@ def stage_combine(layout: Layout, weights: tuple[float, ...], y: Tensor, ks: lis
     return moved.to(y.dtype)
 
 
+def copy(layout: Layout, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """Copies a state."""
+    return y.clone() if out is None else out.copy_(y)
+
+
 def stage_vjp(layout: Layout, weights: tuple[float, ...], g: Tensor, dt: Tensor) -> list[Tensor | None]:
     """Returns [dt w_j g for every j], None where w_j is 0."""
     wide = _widened(g)
@@ -70,9 +75,7 @@ def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor)
     return torch.where(chosen, moved, stayed)
 
 
-def scaled_error(
-    error: Tensor, y0: Tensor, y1: Tensor, rtol: float | Tensor, atol: float | Tensor
-) -> Tensor:
+def scaled_error(error: Tensor, y0: Tensor, y1: Tensor, rtol: float | Tensor, atol: float | Tensor) -> Tensor:
     """error / (atol + rtol max(|y0|, |y1|)); 0 where there is no error, nan where the state is not finite."""
     if y0.is_complex():  # tolerances are given twice, for both members of a pair
         rtol, atol = (x[..., 0] if isinstance(x, Tensor) else x for x in (rtol, atol))
@@ -213,16 +216,18 @@ class Controller:
         return int(flags)
 
     def _times_of(self, phase: Phase) -> Tensor:
+        """The times that func will see: of the trial step, or [stages, B] of the step planned."""
         state = self.layouts[0]
-        kind = {"dtype": state.real_dtype, "device": state.device}
+
+        def tensor(rows: list[list[float]]) -> Tensor:
+            return torch.tensor(rows, dtype=state.real_dtype, device=state.device).reshape(len(rows), state.samples)
+
         if phase is Phase.TRY_FIRST:
-            rows = torch.tensor([sample.t + sample.dt for sample in self._samples], **kind)
-            return rows[0] if state.samples == 1 else rows
-        rows = torch.tensor(
-            [[s.t1 if c == 1 else s.t + c * s.dt for s in self._samples] for c in self.abscissae], **kind
-        ).reshape(len(self.abscissae), state.samples)
+            rows = tensor([[s.t + s.dt for s in self._samples]])
+            return rows[0, 0] if state.samples == 1 else rows[0]
+        rows = tensor([[s.t1 if c == 1 else s.t + c * s.dt for s in self._samples] for c in self.abscissae])
         # The end of the step is seen from before it: there may be a discontinuity.
-        before = torch.tensor([s.t1 if s.dt == 0 else -math.copysign(math.inf, s.dt) for s in self._samples], **kind)
+        before = tensor([[s.t1 if s.dt == 0 else -math.copysign(math.inf, s.dt) for s in self._samples]])
         ends = torch.tensor([c == 1 for c in self.abscissae], dtype=torch.bool, device=state.device)
         rows = torch.where(ends[:, None], torch.nextafter(rows, before.expand_as(rows)), rows)
         return rows[:, 0] if state.samples == 1 else rows
@@ -267,7 +272,7 @@ class Controller:
         if not s.accepted:
             s.n_rejected += 1
             return
-        if policy.resume and s.on_jump:
+        if policy.resume:
             s.dt = times.sign * max(abs(s.dt), abs(s.dt_whole))
         s.n_accepted += 1
         s.t = s.t1

@@ -124,9 +124,7 @@ class Backsolve:
         n, segments = ys[0].numel(), form.segments
         self.ops = backend_for(ys)
         self.layout = self.ops.Layout(1, 2 * n, (*segments, *(n + s for s in segments[1:])), ys.dtype, ys.device)
-        self.rtol, self.atol = (
-            x if isinstance(x, float) else torch.stack([x, x]) for x in (config.rtol, config.atol)
-        )
+        self.rtol, self.atol = (x if isinstance(x, float) else torch.stack([x, x]) for x in (config.rtol, config.atol))
 
     def solve(self) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Returns the gradients with respect to y0 (packed), t (None if not wanted) and the parameters."""

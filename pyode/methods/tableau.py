@@ -68,12 +68,14 @@ class Tableau:
         """Checks what can be checked without the order conditions, which the tests do."""
         stages = len(self.b)
         if [len(row) for row in self.a] != list(range(1, stages)) or len(self.c) != stages - 1:
-            raise ValueError(f"{self.name}: an explicit method of {stages} stages has rows of 1 to {stages - 1} entries")
-        sums = [sum(row) for row in self.a] + [sum(self.b)]
+            raise ValueError(
+                f"{self.name}: an explicit method of {stages} stages has rows of 1 to {stages - 1} entries"
+            )
+        sums = [sum(row, Fraction(0)) for row in (*self.a, self.b)]
         # Some published coefficients are rational approximations, good to 18 digits.
-        if any(abs(s - c) > Fraction(1, 10**15) for s, c in zip(sums, [*self.c, 1])):
+        if any(abs(s - c) > Fraction(1, 10**15) for s, c in zip(sums, [*self.c, Fraction(1)])):
             raise ValueError(f"{self.name}: rows of a sum to c, and b to 1")
-        if self.error is not None and abs(sum(self.error)) > Fraction(1, 10**15):
+        if self.error is not None and abs(sum(self.error, Fraction(0))) > Fraction(1, 10**15):
             raise ValueError(f"{self.name}: error weights sum to 0")
 
     @property

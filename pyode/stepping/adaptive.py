@@ -19,7 +19,7 @@ from ..control import Times
 from ..errors import SolveError, Status
 from ..methods import Tableau
 from ..solution import Stats
-from ..state import Dynamics
+from ..state import RightHandSide
 from .quadrature import Quadrature
 
 Norm = Callable[[Tensor, list[Tensor]], Any]
@@ -45,7 +45,7 @@ class AdaptiveLoop:
 
     def __init__(
         self,
-        dynamics: Dynamics,
+        dynamics: RightHandSide,
         tableau: Tableau,
         layout: Layout,
         rtol: float | Tensor,
@@ -203,7 +203,7 @@ class Output:
     def __init__(self, loop: AdaptiveLoop, y0: Tensor) -> None:
         self.loop = loop
         self.out = torch.empty((len(loop.times.values), *y0.shape), dtype=y0.dtype, device=y0.device)
-        self.out[0] = y0
+        loop.ops.copy(loop.layout, y0, self.out[0])
 
     def add(self, y: Tensor, ks: list[Tensor], dt: Tensor) -> None:
         """Adds the outputs which the step just accepted has passed."""

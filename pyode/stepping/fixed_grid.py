@@ -15,7 +15,7 @@ from ..control import Times
 from ..errors import InvalidType, InvalidValue
 from ..methods import Tableau
 from ..solution import Stats
-from ..state import Dynamics
+from ..state import RightHandSide
 from .quadrature import Quadrature
 
 INTERPOLATIONS = ("linear", "cubic")
@@ -42,8 +42,8 @@ def grid_of(options: dict[str, Any], times: Times, func: Callable[..., Any], y0:
         grid = constructor(func, y0, t)
         if not isinstance(grid, Tensor) or grid.dim() != 1:
             raise InvalidType("options['grid_constructor'] must return a 1-D tensor of times")
-        ends = (float(grid[0]), float(grid[-1])) if len(grid) else ()
-        if ends != (times.values[0], times.values[-1]):
+        ends = grid.detach().double().tolist()[:: max(len(grid) - 1, 1)]
+        if ends != [times.values[0], times.values[-1]]:
             raise InvalidValue(f"options['grid_constructor'] must return times from t[0] to t[-1]; it returned {grid}")
         return grid
     if step_size is None or len(t) == 1:
@@ -69,7 +69,7 @@ class FixedGridLoop:
 
     def __init__(
         self,
-        dynamics: Dynamics,
+        dynamics: RightHandSide,
         tableau: Tableau,
         layout: Layout,
         times: Times,
@@ -86,11 +86,12 @@ class FixedGridLoop:
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
         """Returns the states at the output times, [T, *y0.shape]."""
         recording = torch.is_grad_enabled()
-        moving = recording and self.grid.requires_grad  # then step sizes carry a gradient, and the twin does the work
+        # Where times carry a gradient, so do step sizes and positions between: the twin does the work.
+        moving = recording and (self.grid.requires_grad or self.times.tensor.requires_grad)
         ends, sizes, stage_times = self._schedule(y0, moving)
         rows, dynamics, quadrature = self.tableau.rows, self.dynamics, self.quadrature
         combine = self._combine_op(recording, moving)
-        outputs = Outputs(y0, len(self.times.values), recording)
+        outputs = Outputs(self, y0, recording)
         values, sign, i, y = self.times.values, self.times.sign, 1, y0
         for n, dt in enumerate(sizes):
             first, *times = stage_times[n].unbind()
@@ -158,9 +159,10 @@ class FixedGridLoop:
             x = ((t[i] - grid[n]) / (grid[n + 1] - grid[n])).to(device=y.device, dtype=self.layout.real_dtype)
         if not self.cubic:
             if moving:
-                return y + x * (y1 - y)
+                between: Tensor = y + x * (y1 - y)
+                return between
             return combine(tuple(w * x for w in self.tableau.weights), y, ks, dt)
-        t1 = torch.as_tensor(ends[n + 1], dtype=self.layout.real_dtype, device=y.device)
+        t1 = (self.grid if moving else self.grid.detach())[n + 1].to(device=y.device, dtype=self.layout.real_dtype)
         ks = [*ks, self.dynamics(t1, y1)]
         polynomial = reference.Interpolant(self.tableau.interpolant, self.tableau.end)
         if moving:
@@ -171,9 +173,11 @@ class FixedGridLoop:
 class Outputs:
     """The states at the output times: copied to their place, or with a graph behind them, kept until the end."""
 
-    def __init__(self, y0: Tensor, n: int, recording: bool) -> None:
+    def __init__(self, loop: FixedGridLoop, y0: Tensor, recording: bool) -> None:
+        self.loop = loop
         self.states = [y0]
-        self.out = None if recording else torch.empty((n, *y0.shape), dtype=y0.dtype, device=y0.device)
+        shape = (len(loop.times.values), *y0.shape)
+        self.out = None if recording else torch.empty(shape, dtype=y0.dtype, device=y0.device)
         self.places = iter(() if self.out is None else self.out.unbind())
         if self.out is not None:
             self.add(y0)
@@ -183,7 +187,7 @@ class Outputs:
         if self.out is None:
             self.states.append(y)
         else:
-            next(self.places).copy_(y)
+            self.loop.ops.copy(self.loop.layout, y, next(self.places))
 
     def collect(self) -> Tensor:
         """All of them, [T, ...]."""

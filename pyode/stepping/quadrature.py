@@ -124,7 +124,9 @@ class Quadrature:
 
     def add_output(self, controller: Any, interpolant: Any) -> None:
         """Notes their values at the output time that the step has passed: there is one, the last."""
-        self._outputs = [torch.empty((2, *value.shape), dtype=value.dtype, device=value.device) for value in self.values]
+        self._outputs = [
+            torch.empty((2, *value.shape), dtype=value.dtype, device=value.device) for value in self.values
+        ]
         for layout, value, gs, out in zip(self._all_layouts, self.values, self._columns(), self._outputs):
             self.ops.interpolate(layout, interpolant, controller, value, gs, out)
 

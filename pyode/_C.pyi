@@ -1,0 +1,84 @@
+"""The compiled module (csrc/bindings.cpp). An array is an address or an object with a data_ptr() method."""
+
+from typing import Any
+
+MAX_STAGES: int
+MAX_DEGREE: int
+STATE_WORDS: int
+COMPILER: str
+CUDA: str | None
+
+def simd_level() -> str: ...
+
+class Layout:
+    def __init__(
+        self,
+        scalar: int,
+        is_complex: bool,
+        samples: int,
+        size: int,
+        segments: list[int],
+        threads: int,
+        cuda: bool,
+        stream: int,
+        segments_on_device: Any,
+        /,
+    ) -> None: ...
+    @property
+    def error_parts(self) -> int: ...
+
+class Controller:
+    def __init__(
+        self, layout: Layout, time_scalar: int, state: Any, flags: Any, abscissae: tuple[float, ...], /
+    ) -> None: ...
+    def set_policy(
+        self,
+        safety: float,
+        ifactor: float,
+        dfactor: float,
+        min_step: float,
+        max_step: float,
+        order: float,
+        max_num_steps: int,
+        clip: bool,
+        count_per_output: bool,
+        resume: bool,
+        /,
+    ) -> None: ...
+    def set_grid(
+        self, times: Any, n_times: int, per_sample: bool, step_t: Any, n_step_t: int, jump_t: Any, n_jump_t: int, /
+    ) -> None: ...
+    def set_norm(self, means: Any, n_segments: int, parts: int, /) -> None: ...
+    def run(self, phase: int, stage_times: Any, first_step: float, /) -> int: ...
+    @property
+    def turn(self) -> int: ...
+
+class Interpolant:
+    def __init__(self, coefficients: tuple[tuple[float, ...], ...], end: tuple[float, ...], /) -> None: ...
+
+def stage_combine(layout: Layout, weights: tuple[float, ...], y: Any, ks: list[Any], dt: Any, out: Any, /) -> None: ...
+def stage_vjp(layout: Layout, weights: tuple[float, ...], g: Any, dt: Any, outs: list[Any], /) -> None: ...
+def error_norm(
+    layout: Layout,
+    weights: tuple[float, ...],
+    y0: Any,
+    y1: Any,
+    ks: list[Any],
+    dt: Any,
+    rtol: Any,
+    atol: Any,
+    means: Any,
+    parts: int,
+    /,
+) -> None: ...
+def interpolate(
+    layout: Layout,
+    interpolant: Interpolant,
+    controller: Controller,
+    y: Any,
+    ks: list[Any],
+    out: Any,
+    out_stride: int,
+    /,
+) -> None: ...
+def select_rows(layout: Layout, moved: Any, stayed: Any, accepted: Any, out: Any, /) -> None: ...

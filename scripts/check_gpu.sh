@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# All there is to do on a machine with a GPU, without network, in about nine minutes: builds in place against the Python
+# and torch found there, runs the tests on the device, compute-sanitizer over a short solve, and the GPU benchmarks.
+#
+#   scripts/check_gpu.sh FOLDER
+#
+# leaves a log of every stage, summary.txt and gpu.json in FOLDER; fails if a stage did, after the others have run.
+set -uo pipefail
+if [ $# -ne 1 ]; then
+  echo "usage: $0 FOLDER" >&2
+  exit 2
+fi
+mkdir -p "$1" || exit 2
+folder=$(cd "$1" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+exec </dev/null
+
+python=${PYTHON:-python3}
+PATH="$(dirname "$("$python" -c 'import sys; print(sys.executable)')"):$PATH" # its cmake and ninja
+export PATH PYTHONUNBUFFERED=1
+total=540 # seconds for all stages
+failed=0
+summary=$folder/summary.txt
+: >"$summary"
+
+note() { echo "$*" | tee -a "$summary"; }
+
+stage() { # name, seconds, command...; the log is NAME.txt
+  local name=$1 limit=$2 began=$SECONDS status
+  shift 2
+  if ((limit > total - SECONDS)); then limit=$((total - SECONDS)); fi
+  if ((limit < 5)); then
+    note "$(printf '%-14s not run: out of time' "$name")"
+    failed=1
+    return
+  fi
+  echo "=== $name (at most $limit s)"
+  timeout --kill-after=5 "$limit" "$@" >"$folder/$name.txt" 2>&1
+  status=$?
+  tail -n 6 "$folder/$name.txt"
+  if ((status != 0)); then failed=1; fi
+  case $status in
+    0) note "$(printf '%-14s passed %4d s' "$name" $((SECONDS - began)))" ;;
+    124 | 137) note "$(printf '%-14s OUT OF TIME after %d s' "$name" "$limit")" ;;
+    *) note "$(printf '%-14s FAILED %4d s (status %d)' "$name" $((SECONDS - began)) "$status")" ;;
+  esac
+}
+
+# Every op and both ways to a gradient, over a state of one block and one of many.
+short_solve='
+import torch
+import pyode
+
+torch.manual_seed(0)
+t = torch.linspace(0, 1, 5, device="cuda")
+for shape, dtype in (((7, 3), torch.float32), ((300, 1001), torch.float32), ((33,), torch.complex128)):
+    y0 = torch.randn(shape, dtype=dtype, device="cuda").requires_grad_()
+    rate = torch.tensor(0.5, device="cuda", requires_grad=True)
+    f = lambda t, y: -rate * y
+    options = {"jump_t": [0.4]}
+    for y in (
+        pyode.odeint(f, y0, t, rtol=1e-4, atol=1e-6, options=options),
+        pyode.odeint_adjoint(f, y0, t, rtol=1e-4, atol=1e-6, adjoint_params=(rate,)),
+        pyode.odeint(f, y0, t, method="rk4"),
+    ):
+        y.abs().square().sum().backward()
+    with torch.no_grad():
+        exact = y0 * torch.exp(-0.5 * t[-1])
+        assert (pyode.odeint(f, y0, t, rtol=1e-5, atol=1e-7)[-1] - exact).abs().max() < 1e-4
+        pyode.odeint(lambda t, y: (-y[0], y[0]), (y0, y0), t, rtol=1e-4, atol=1e-6)
+torch.cuda.synchronize()
+print("solved")
+'
+
+sanitizer() { # tool
+  # Without torch's caching of memory, an access outside an allocation is one; only our kernels are looked at.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --kernel-name kns=pyode --report-api-errors no \
+    --error-exitcode 1 "$python" -c "$short_solve"
+}
+
+benchmarks() {
+  "$python" -m pytest benchmarks/bench_gpu.py -k launches
+  local status=$?
+  "$python" -m benchmarks gpu --seconds 3 --save "$folder/gpu.json" && return "$status"
+}
+export -f sanitizer benchmarks
+export python short_solve folder
+
+note "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1 | head -n 1)"
+note "$(nvcc --version 2>&1 | tail -n 1)"
+stage build 200 env PYODE_CUDA=1 PYODE_CUDA_ARCHITECTURES="${PYODE_CUDA_ARCHITECTURES:-native}" \
+  "$python" setup.py build_ext --inplace
+note "$("$python" -m pyode info 2>&1)"
+stage tests_gpu 200 "$python" -m pytest -m cuda -p no:cacheprovider
+stage memcheck 60 bash -c 'sanitizer memcheck'
+stage racecheck 60 bash -c 'sanitizer racecheck'
+stage benchmarks 100 bash -c benchmarks
+stage tests_others 200 "$python" -m pytest -m "not cuda" -p no:cacheprovider
+
+echo
+echo "=== summary"
+cat "$summary"
+for log in tests_gpu tests_others; do
+  if [ -f "$folder/$log.txt" ]; then echo "$log: $(tail -n 1 "$folder/$log.txt")" | tee -a "$summary"; fi
+done
+exit $failed

@@ -1,0 +1,151 @@
+"""What holds pyode together: who includes and imports whom, and what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyode._ops import native
+from pyode.methods import TABLEAUS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(importlib.util.find_spec("pyode").origin).parent
+SOURCES = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+MODULES = [path for path in PACKAGE.rglob("*.py") if path.stem != "__main__" and "commands" not in path.parts]
+
+# Public functions -> gradients -> stepping -> methods, control, state -> _ops -> errors: imports point downwards.
+LAYERS = {
+    "__init__": 6, "odeint": 5, "adjoint": 5, "gradients": 4, "stepping": 3, "control": 2, "state": 2, "methods": 2,
+    "solution": 1, "_ops": 1, "errors": 0, "_version": 0, "_C": 0,
+}  # fmt: skip
+# control.py is told about methods and states; within one level nobody else imports anybody but errors.
+SAME_LEVEL = {("adjoint", "odeint"), ("control", "methods"), ("control", "state")}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of pyode that a file imports, as top-level names; others with their first name."""
+    package = ["pyode", *path.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            # "from . import x" imports a module x; so may "from .y import x".
+            found |= {".".join([*base, alias.name]) for alias in node.names} if base == ["pyode"] else {".".join(base)}
+            if any(alias.name == "_C" for alias in node.names):
+                found.add("pyode._C")
+    return found
+
+
+def layer_of(name: str) -> str | None:
+    """The part of pyode that a dotted module name belongs to."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "pyode" and len(parts) > 1 and parts[1] in LAYERS else None
+
+
+@pytest.mark.skipif(not SOURCES, reason="an installed package without its sources")
+class TestNativeCode:
+    def test_it_never_sees_torch(self):
+        for path in SOURCES:
+            includes = re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text())
+            assert not [name for name in includes if re.match(r"(torch|ATen|c10|caffe2)\b", name)], path
+
+    def test_pybind11_is_known_to_one_file(self):
+        assert [path.name for path in SOURCES if "pybind11" in path.read_text()] == ["bindings.cpp"]
+
+    def test_includes_point_downwards(self):
+        rank = {"core": 0, ".": 1, "cpu": 2, "cuda": 2}
+        for path in SOURCES:
+            here = path.parent.name if path.parent.name in rank else "."
+            if path.name == "bindings.cpp":
+                continue
+            for name in re.findall(r'#\s*include\s*"([^"]+)', path.read_text()):
+                target = (path.parent / name).resolve()
+                assert target.exists(), (path, name)
+                there = target.parent.name if target.parent.name in rank else "."
+                assert there == here or rank[there] < rank[here], (path.name, name)
+
+    def test_both_backends_have_the_same_files(self):
+        ops = {path.stem for path in SOURCES if path.parent.name == "cuda" and path.suffix == ".cu"}
+        assert ops <= {path.stem for path in SOURCES if path.parent.name == "cpu"}
+        assert ops == {"control", "error_norm", "interpolate", "stage_combine"}
+
+    def test_core_neither_allocates_nor_throws(self):
+        for path in SOURCES:
+            if path.parent.name == "core":
+                code = re.sub(r"//.*", "", path.read_text())
+                assert not re.findall(r"\b(new|malloc|throw|std::vector|std::string|try|catch)\b", code), path
+
+
+def test_only_one_module_imports_the_compiled_one():
+    importers = [
+        path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if "pyode._C" in imports_of(path)
+    ]
+    assert importers == ["_ops/native.py"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_one_way(path):
+    here = layer_of(".".join(["pyode", *path.relative_to(PACKAGE).with_suffix("").parts]))
+    assert here in LAYERS
+    for name in imports_of(path):
+        there = layer_of(name)
+        if there is not None and there != here:
+            assert LAYERS[there] < LAYERS[here] or (here, there) in SAME_LEVEL, f"{here} imports {there}"
+
+
+def in_a_new_process(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, cwd=ROOT
+    )
+    return done.stdout.strip()
+
+
+def test_importing_pyode_imports_no_extra():
+    code = "import torch, sys; before = set(sys.modules); import pyode; print(*{*sys.modules} - before)"
+    extras = {"matplotlib", "tqdm", "torchdiffeq", "scipy", "pytest", "hypothesis", "rich", "tabulate", "sklearn"}
+    assert not extras & set(in_a_new_process(code).split())
+
+
+def test_importing_pyode_is_quick():
+    # Beside torch's own seconds: under 50 ms. The best of three, for the machine may be busy.
+    code = "import torch, time; t = time.perf_counter(); import pyode; print(time.perf_counter() - t)"
+    assert min(float(in_a_new_process(code)) for _ in range(3)) < 0.05
+
+
+def test_importing_pyode_does_not_start_cuda_or_threads():
+    code = "import torch, threading, pyode; print(torch.cuda.is_initialized(), threading.active_count())"
+    assert in_a_new_process(code) == "False 1"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
+@pytest.mark.parametrize("samples", [1, 7])
+def test_sizes_beyond_two_billion_are_described_without_allocating(dtype, samples):
+    size = 2**31 + 5
+    layout = native.Layout(samples, size, (0, 2**31 + 1, size), dtype, torch.device("cpu"))
+    assert layout.n_segments == 2
+    assert layout.size == size
+    assert layout.handle.error_parts >= 1
+
+
+def test_the_longest_tableau_fits():
+    longest = max(len(tableau.rows) + 1 for tableau in TABLEAUS.values())
+    assert longest <= native._C.MAX_STAGES
+    assert max(len(row) for tableau in TABLEAUS.values() for row in tableau.interpolant) <= native._C.MAX_DEGREE
+
+
+def test_everything_public_is_documented():
+    import pyode
+
+    for name in pyode.__all__:
+        assert name == "__version__" or getattr(pyode, name).__doc__, name
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", pyode.__version__)
