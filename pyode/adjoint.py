@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import methods
-from .control import Times, check_options, check_tolerance, first_step_from, policy_from
+from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidType, InvalidValue
 from .gradients.backsolve import Backsolve, BacksolveConfig
 from .odeint import Problem, pose, solve
@@ -69,6 +69,8 @@ def odeint_adjoint(
             "specified explicitly via the `adjoint_params` argument. If there are no parameters then it is allowable "
             "to set `adjoint_params=()`."
         )
+    if adjoint_options is not None:
+        check_dict(adjoint_options, "adjoint_options")
     if adjoint_method is not None and adjoint_method != method and options and adjoint_options is None:
         raise InvalidValue(
             "adjoint_options must be given too where adjoint_method is not method and options are given: the options "
@@ -83,7 +85,7 @@ def odeint_adjoint(
     inherited = {name: value for name, value in problem.options.items() if name not in NOT_INHERITED}
     config = _configure(
         problem,
-        methods.find(adjoint_method or method),
+        methods.find(method) if adjoint_method is None else methods.find(adjoint_method, "adjoint_method"),
         problem.rtol if adjoint_rtol is None else adjoint_rtol,
         problem.atol if adjoint_atol is None else adjoint_atol,
         inherited if adjoint_options is None else dict(adjoint_options),
@@ -129,6 +131,7 @@ def _configure(
         first_step=first_step_from(options),
         restart=restart,
         norm=norm if callable(norm) else None,
+        state_norm=problem.options.get("norm"),
         seminorm=norm == "seminorm",
     )
 

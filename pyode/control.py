@@ -35,10 +35,20 @@ ADAPTIVE_OPTIONS = frozenset(
 FIXED_STEP_OPTIONS = frozenset(["step_size", "grid_constructor", "interp", "perturb", "norm", "stats"])
 
 
+def check_dict(options: Any, name: str) -> dict[str, Any]:
+    """Raises InvalidType unless options are a dict."""
+    if not isinstance(options, dict):
+        raise InvalidType(f"{name} must be a dict of options, not a {type(options).__name__}")
+    return options
+
+
 def check_options(options: dict[str, Any], tableau: Tableau) -> None:
     """Warns of options that the method does not know, as torchdiffeq does."""
     if not options:
         return
+    norm = options.get("norm")
+    if norm is not None and not callable(norm):
+        raise InvalidType(f"options['norm'] must be callable as norm(state), not a {type(norm).__name__}")
     known = ADAPTIVE_OPTIONS if tableau.adaptive else FIXED_STEP_OPTIONS
     unknown = {name: value for name, value in options.items() if name not in known}
     if unknown:
@@ -106,14 +116,15 @@ def check_tolerance(tolerance: Any, name: str, form: Form, y0: Tensor) -> float 
     return each.contiguous()
 
 
-def _number(options: dict[str, Any], name: str, default: float, least: float, most: float = math.inf) -> float:
+def number_from(options: dict[str, Any], name: str, default: float, least: float, most: float = math.inf) -> float:
+    """An option that is a number between two bounds."""
     value = options.get(name, default)
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
         raise InvalidType(f"options[{name!r}] must be a number, not {value!r}") from error
     if not least <= number <= most:
-        bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+        bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:.4g}"
         raise InvalidValue(f"options[{name!r}] must be {bounds}, not {value!r}")
     return number
 
@@ -124,12 +135,12 @@ def policy_from(options: dict[str, Any], tableau: Tableau, *, clip: bool = False
         return Policy(order=float(tableau.order), clip=clip, resume=resume)
     return Policy(
         order=float(tableau.order),
-        safety=_number(options, "safety", 0.9, 0),
-        ifactor=_number(options, "ifactor", 10.0, 1),
-        dfactor=_number(options, "dfactor", 0.2, 0, 1),
-        min_step=_number(options, "min_step", 0.0, 0),
-        max_step=_number(options, "max_step", math.inf, 0),
-        max_num_steps=int(_number(options, "max_num_steps", 2**31 - 1, 0)),
+        safety=number_from(options, "safety", 0.9, 0),
+        ifactor=number_from(options, "ifactor", 10.0, 1),
+        dfactor=number_from(options, "dfactor", 0.2, 0, 1),
+        min_step=number_from(options, "min_step", 0.0, 0),
+        max_step=number_from(options, "max_step", math.inf, 0),
+        max_num_steps=int(number_from(options, "max_num_steps", 2**31 - 1, 0, 2**62)),
         clip=clip,
         resume=resume,
     )
@@ -137,7 +148,7 @@ def policy_from(options: dict[str, Any], tableau: Tableau, *, clip: bool = False
 
 def first_step_from(options: dict[str, Any]) -> float | None:
     """The size of the first step, if the user gave one."""
-    return None if options.get("first_step") is None else abs(_number(options, "first_step", 0.0, -math.inf))
+    return None if options.get("first_step") is None else abs(number_from(options, "first_step", 0.0, -math.inf))
 
 
 def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Grid:

@@ -1,7 +1,7 @@
 """How a solve can end, every error pyode raises, and the sentences for both.
 
-Each error derives from the builtin class that torchdiffeq raises in the same place, so code that catches that keeps
-working.
+Each error derives from the builtin classes that torchdiffeq raises in the same places, so code that catches those
+keeps working.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class PyodeError(Exception):
     """The base of all errors that pyode raises itself."""
 
 
-class InvalidValue(PyodeError, ValueError, AssertionError):
+class InvalidValue(PyodeError, ValueError, AssertionError, RuntimeError):
     """An argument has the right type and a wrong value."""
 
 
-class InvalidType(PyodeError, TypeError, AssertionError):
+class InvalidType(PyodeError, TypeError, AssertionError, RuntimeError):
     """An argument is of the wrong type."""
 
 

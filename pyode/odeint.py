@@ -16,6 +16,7 @@ from ._ops import backend_for
 from ._ops.contract import Grid, Policy
 from .control import (
     Times,
+    check_dict,
     check_options,
     check_times,
     check_tolerance,
@@ -113,7 +114,7 @@ def pose(
     check_y0(y0)
     times = check_times(t)
     tableau = methods.find(method)
-    options = {} if options is None else options
+    options = {} if options is None else check_dict(options, "options")
     check_options(options, tableau)
     check_interp(options)
     form = Form(y0)

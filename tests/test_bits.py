@@ -23,7 +23,8 @@ LEVELS = ("generic", "avx2", "avx512")
 def run_with_level(level: str | None) -> tuple[str, str]:
     """The level that was used and the digest, from a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "PYODE_SIMD"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), environment.get("PYTHONPATH", "")])
+    package = Path(pyode.__file__).parents[1]
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(package), environment.get("PYTHONPATH", "")])
     if level is not None:
         environment["PYODE_SIMD"] = level
     command = [sys.executable, str(HERE / "bits_of_ops.py"), "1"]

@@ -51,6 +51,25 @@ def test_together_equals_apart_to_the_bit(ops, method, sign, device):
     assert len(set(loop.controller.field("n_accepted").tolist())) > 3  # they did go their own ways
 
 
+@pytest.mark.parametrize("stops", ["step_t", "jump_t"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_together_equals_apart_also_at_prescribed_times(stops, sign, device):
+    # Each sample arrives at them with another step; the field depends on time, and jumps there.
+    def f(t, y):
+        t = t.reshape(-1, 1)
+        return rotate(t, y) * (1 + t * t) * torch.where(sign * t < 1.0, 1.0, 0.5)
+
+    y0, t = start(device), (sign * T).to(device)
+    prescribed = {stops: torch.tensor([sign * 1.0, sign * 2.2], dtype=torch.float64, device=device)}
+    with torch.no_grad():
+        loop = loop_for(f, y0, t, samples=7, rtol=1e-3, grid=Grid(t.clone(), **prescribed))
+        together = loop.solve(y0)
+        for b in range(7):
+            row = y0[b : b + 1]
+            apart = loop_for(f, row, t, rtol=1e-3, grid=Grid(t.clone(), **prescribed)).solve(row)
+            assert torch.equal(together[:, b : b + 1], apart), b
+
+
 @METHODS
 def test_every_sample_is_solved_to_its_tolerance(method, device):
     y0 = start(device)
@@ -58,8 +77,10 @@ def test_every_sample_is_solved_to_its_tolerance(method, device):
         y = loop_for(rotate, y0, T.to(device), samples=7, method=method, rtol=1e-5, atol=1e-7).solve(y0).cpu()
     angle = RATES[None] * T[:, None, None]
     exact = torch.cat([angle.cos(), angle.sin()], -1)
-    # The fastest turns 95 times: 100 to 10000 steps, whose errors add up.
-    assert torch.allclose(y[..., :2], exact, atol=1e5 * 1e-7 * (5 if TABLEAUS[method].order == 2 else 1))
+    # The fastest goes through 95 radians in some hundred to some thousand steps, whose errors add up. fehlberg2's
+    # estimate is 1/512 of a difference of slopes, and its error so much larger.
+    tolerances = 1e4 if method == "fehlberg2" else 200
+    assert torch.allclose(y[..., :2], exact, atol=1e-5 * tolerances)
 
 
 @NAMES

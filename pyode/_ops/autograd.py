@@ -42,8 +42,13 @@ class _StageCombine(torch.autograd.Function):
 def stage_combine(
     ops: ModuleType, layout: Layout, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor
 ) -> Tensor:
-    """Returns y + dt sum_j w_j k_j, differentiable with respect to y and the ks. dt must not change afterwards."""
+    """Returns y + dt sum_j w_j k_j, differentiable with respect to y, the ks, and dt if it requires a gradient.
+
+    dt must not change afterwards.
+    """
     ks = ks[: len(weights)]
+    if dt.requires_grad:
+        return reference.stage_combine(layout, weights, y, ks, dt)
     if ops is not reference and (y.requires_grad or any(k.requires_grad for k in ks)):
         return _StageCombine.apply(ops, layout, weights, dt, y, *ks)  # type: ignore[no-any-return, no-untyped-call]
     return ops.stage_combine(layout, weights, y, ks, dt)  # type: ignore[no-any-return]

@@ -326,7 +326,13 @@ class Interpolant:
         """The weights at position x of a step."""
         if x == 1.0:
             return self.end
-        return tuple(x * sum(c * x**p for p, c in enumerate(row)) for row in self.coefficients)
+        weights = []
+        for row in self.coefficients:
+            weight = 0.0
+            for c in reversed(row):
+                weight = (weight + c) * x
+            weights.append(weight)
+        return tuple(weights)
 
 
 def interpolate_at(interpolant: Interpolant, x: Tensor, y: Tensor, ks: list[Tensor], dt: float | Tensor) -> Tensor:
@@ -346,11 +352,13 @@ def interpolate(
     layout: Layout, interpolant: Interpolant, controller: Controller, y: Tensor, ks: list[Tensor], out: Tensor
 ) -> None:
     """Writes all outputs that the last step passed to their rows of `out`, [T, ...]."""
+    single = Layout(1, layout.size, layout.segments, layout.dtype, layout.device)
     for b, (s, times) in enumerate(zip(controller._samples, controller._times)):
-        row = slice(None) if layout.samples == 1 else slice(b, b + 1)
-        single = Layout(1, layout.size, layout.segments, layout.dtype, layout.device)
         for i in range(s.output_begin, s.output_end):
             time = times.sign * times.outputs[i]
             weights = interpolant.weights_at(1.0 if time == s.t else (time - s.t_prev) / s.dt_prev)
             step = torch.tensor([s.dt_prev], dtype=torch.float64)
-            out[i][row] = stage_combine(single, weights, y[row], [k if k is None else k[row] for k in ks], step)
+            if layout.samples == 1:
+                out[i] = stage_combine(single, weights, y, ks, step)
+            else:
+                out[i, b] = stage_combine(single, weights, y[b], [k if k is None else k[b] for k in ks], step)

@@ -40,6 +40,7 @@ class BacksolveConfig:
     Attributes:
         restart: whether every output interval is a solve of its own, with its own first step, as in torchdiffeq.
         norm: of (t, y, adj_y, *params), or for a tuple state (t, *y, *adj_y, *params); None for the largest RMS.
+        state_norm: the forward solve's norm of a state, which takes the RMS' place for y and adj_y.
         seminorm: whether the parameters have no share in the norm.
     """
 
@@ -51,6 +52,7 @@ class BacksolveConfig:
     first_step: float | None
     restart: bool
     norm: AdjointNorm | None
+    state_norm: Callable[[Any], Any] | None
     seminorm: bool
 
 
@@ -117,9 +119,12 @@ class Backsolve:
         self.form, self.times, self.config = form, times, config
         self.ys, self.gradients, self.params = ys, plain(gradients), params
         self.time = times.tensor.requires_grad
+        # torchdiffeq carries the time integral, and its share of the norm, whether it is wanted or not.
+        self.time_carried = self.time or (config.restart and config.tableau.adaptive)
         self.func = func
         self.forward = Dynamics(func, form, ys[0])
-        self.dynamics = _AdjointDynamics(self.forward, params, self.time)
+        self.dynamics = _AdjointDynamics(self.forward, params, self.time_carried)
+        self.evals_counted = 0
         self.time_gradients = [torch.zeros((), dtype=times.tensor.dtype, device=ys.device) for _ in times.values]
         n, segments = ys[0].numel(), form.segments
         self.ops = backend_for(ys)
@@ -141,18 +146,19 @@ class Backsolve:
             stepwise = self.config.restart or not self.config.tableau.adaptive
             z = self._interval_by_interval(z, quadrature) if stepwise else self._through(z, quadrature)
         results = list(quadrature.values)
-        if self.time:
+        if self.time_carried:
             self.time_gradients[0] = results.pop(0).to(self.time_gradients[0])
         return z[1] + self.gradients[0], torch.stack(self.time_gradients) if self.time else None, results
 
     def _quadrature(self) -> Quadrature:
         config, like = self.config, self.ys
         values = [zero.clone() for zero in self.dynamics.zeros]
-        shares = [not config.seminorm and config.norm is None] * len(values)
-        if self.time:
+        fused = config.norm is None and config.state_norm is None
+        shares = [fused and not config.seminorm] * len(values)
+        if self.time_carried:
             real = like.real.dtype if like.is_complex() else like.dtype
             values.insert(0, torch.zeros((), dtype=real, device=like.device))
-            shares.insert(0, config.norm is None)
+            shares.insert(0, fused)
         rtol, atol = (x if isinstance(x, float) else float(x.min()) for x in (config.rtol, config.atol))
         return Quadrature(values, config.tableau, self.ops, rtol, atol, shares)
 
@@ -223,24 +229,28 @@ class Backsolve:
             config.policy,
             grid,
             times,
-            None if config.norm is None else self._user_norm,
+            self._user_norm if config.norm or config.state_norm else None,
             quadrature if quadrature.values else None,
         )
 
     def _user_norm(self, error: Tensor, integral_errors: list[Tensor]) -> Any:
-        assert self.config.norm is not None
-        t = [] if self.time else [torch.zeros((), dtype=self.layout.real_dtype, device=error.device)]
+        """The user's norm of the scaled errors: of the whole adjoint state, or of a state and applied to y and a."""
+        time = integral_errors[:1] if self.time_carried else [error.new_zeros((), dtype=self.layout.real_dtype)]
+        params = integral_errors[1:] if self.time_carried else integral_errors
         y, a = (self.form.unpack(part) for part in error.unbind())
-        states = (*y, *a) if self.form.is_tuple else (y, a)
-        if not self.time:
-            return self.config.norm((*t, *states, *integral_errors))
-        return self.config.norm((integral_errors[0], *states, *integral_errors[1:]))
+        if self.config.norm is not None:
+            states = (*y, *a) if self.form.is_tuple else (y, a)
+            return self.config.norm((*time, *states, *params))
+        assert self.config.state_norm is not None
+        squares = [] if self.config.seminorm else [p.abs().square().mean() for p in params]
+        state_norms = [torch.as_tensor(self.config.state_norm(state)) for state in (y, a)]
+        return max([time[0].abs(), *state_norms, *(square.sqrt() for square in squares)])
 
     def _run(self, loop: AdaptiveLoop | FixedGridLoop, z: Tensor, quadrature: Quadrature) -> Tensor:
         stats: Stats | None = self.config.options.get("stats")
-        before = self.dynamics.n_evals
         try:
             out = loop.solve(z, self.config.first_step)
         finally:
-            loop.add_to(stats, before)
+            loop.add_to(stats, self.evals_counted)
+            self.evals_counted = self.dynamics.n_evals
         return out[-1]

@@ -20,8 +20,8 @@ TABLEAUS: dict[str, Tableau] = {
 DEFAULT = dopri5.name
 
 
-def find(name: str | None) -> Tableau:
-    """The method of this name; the default one for None.
+def find(name: str | None, argument: str = "method") -> Tableau:
+    """The method of this name; the default one for None. `argument` is what an error calls it.
 
     Raises:
         InvalidValue: a ValueError that names the closest method, if there is none of this name.
@@ -32,7 +32,7 @@ def find(name: str | None) -> Tableau:
         return TABLEAUS[name]
     close = difflib.get_close_matches(str(name), TABLEAUS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise InvalidValue(f"method must be one of {', '.join(TABLEAUS)}, not {name!r}{hint}")
+    raise InvalidValue(f"{argument} must be one of {', '.join(TABLEAUS)}, not {name!r}{hint}")
 
 
 __all__ = ["DEFAULT", "TABLEAUS", "Tableau", "find"]

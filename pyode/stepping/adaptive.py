@@ -58,7 +58,7 @@ class AdaptiveLoop:
         at_jump: Callable[[float, Tensor], Tensor] | None = None,
     ) -> None:
         self.dynamics, self.tableau, self.layout = dynamics, tableau, layout
-        self.rtol, self.atol, self.times = rtol, atol, times
+        self.rtol, self.atol, self.grid, self.times = rtol, atol, grid, times
         self.norm, self.quadrature, self.at_jump = norm, quadrature, at_jump
         self.ops = ops = backend_of(layout)
         layouts = [layout] if quadrature is None else [layout, *quadrature.layouts]
@@ -74,7 +74,7 @@ class AdaptiveLoop:
         controller, dynamics, quadrature = self.controller, self.dynamics, self.quadrature
         layout, rows = self.layout, self.tableau.rows
         recording = torch.is_grad_enabled()
-        shifting = recording and self.times.tensor.requires_grad
+        shift = self._shift() if recording else None
         stage_combine = partial(autograd.stage_combine, self.ops) if recording else self.ops.stage_combine
         output = RecordedOutput(self) if recording else Output(self, y0)
 
@@ -87,14 +87,16 @@ class AdaptiveLoop:
         flags = self._first_step(y, ks[0], first_step)
         while flags & _RUNNING:
             dt = controller.dt.clone() if recording else controller.dt  # the backward pass needs this step's
-            times = self._shifted(controller.stage_times) if shifting else controller.stage_times
+            times = controller.stage_times
+            if shift is not None:
+                times, dt = self._moved(times, dt, shift)
             for j, t in enumerate(times.unbind()):
                 y1 = stage_combine(layout, rows[j], y, ks, dt)
                 ks[j + 1] = dynamics(t, y1)
             self._measure(y, y1, ks)
             flags = controller.run(Phase.JUDGE)
             if flags & _OUTPUT:
-                output.add(y, ks, dt)
+                output.add(y, ks, dt, shift)
                 if quadrature is not None:
                     quadrature.add_output(controller, self.interpolant)
             if not flags & _ACCEPTED:
@@ -110,7 +112,8 @@ class AdaptiveLoop:
             if quadrature is not None:
                 quadrature.accept()
             if flags & _JUMP and flags & _RUNNING:
-                y, ks[0] = self._behind_jump(y)
+                shift = None  # what comes behind a discontinuity does not move with the start
+                y, ks[0] = self._behind_jump(y, ks[0])
         if flags & _FAILED:
             raise self._error(y, ks[0])
         if quadrature is not None:
@@ -127,12 +130,17 @@ class AdaptiveLoop:
     def _at_start(self, y0: Tensor) -> Tensor:
         return self.times.tensor[0].to(device=y0.device, dtype=self.layout.real_dtype)
 
-    def _shifted(self, stage_times: Tensor) -> Tensor:
-        """Times that move with the start, for the gradient with respect to t[0]."""
+    def _shift(self) -> Tensor | None:
+        """How far the start has moved: 0, with the gradient of t[0]; None if that is not wanted."""
         t = self.times.tensor
-        if not (t.requires_grad and torch.is_grad_enabled()):
-            return stage_times
-        return stage_times + (t[0] - t[0].detach()).to(stage_times)
+        return t[0] - t[0].detach() if t.requires_grad else None
+
+    def _moved(self, stage_times: Tensor, dt: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage times and step size of a step that moves with the start; one up to a discontinuity keeps its end."""
+        if not bool(self.controller.field("on_jump").any()):
+            return stage_times + shift.to(stage_times), dt
+        c = torch.tensor(self.tableau.abscissae).to(stage_times)
+        return stage_times + (1 - c) * shift.to(stage_times), dt - shift.to(dt)
 
     def _first_step(self, y: Tensor, k: Tensor, first_step: float | None) -> int:
         """Plans the first step; returns the flags (Hairer, Norsett, Wanner I, II.4)."""
@@ -174,16 +182,19 @@ class AdaptiveLoop:
             errors = [] if self.quadrature is None else self.quadrature.scaled_errors(weights, y1 is y, dt)
             self.controller.put_norm(self.norm(error, errors), slot)
 
-    def _behind_jump(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The state and its derivative just behind the discontinuity at which the solve has arrived."""
+    def _behind_jump(self, y: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The state and its derivative just behind the discontinuity at which the solve, or a sample, has arrived."""
         now = self.controller.field("t")
         if self.at_jump is not None:
             y = self.at_jump(float(now), y)
         t = now.to(device=y.device, dtype=self.layout.real_dtype)
-        t = self._shifted(torch.nextafter(t, t + self.times.sign))
+        t = torch.nextafter(t, t + self.times.sign)
         if self.quadrature is not None:
             self.quadrature.restart()
-        return y, self.dynamics(t[0] if self.layout.samples == 1 else t, y)
+        if self.layout.samples == 1 or self.grid.jump_t is None:
+            return y, self.dynamics(t[0], y)
+        jumped = self.controller.field("accepted") * torch.isin(now, self.grid.jump_t.to(now.device))
+        return y, self.ops.select_rows(self.layout, self.dynamics(t, y), k, jumped)
 
     def _error(self, y: Tensor, k: Tensor) -> SolveError:
         statuses = self.controller.field("status")
@@ -205,7 +216,7 @@ class Output:
         self.out = torch.empty((len(loop.times.values), *y0.shape), dtype=y0.dtype, device=y0.device)
         loop.ops.copy(loop.layout, y0, self.out[0])
 
-    def add(self, y: Tensor, ks: list[Tensor], dt: Tensor) -> None:
+    def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""
         loop = self.loop
         loop.ops.interpolate(loop.layout, loop.interpolant, loop.controller, y, ks, self.out)
@@ -223,19 +234,20 @@ class RecordedOutput:
         self.rows: list[Tensor] = []
         self.polynomial = reference.Interpolant(loop.tableau.interpolant, loop.tableau.end)
 
-    def add(self, y: Tensor, ks: list[Tensor], dt: Tensor) -> None:
+    def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""
         loop, t, values = self.loop, self.loop.times.tensor, self.loop.times.values
         now, start, size = (float(loop.controller.field(name)) for name in ("t", "t_prev", "dt_prev"))
         begin, end = (int(loop.controller.field(name)) for name in ("output_begin", "output_end"))
         for i in range(begin, end):
-            x = 1.0 if values[i] == now else (values[i] - start) / size
             if t.requires_grad:
-                moved = (t[i] - t[i].detach()) - (t[0] - t[0].detach())
-                position = x + (moved / size).to(device=y.device, dtype=loop.layout.real_dtype)
-                self.rows.append(reference.interpolate_at(self.polynomial, position, y, ks, size))
+                moved = t[i] - t[i].detach() - (0.0 if shift is None else shift)
+                step = dt.reshape(())
+                position = (values[i] - start + moved.to(step)) / step
+                x, step = (v.to(device=y.device, dtype=loop.layout.real_dtype) for v in (position, step))
+                self.rows.append(reference.interpolate_at(self.polynomial, x, y, ks, step))
             else:
-                weights = self.polynomial.weights_at(x)
+                weights = self.polynomial.weights_at(1.0 if values[i] == now else (values[i] - start) / size)
                 self.rows.append(autograd.stage_combine(loop.ops, loop.layout, weights, y, ks, dt))
 
     def collect(self, y0: Tensor) -> Tensor:

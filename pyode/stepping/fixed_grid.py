@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .._ops import autograd, backend_of, reference
 from .._ops.contract import Layout
-from ..control import Times
+from ..control import Times, number_from
 from ..errors import InvalidType, InvalidValue
 from ..methods import Tableau
 from ..solution import Stats
@@ -48,9 +49,9 @@ def grid_of(options: dict[str, Any], times: Times, func: Callable[..., Any], y0:
         return grid
     if step_size is None or len(t) == 1:
         return t
-    size = float(step_size)
-    if not size > 0:
-        raise InvalidValue(f"options['step_size'] must be positive, not {step_size!r}")
+    size = number_from(options, "step_size", 0.0, -math.inf)
+    if not 0 < size < math.inf:
+        raise InvalidValue(f"options['step_size'] must be positive and finite, not {step_size!r}")
     # As torchdiffeq counts: the last step is the shorter one.
     n = int(torch.ceil((t[-1] - t[0]).detach().abs() / size + 1).item())
     steps = torch.arange(n, dtype=t.dtype, device=t.device) * (times.sign * size)
@@ -90,7 +91,10 @@ class FixedGridLoop:
         moving = recording and (self.grid.requires_grad or self.times.tensor.requires_grad)
         ends, sizes, stage_times = self._schedule(y0, moving)
         rows, dynamics, quadrature = self.tableau.rows, self.dynamics, self.quadrature
-        combine = self._combine_op(recording, moving)
+        if recording:
+            combine = partial(autograd.stage_combine, self.ops, self.layout)
+        else:
+            combine = partial(self.ops.stage_combine, self.layout)
         outputs = Outputs(self, y0, recording)
         values, sign, i, y = self.times.values, self.times.sign, 1, y0
         for n, dt in enumerate(sizes):
@@ -108,14 +112,6 @@ class FixedGridLoop:
                 i += 1
             y = y1
         return outputs.collect()
-
-    def _combine_op(self, recording: bool, moving: bool) -> Callable[..., Tensor]:
-        """stage_combine of the layout: plain, as a node of the graph, or differentiable in dt too."""
-        if moving:
-            return partial(reference.stage_combine, self.layout)
-        if recording:
-            return partial(autograd.stage_combine, self.ops, self.layout)
-        return partial(self.ops.stage_combine, self.layout)
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
         """Adds the solve's counts."""
