@@ -6,6 +6,7 @@ A tensor keeps its shape. The parts of a tuple lie one behind the other in a fla
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -24,10 +25,11 @@ def check_y0(y0: State) -> None:
     parts = y0 if isinstance(y0, tuple) else (y0,)
     if not parts or not all(isinstance(part, Tensor) for part in parts):
         raise InvalidType(f"y0 must be a tensor or a tuple of tensors, not {_kind(y0)}")
+    dtype = reduce(torch.promote_types, (part.dtype for part in parts))  # parts of several dtypes are promoted
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise InvalidType(f"y0 must be floating or complex, not {dtype}; convert it: y0.float()")
     for i, part in enumerate(parts):
         name = f"y0[{i}]" if isinstance(y0, tuple) else "y0"
-        if not (part.is_floating_point() or part.is_complex()):
-            raise InvalidType(f"{name} must be floating or complex, not {part.dtype}; convert it: {name}.float()")
         if part.device != parts[0].device:
             raise InvalidValue(
                 f"all of y0 must be on one device; y0[0] is on {parts[0].device}, {name} on {part.device}"

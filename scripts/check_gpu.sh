@@ -86,6 +86,10 @@ benchmarks() {
 export -f sanitizer benchmarks
 export python short_solve folder
 
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  note "torch sees no GPU here: nothing was checked"
+  exit 1
+fi
 note "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1 | head -n 1)"
 note "$(nvcc --version 2>&1 | tail -n 1)"
 stage build 200 env PYODE_CUDA=1 PYODE_CUDA_ARCHITECTURES="${PYODE_CUDA_ARCHITECTURES:-native}" \
@@ -95,7 +99,7 @@ stage tests_gpu 200 "$python" -m pytest -m cuda -p no:cacheprovider
 stage memcheck 60 bash -c 'sanitizer memcheck'
 stage racecheck 60 bash -c 'sanitizer racecheck'
 stage benchmarks 100 bash -c benchmarks
-stage tests_others 200 "$python" -m pytest -m "not cuda" -p no:cacheprovider
+stage tests_others 540 "$python" -m pytest -m "not cuda" -p no:cacheprovider
 
 echo
 echo "=== summary"

@@ -18,7 +18,7 @@ from torch import Tensor
 import pyode
 from pyode import SolveError
 
-N = 100_000  # enough numbers for the pool of threads to take part
+N = 70_000  # enough numbers for the pool of threads to take part
 
 
 def solve(n: int = N, seed: int = 0, f: Callable | None = None, grad: bool = False) -> Tensor:
@@ -96,7 +96,7 @@ def test_ctrl_c_in_the_middle_ends_the_solve_and_does_no_harm(expected):
 
 
 def test_after_a_failed_solve_the_next_one_is_right(expected):
-    for f in (lambda t, y: y * float("nan"), lambda t, y: 100 * y * y, lambda t, y: y[:1]):
+    for f in (lambda t, y: y * float("nan"), lambda t, y: torch.where(t > 0.1, float("nan"), y), lambda t, y: y[:1]):
         with pytest.raises((SolveError, pyode.DynamicsError)):
             solve(f=f)
         assert_as_good_as_new(expected)
@@ -109,7 +109,7 @@ def test_several_threads_may_solve_at_once(n, grad):
     seeds = range(4)
     alone = [solve(n, seed, grad=grad) for seed in seeds]
     with ThreadPoolExecutor(len(seeds)) as pool:
-        for _ in range(3):
+        for _ in range(2):
             together = list(pool.map(lambda seed: solve(n, seed, grad=grad), seeds))
             assert all(map(torch.equal, together, alone))
 

@@ -182,30 +182,33 @@ def run(chosen: argparse.Namespace) -> int:
 def report(training: Training, twin: Training, fit: Tensor) -> str:
     """The numbers, as a table."""
     n, measured = len(training.losses), len(twin.losses)
-    ours, theirs, same = mean(training.seconds), mean(twin.seconds), mean(training.seconds[:measured])
-    ratio = theirs / same
+    ours, theirs = sum(training.seconds[:measured]), sum(twin.seconds)
+    total = sum(training.seconds)
     forward, backward = training.forward, training.backward
     error = float((fit - training.data).abs().mean())
-    averaged = min(n, LOSSES_AVERAGED)
+
+    def row(label: str, *cells: str, note: str = "") -> str:
+        return f"{label:<26}{''.join(f'{cell:>13}' for cell in cells)}{note and '  ' + note}"
 
     def counts(label: str, name: str) -> str:
         there, back = getattr(forward, name), getattr(backward, name)
-        return f"{label:<26}{there:>12,}{back:>12,}{there + back:>12,}"
+        return row(label, f"{there:,}", f"{back:,}", f"{there + back:,}")
 
+    averaged = f"mean |y - data|, last {min(n, LOSSES_AVERAGED)} mini-batches"
+    estimated = "pure Python: estimated by the ratio" if measured < n else ""
     return "\n".join(
         (
             "",
-            f"{'final loss':<26}{training.final_loss:>12.6f}  mean |y - data|, last {averaged} mini-batches",
-            f"{'whole trajectory':<26}{error:>12.6f}  mean |y - data|, t in [0, 25], from its start alone",
+            row("final loss", f"{training.final_loss:.6f}", note=averaged),
+            row("whole trajectory", f"{error:.6f}", note="mean |y - data|, t in [0, 25], from its start alone"),
             "",
-            f"{'':<26}{'forward':>12}{'backward':>12}{'both':>12}",
+            row("", "forward", "backward", "both"),
             counts("function evaluations", "n_f_evals"),
             counts("accepted steps", "n_accepted"),
             counts("rejected steps", "n_rejected"),
             "",
-            f"{'':<26}{'pyode':>12}{'pure Python':>12}{'ratio':>12}",
-            f"{f'first {measured} steps':<26}{same * measured:>10.2f} s{theirs * measured:>10.2f} s{ratio:>12.2f}",
-            f"{f'all {n} steps':<26}{ours * n:>10.2f} s{ours * n * ratio:>10.2f} s"
-            + (f"{'':>4}pure Python: estimated by the ratio" if measured < n else ""),
+            row("", "pyode", "pure Python", "ratio"),
+            row(f"training steps 1 to {measured}", f"{ours:.2f} s", f"{theirs:.2f} s", f"{theirs / ours:.2f}"),
+            row(f"all {n} steps", f"{total:.2f} s", f"{total * theirs / ours:.2f} s", "", note=estimated),
         )
     )
