@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 from importlib import import_module
 from pathlib import Path
@@ -59,8 +60,15 @@ def main() -> None:
 
     results: dict[str, Any] = {"machine": machine()}
     print(f"pyode {pyode.__version__}, torch {torch.__version__}, {chosen.threads} threads\n", flush=True)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5:
+        print(f"Something else is running (load {load:.1f}): torch's threads then wait for each other, in f too.\n")
     for name in chosen.suites or SUITES:
-        suite = import_module(f"{__package__}.bench_{name}")
+        try:
+            suite = import_module(f"{__package__}.bench_{name}")
+        except ModuleNotFoundError as missing:
+            print(f'{name}: not run, {missing.name} is missing: pip install "pyode[bench]"\n')
+            continue
         rows = suite.measure(chosen.seconds)
         results[name] = rows
         if rows:

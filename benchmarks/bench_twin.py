@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -78,8 +77,12 @@ def measure(seconds: float = 20.0) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("solver", ["pure Python", "pyode"])
-@pytest.mark.parametrize("key", tasks(), ids=", ".join)
+def pytest_generate_tests(metafunc: Any) -> None:
+    """Every task with both; a hook, so that this file can do without pytest."""
+    metafunc.parametrize("solver", ["pure Python", "pyode"])
+    metafunc.parametrize("key", tasks(), ids=", ".join)
+
+
 def test_twin(benchmark: Any, key: tuple[str, str], solver: str) -> None:
     benchmark.group = ", ".join(key)
     task = tasks()[key]

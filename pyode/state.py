@@ -23,6 +23,8 @@ Func = Callable[[Tensor, Any], Any]
 def check_y0(y0: State) -> None:
     """Raises InvalidType or InvalidValue unless y0 is a state that can be solved for."""
     parts = y0 if isinstance(y0, tuple) else (y0,)
+    if isinstance(y0, Tensor) and (y0.is_floating_point() or y0.is_complex()):
+        return
     if not parts or not all(isinstance(part, Tensor) for part in parts):
         raise InvalidType(f"y0 must be a tensor or a tuple of tensors, not {_kind(y0)}")
     dtype = reduce(torch.promote_types, (part.dtype for part in parts))  # parts of several dtypes are promoted

@@ -18,7 +18,8 @@ from .contract import Layout
 
 def plain(x: Tensor) -> Tensor:
     """The same numbers as they lie in memory: contiguous, without a conjugation or negation still to be done."""
-    return x.contiguous().resolve_conj().resolve_neg()
+    x = x.contiguous()
+    return x.resolve_conj().resolve_neg() if x.is_conj() or x.is_neg() else x
 
 
 class _StageCombine(torch.autograd.Function):

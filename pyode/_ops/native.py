@@ -5,6 +5,8 @@ A tensor handed to an op is contiguous, and of the layout's dtype and device.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -98,6 +100,12 @@ def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor)
     return out
 
 
+@lru_cache(maxsize=64)
+def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor to make others like, which is faster than to name shape, dtype and device; never written or read."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 class Controller:
     """The step-size controller of all samples, and the norms it judges by.
 
@@ -126,9 +134,9 @@ class Controller:
         base = words.data_ptr()
         self._means = base + 8 * (N_FIELDS * B + 2)
         self.dt = words[B : 2 * B]
-        self._template = torch.empty(
-            (len(abscissae),) if B == 1 else (len(abscissae), B), dtype=state.real_dtype, device=device
-        )
+        shape = (len(abscissae),) if B == 1 else (len(abscissae), B)
+        self._template = _like(shape, state.real_dtype, device)
+        self._trial_template = _like(shape[1:], state.real_dtype, device)
         self.stage_times = self._template
         self.handle = handle = _C.Controller(
             state.handle, _SCALARS[state.real_dtype], words, base + 8 * N_FIELDS * B, abscissae
@@ -167,10 +175,7 @@ class Controller:
 
     def run(self, phase: Phase, first_step: float = 0.0) -> int:
         """Carries out a phase for all samples; returns the flags. On CUDA this waits for the device."""
-        if phase is Phase.TRY_FIRST:
-            times = self._template.new_empty(self._template.shape[1:])
-        else:
-            times = torch.empty_like(self._template)
+        times = torch.empty_like(self._trial_template if phase is Phase.TRY_FIRST else self._template)
         self.stage_times = times
         flags: int = self.handle.run(phase, times, first_step)
         if flags < 0 and phase is not Phase.TRY_FIRST:

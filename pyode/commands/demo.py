@@ -188,7 +188,7 @@ def report(training: Training, twin: Training, fit: Tensor) -> str:
     error = float((fit - training.data).abs().mean())
 
     def row(label: str, *cells: str, note: str = "") -> str:
-        return f"{label:<26}{''.join(f'{cell:>13}' for cell in cells)}{note and '  ' + note}"
+        return f"{label:<26}{''.join(f'{cell:>13}' for cell in cells)}  {note}".rstrip()
 
     def counts(label: str, name: str) -> str:
         there, back = getattr(forward, name), getattr(backward, name)

@@ -7,7 +7,8 @@ for the whole state (B = 1) and one for each sample.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class AdaptiveLoop:
         self.ops = ops = backend_of(layout)
         layouts = [layout] if quadrature is None else [layout, *quadrature.layouts]
         self.controller = ops.Controller(layouts, policy, grid, tableau.abscissae)
-        self.interpolant = ops.Interpolant(tableau.interpolant, tableau.end)
+        self.interpolant = interpolant_of(ops, tableau)
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
         """Returns the states at the output times, [T, *y0.shape].
@@ -208,6 +209,12 @@ class AdaptiveLoop:
         return SolveError(status, float(t), float(dt), int(accepted + rejected))
 
 
+@lru_cache(maxsize=64)
+def interpolant_of(ops: ModuleType, tableau: Tableau) -> Any:
+    """A tableau's dense output, as a backend takes it."""
+    return ops.Interpolant(tableau.interpolant, tableau.end)
+
+
 class Output:
     """The states at the output times, written in place as steps pass them."""
 
@@ -232,7 +239,7 @@ class RecordedOutput:
     def __init__(self, loop: AdaptiveLoop) -> None:
         self.loop = loop
         self.rows: list[Tensor] = []
-        self.polynomial = reference.Interpolant(loop.tableau.interpolant, loop.tableau.end)
+        self.polynomial = interpolant_of(reference, loop.tableau)
 
     def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""

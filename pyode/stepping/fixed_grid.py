@@ -17,6 +17,7 @@ from ..errors import InvalidType, InvalidValue
 from ..methods import Tableau
 from ..solution import Stats
 from ..state import RightHandSide
+from .adaptive import interpolant_of
 from .quadrature import Quadrature
 
 INTERPOLATIONS = ("linear", "cubic")
@@ -160,7 +161,7 @@ class FixedGridLoop:
             return combine(tuple(w * x for w in self.tableau.weights), y, ks, dt)
         t1 = (self.grid if moving else self.grid.detach())[n + 1].to(device=y.device, dtype=self.layout.real_dtype)
         ks = [*ks, self.dynamics(t1, y1)]
-        polynomial = reference.Interpolant(self.tableau.interpolant, self.tableau.end)
+        polynomial = interpolant_of(reference, self.tableau)
         if moving:
             return reference.interpolate_at(polynomial, x, y, ks, dt.to(y.real.dtype if y.is_complex() else y.dtype))
         return combine(polynomial.weights_at(x), y, ks, dt)
