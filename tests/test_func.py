@@ -300,3 +300,48 @@ def test_an_orbit_closes(device):
     y0 = kepler_start(0.3).to(device)
     y = pyode.odeint(kepler, y0, tensor(0.0, 2 * math.pi).to(device), rtol=1e-9, atol=1e-9, method="tsit5")
     assert torch.allclose(y[-1], y0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", ["the tensor", "a view", "an array", "a graph's leaf"])
+def test_func_may_keep_big_states_too_whose_memory_serves_again(keep):
+    # From a megabyte on the memory of a stage's input is given out again, unless somebody holds on to it.
+    kept, copies, addresses = [], [], []
+
+    def f(t, y):
+        addresses.append(y.data_ptr())
+        copies.append(y.clone())
+        if keep == "the tensor":
+            kept.append(y)
+        elif keep == "a view":
+            kept.append(y[::2])
+        elif keep == "an array":
+            kept.append(y.numpy())
+        else:
+            with torch.enable_grad():
+                kept.append(y.requires_grad_().square())
+        return -y.detach()
+
+    y0 = torch.linspace(1, 2, 1 << 19)
+    with torch.no_grad():
+        pyode.odeint(f, y0, torch.tensor([0.0, 1.0]), rtol=1e-3, atol=1e-3, options={"first_step": 0.25})
+    for this, copy in zip(kept, copies, strict=True):
+        if keep == "a graph's leaf":
+            (gradient,) = torch.autograd.grad(this.sum(), this.grad_fn.next_functions[0][0].variable)
+            assert torch.equal(gradient, 2 * copy)
+        else:
+            assert torch.equal(torch.as_tensor(this), copy[::2] if keep == "a view" else copy)
+
+
+def test_the_memory_of_big_states_serves_again_where_nobody_keeps_it():
+    addresses = set()
+
+    def f(t, y):
+        addresses.add(y.data_ptr())
+        return -y
+
+    with torch.no_grad():
+        y0 = torch.linspace(1, 2, 1 << 19)
+        pyode.odeint(
+            f, y0, torch.tensor([0.0, 1.0]), rtol=1e-3, atol=1e-3, options={"first_step": 0.1, "max_step": 0.1}
+        )
+    assert len(addresses) <= 6  # y0 and five more, for 10 steps of 6 evaluations

@@ -119,7 +119,10 @@ PYODE_HD double fused_multiply_add(double a, double b, double c) {
 }
 
 /// The larger one; nan if either is.
-PYODE_HD double larger(double a, double b) { return (a > b || a != a) ? a : b; }
+template <class R>
+PYODE_HD R larger(R a, R b) {
+  return (a > b || a != a) ? a : b;
+}
 PYODE_HD double smaller(double a, double b) { return a < b ? a : b; }
 PYODE_HD bool is_finite(double x) { return x - x == 0; }
 

@@ -27,12 +27,13 @@ PYODE_HD R advance_state(R y, R dt, R sum) {
   return fused_multiply_add(dt, sum, y);
 }
 
-/// The error relative to what is tolerated: error / (atol + rtol max(|y0|, |y1|)).
+/// The error relative to what is tolerated: error / (atol + rtol max(|y0|, |y1|)), in the state's arithmetic type.
 /// No error is within any tolerance, zero included (Hairer, Norsett, Wanner I, II.4, eq. 4.10). An infinite state has
 /// no error that could be tolerated: the result is nan.
-PYODE_HD double scaled_error(double error, double y0, double y1, double rtol, double atol) {
-  const double size = larger(y0, y1), tolerated = atol + rtol * size;
-  return (error == 0 ? 0 : error / tolerated) + (size - size);
+template <class R>
+PYODE_HD R scaled_error(R error, R y0, R y1, R rtol, R atol) {
+  const R size = larger(y0, y1), tolerated = atol + rtol * size;
+  return (error == 0 ? R(0) : error / tolerated) + (size - size);
 }
 
 /// The interpolant's weight of one stage at x in [0, 1]: sum_p c[p] x^(p + 1), by Horner's rule.

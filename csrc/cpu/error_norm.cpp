@@ -13,35 +13,38 @@ template <class T, bool kComplex>
 void square_ratios(const ErrorNorm& op, const Terms<T>& terms, double dt, int64_t begin, int64_t end, double* ratios) {
   const T* const y0 = terms.y + begin;
   const T* const y1 = static_cast<const T*>(op.y1) + (y0 - static_cast<const T*>(op.y0));
-  arithmetic_t<T> errors[kBlock];
+  using A = arithmetic_t<T>;
+  A errors[kBlock];
   accumulate(op.terms, terms, begin, end, errors);
   const int64_t n = end - begin;
+  const A step = static_cast<A>(dt);
   const auto fill = [&](auto rtol, auto atol) {
     if constexpr (kComplex) {
       PYODE_INDEPENDENT
       for (int64_t i = 0; i < n; i += 2) {
-        const auto modulus = [](double re, double im) { return std::sqrt(re * re + im * im); };
+        const auto modulus = [](A re, A im) { return std::sqrt(re * re + im * im); };
         const double r =
-            scaled_error(modulus(dt * errors[i], dt * errors[i + 1]), modulus(load(y0[i]), load(y0[i + 1])),
+            scaled_error(modulus(step * errors[i], step * errors[i + 1]), modulus(load(y0[i]), load(y0[i + 1])),
                          modulus(load(y1[i]), load(y1[i + 1])), rtol(i), atol(i));
         ratios[i / 2] = r * r;
       }
     } else {
       PYODE_INDEPENDENT
       for (int64_t i = 0; i < n; ++i) {
-        const double r = scaled_error(dt * errors[i], std::fabs(static_cast<double>(load(y0[i]))),
-                                      std::fabs(static_cast<double>(load(y1[i]))), rtol(i), atol(i));
-        ratios[i] = r * r;
+        const A r =
+            scaled_error(std::fabs(step * errors[i]), std::fabs(load(y0[i])), std::fabs(load(y1[i])), rtol(i), atol(i));
+        ratios[i] = static_cast<double>(r) * static_cast<double>(r);
       }
     }
   };
   if (op.rtol_each || op.atol_each) {
     const auto each = [begin](const double* array, double value) {
-      return [=](int64_t i) { return array ? array[begin + i] : value; };
+      return [=](int64_t i) { return static_cast<A>(array ? array[begin + i] : value); };
     };
     fill(each(op.rtol_each, op.rtol), each(op.atol_each, op.atol));
   } else {
-    fill([rtol = op.rtol](int64_t) { return rtol; }, [atol = op.atol](int64_t) { return atol; });
+    fill([rtol = static_cast<A>(op.rtol)](int64_t) { return rtol; },
+         [atol = static_cast<A>(op.atol)](int64_t) { return atol; });
   }
 }
 

@@ -8,7 +8,7 @@ constexpr int64_t kWarpRow = 1024;  // and of at most so many a warp's
 constexpr int64_t kMaxParts = 256;  // blocks that share the sum of a long segment
 
 template <class T>
-__device__ double error_at(const ErrorNorm& op, double dt, int64_t i) {
+__device__ arithmetic_t<T> error_at(const ErrorNorm& op, double dt, int64_t i) {
   using A = arithmetic_t<T>;
   if (op.terms == 0) return 0;
   T k[kMaxStages];
@@ -19,7 +19,7 @@ __device__ double error_at(const ErrorNorm& op, double dt, int64_t i) {
 #pragma unroll
   for (int j = 0; j < kMaxStages; ++j) w[j] = static_cast<A>(op.w[j]);
   const A sum = weighted_sum<kMaxStages>(op.terms, w, [&](int j) { return load(k[j]); });
-  return dt * static_cast<double>(sum);
+  return static_cast<A>(dt) * sum;
 }
 
 /// The squared scaled error of number d of sample b; for complex states of the pair that begins there.
@@ -27,16 +27,16 @@ template <class T, bool kComplex>
 __device__ double squared_ratio(const ErrorNorm& op, double dt, int64_t row, int64_t d) {
   const T* y0 = static_cast<const T*>(op.y0) + row + d;
   const T* y1 = static_cast<const T*>(op.y1) + row + d;
-  const double rtol = op.rtol_each ? op.rtol_each[d] : op.rtol;
-  const double atol = op.atol_each ? op.atol_each[d] : op.atol;
+  using A = arithmetic_t<T>;
+  const A rtol = static_cast<A>(op.rtol_each ? op.rtol_each[d] : op.rtol);
+  const A atol = static_cast<A>(op.atol_each ? op.atol_each[d] : op.atol);
   double r;
   if constexpr (kComplex) {
-    const auto modulus = [](double re, double im) { return sqrt(re * re + im * im); };
+    const auto modulus = [](A re, A im) { return sqrt(re * re + im * im); };
     r = scaled_error(modulus(error_at<T>(op, dt, row + d), error_at<T>(op, dt, row + d + 1)),
                      modulus(load(y0[0]), load(y0[1])), modulus(load(y1[0]), load(y1[1])), rtol, atol);
   } else {
-    r = scaled_error(fabs(error_at<T>(op, dt, row + d)), fabs(static_cast<double>(load(*y0))),
-                     fabs(static_cast<double>(load(*y1))), rtol, atol);
+    r = scaled_error(fabs(error_at<T>(op, dt, row + d)), fabs(load(*y0)), fabs(load(*y1)), rtol, atol);
   }
   return r * r;
 }
