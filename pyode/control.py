@@ -80,7 +80,7 @@ def check_times(t: Any) -> Times:
         raise InvalidValue(f"t must be 1-D, not of shape {tuple(t.shape)}")
     if len(t) == 0:
         raise InvalidValue("t must not be empty; its first entry is where the solve starts")
-    values = t.detach().double().tolist() if t.device.type != "mps" else t.detach().cpu().double().tolist()
+    values = t.detach().tolist()
     times = Times(t, values)
     for i, (a, b) in enumerate(pairwise(values)):
         if not times.sign * (b - a) > 0:
@@ -153,7 +153,7 @@ def first_step_from(options: dict[str, Any]) -> float | None:
 
 def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Grid:
     """The output times and the steps and discontinuities that the options prescribe, in time's direction."""
-    values = times.tensor.detach().to(device=device, dtype=torch.float64).contiguous()
+    values = times.tensor.detach().to(device, torch.float64).contiguous()
     if options.get("step_t") is None and options.get("jump_t") is None:
         return Grid(values)
     stops = {name: _stops(options.get(name), name, times) for name in ("step_t", "jump_t")}

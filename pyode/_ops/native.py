@@ -111,7 +111,7 @@ def stage_combine(layout: Layout, weights: tuple[float, ...], y: Tensor, ks: lis
 
 
 def copy(layout: Layout, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """Copies a state, by threads of our own: torch's hang in a forked child."""
+    """Copies a state, to the beginning of `out` if given; by threads of our own, as torch's hang in a forked child."""
     out = torch.empty_like(y) if out is None else out
     _C.stage_combine(layout.handle, (), y, [], None, out)
     return out

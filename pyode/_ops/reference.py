@@ -58,8 +58,8 @@ def stage_combine(layout: Layout, weights: tuple[float, ...], y: Tensor, ks: lis
 
 
 def copy(layout: Layout, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """Copies a state."""
-    return y.clone() if out is None else out.copy_(y)
+    """Copies a state, to the beginning of `out` if given."""
+    return y.clone() if out is None else out.view(-1, *y.shape)[0].copy_(y)
 
 
 def stage_vjp(layout: Layout, weights: tuple[float, ...], g: Tensor, dt: Tensor) -> list[Tensor | None]:

@@ -221,7 +221,7 @@ class Output:
     def __init__(self, loop: AdaptiveLoop, y0: Tensor) -> None:
         self.loop = loop
         self.out = torch.empty((len(loop.times.values), *y0.shape), dtype=y0.dtype, device=y0.device)
-        loop.ops.copy(loop.layout, y0, self.out[0])
+        loop.ops.copy(loop.layout, y0, self.out)
 
     def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""
