@@ -148,6 +148,63 @@ void stage_combine(const OwnedLayout& where, const py::tuple& weights, py::handl
   PYODE_DISPATCH(where, stage_combine, op);
 }
 
+py::object checked(PyObject* result) {
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+/// What func has to return for a stage to go on without a look from Python, and func itself (pyode/state.py).
+struct Expected {
+  py::object func, type, dtype, shape, device;
+  bool watch;  // whether the version of func's input is to stay 0
+
+  bool fits(py::handle k, py::handle y) const {
+    static PyObject* const names[] = {PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("shape"),
+                                      PyUnicode_InternFromString("device"), PyUnicode_InternFromString("is_contiguous"),
+                                      PyUnicode_InternFromString("_version")};
+    const auto get = [](py::handle object, PyObject* name) { return checked(PyObject_GetAttr(object.ptr(), name)); };
+    const auto equal = [](const py::object& a, const py::object& b) {
+      return a.is(b) || PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) == 1;
+    };
+    return reinterpret_cast<PyObject*>(Py_TYPE(k.ptr())) == type.ptr() && get(k, names[0]).is(dtype) &&
+           equal(get(k, names[1]), shape) && equal(get(k, names[2]), device) &&
+           checked(PyObject_CallMethodNoArgs(k.ptr(), names[3])).ptr() == Py_True &&
+           (!watch || PyLong_AsLong(get(y, names[4]).ptr()) == 0);
+  }
+};
+
+/// All evaluations of a step after its first: for every row a state, allocated by `allocate(y)`, and its derivative,
+/// put into ks. Returns the last state. Where `direct` is given, func is called without a detour through `dynamics`,
+/// which is only asked to accept what is not as expected.
+py::object stages(const OwnedLayout& where, const py::tuple& rows, const py::object& y, const py::list& ks,
+                  py::handle dt, const py::tuple& times, const py::object& dynamics, const py::object& allocate,
+                  py::handle direct) {
+  static PyObject* const accept = PyUnicode_InternFromString("accept");
+  Expected want = {};
+  if (!direct.is_none()) {
+    const auto parts = py::reinterpret_borrow<py::tuple>(direct);
+    want = {parts[0], parts[1], parts[2], parts[3], parts[4], parts[5].cast<bool>()};
+  }
+  if (times.size() > rows.size() || ks.size() < times.size() + 1)
+    throw py::value_error("stages: there are more times than rows, or too few places for derivatives");
+  py::object state = y;
+  for (size_t j = 0; j < times.size(); ++j) {
+    state = checked(PyObject_CallOneArg(allocate.ptr(), y.ptr()));
+    stage_combine(where, py::reinterpret_borrow<py::tuple>(PyTuple_GET_ITEM(rows.ptr(), j)), y, ks, dt, state);
+    PyObject* arguments[] = {PyTuple_GET_ITEM(times.ptr(), j), state.ptr()};
+    py::object k;
+    if (direct.is_none()) {
+      k = checked(PyObject_Vectorcall(dynamics.ptr(), arguments, 2, nullptr));
+    } else {
+      k = checked(PyObject_Vectorcall(want.func.ptr(), arguments, 2, nullptr));
+      if (!want.fits(k, state))
+        k = checked(PyObject_CallMethodObjArgs(dynamics.ptr(), accept, k.ptr(), state.ptr(), nullptr));
+    }
+    if (PyList_SetItem(ks.ptr(), static_cast<Py_ssize_t>(j) + 1, k.release().ptr()) != 0) throw py::error_already_set();
+  }
+  return state;
+}
+
 void stage_vjp(const OwnedLayout& where, const py::tuple& weights, py::handle g, py::handle dt, const py::list& outs) {
   StageVjp op;
   const void* out[kMaxStages];
@@ -296,6 +353,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("turn", [](const Controller& self) { return self.op.turn; });
   py::class_<Interpolant>(m, "Interpolant").def(py::init<const py::tuple&, const py::tuple&>());
   m.def("stage_combine", &stage_combine);
+  m.def("stages", &stages);
   m.def("stage_vjp", &stage_vjp);
   m.def("error_norm", &error_norm);
   m.def("interpolate", &interpolate);

@@ -57,6 +57,18 @@ class Interpolant:
     def __init__(self, coefficients: tuple[tuple[float, ...], ...], end: tuple[float, ...], /) -> None: ...
 
 def stage_combine(layout: Layout, weights: tuple[float, ...], y: Any, ks: list[Any], dt: Any, out: Any, /) -> None: ...
+def stages(
+    layout: Layout,
+    rows: tuple[tuple[float, ...], ...],
+    y: Any,
+    ks: list[Any],
+    dt: Any,
+    times: tuple[Any, ...],
+    dynamics: Any,
+    allocate: Any,
+    direct: tuple[Any, ...] | None,
+    /,
+) -> Any: ...
 def stage_vjp(layout: Layout, weights: tuple[float, ...], g: Any, dt: Any, outs: list[Any], /) -> None: ...
 def error_norm(
     layout: Layout,

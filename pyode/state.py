@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,17 +83,6 @@ class Form:
         return torch.cat([part.reshape(-1).expand(size) for part, size in zip(parts, self.sizes)])
 
 
-class RightHandSide(Protocol):
-    """What a loop evaluates: a packed state's derivative."""
-
-    @property
-    def n_evals(self) -> int:
-        """How often it has been evaluated."""
-
-    def __call__(self, t: Tensor, y: Tensor, /) -> Tensor:
-        """Returns dy/dt, contiguous, of y's shape, dtype and device."""
-
-
 class Dynamics:
     """The user's func on packed states: what it returns is checked, counted, and made contiguous.
 
@@ -112,6 +101,7 @@ class Dynamics:
         self._may_be_lazy = y0.is_complex() or y0.numel() == 1  # a conj() or neg view that is contiguous all the same
         self._first: Tensor | None = None
         self._copies = False
+        self.direct: tuple[Any, ...] | None = None
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Returns func(t, y), packed."""
@@ -129,9 +119,21 @@ class Dynamics:
                 and k.is_contiguous()
             ) or (self._may_be_lazy and (k.is_conj() or k.is_neg())):
                 k = self._pack(k)
+        self._check_version(y, version)
+        return k if n > 2 and not self._copies else self._own(k)
+
+    def count(self, n: int) -> None:
+        """Adds evaluations that were made directly."""
+        self.n_evals += n
+
+    def accept(self, k: Any, y: Tensor) -> Tensor:
+        """Checks and packs what func returned directly for y."""
+        self._check_version(y, 0)
+        return self._pack(k)
+
+    def _check_version(self, y: Tensor, version: int) -> None:
         if self._watch and y._version != version:
             raise DynamicsError("func wrote into its input y; it must leave y as it is and return a new tensor")
-        return k if n > 2 and not self._copies else self._own(k)
 
     def _own(self, k: Tensor) -> Tensor:
         """A copy, if func returns the same memory again and again: the first evaluation's, and then as need be."""
@@ -143,6 +145,8 @@ class Dynamics:
         if self._first is not None:
             self._copies = k.data_ptr() == self._first.data_ptr()
             self._first = None
+            if not (self._copies or self._may_be_lazy or self.form.is_tuple):
+                self.direct = (self.func, Tensor, self.dtype, self.shape, self.device, self._watch)
         return self.copy(k) if self._copies else k
 
     def _pack(self, k: Any) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .contract import Layout
+from .contract import Layout, RightHandSide
 
 
 def plain(x: Tensor) -> Tensor:
@@ -53,3 +53,21 @@ def stage_combine(
     if ops is not reference and (y.requires_grad or any(k.requires_grad for k in ks)):
         return _StageCombine.apply(ops, layout, weights, dt, y, *ks)  # type: ignore[no-any-return, no-untyped-call]
     return ops.stage_combine(layout, weights, y, ks, dt)  # type: ignore[no-any-return]
+
+
+def stages(
+    ops: ModuleType,
+    layout: Layout,
+    rows: tuple[tuple[float, ...], ...],
+    y: Tensor,
+    ks: list[Tensor],
+    dt: Tensor,
+    times: tuple[Tensor, ...],
+    dynamics: RightHandSide,
+) -> Tensor:
+    """See native.stages; every stage is a node."""
+    state = y
+    for j, t in enumerate(times):
+        state = stage_combine(ops, layout, rows[j], y, ks, dt)
+        ks[j + 1] = dynamics(t, state)
+    return state

@@ -7,11 +7,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+class RightHandSide(Protocol):
+    """What a loop evaluates: a packed state's derivative."""
+
+    @property
+    def n_evals(self) -> int:
+        """How often it has been evaluated."""
+
+    @property
+    def direct(self) -> tuple[Any, ...] | None:
+        """(func, type, dtype, shape, device, watch) if func itself may be called for a stage, and what it returns used.
+
+        That is where it is of that type, dtype, shape and device, and contiguous; where not, `accept` has to look at
+        it. `watch` says whether the version of func's input is to stay 0. The evaluations are to be counted.
+        """
+
+    def count(self, n: int) -> None:
+        """Adds evaluations that were made directly."""
+
+    def accept(self, k: Any, y: Tensor) -> Tensor:
+        """Checks and packs what func returned directly for y."""
+
+    def __call__(self, t: Tensor, y: Tensor, /) -> Tensor:
+        """Returns dy/dt, contiguous, of y's shape, dtype and device."""
 
 
 @dataclass

@@ -6,14 +6,14 @@ A tensor handed to an op is contiguous, and of the layout's dtype and device.
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from .. import _C
 from . import contract
-from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy
+from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy, RightHandSide
 
 
 class Interpolant(_C.Interpolant):
@@ -108,6 +108,26 @@ def stage_combine(layout: Layout, weights: tuple[float, ...], y: Tensor, ks: lis
     out = _new_state(layout, y)
     _C.stage_combine(layout.handle, weights, y, ks, dt, out)
     return out
+
+
+def stages(
+    layout: Layout,
+    rows: tuple[tuple[float, ...], ...],
+    y: Tensor,
+    ks: list[Tensor],
+    dt: Tensor,
+    times: tuple[Tensor, ...],
+    dynamics: RightHandSide,
+) -> Tensor:
+    """Evaluates a step's stages after the first: ks[j + 1] is the derivative at times[j] of row j's state.
+
+    Returns the last state. func is called from the compiled loop, which saves a third of a stage's cost.
+    """
+    allocate = torch.empty_like if layout.spares is None else partial(_new_state, layout)
+    direct = dynamics.direct
+    if direct is not None:
+        dynamics.count(len(times))
+    return _C.stages(layout.handle, rows, y, ks, dt, times, dynamics, allocate, direct)  # type: ignore[no-any-return]
 
 
 def copy(layout: Layout, y: Tensor, out: Tensor | None = None) -> Tensor:

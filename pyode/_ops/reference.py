@@ -14,9 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy
+from .contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy, RightHandSide
 
-__all__ = ["Controller", "Interpolant", "Layout", "copy", "interpolate", "select_rows", "stage_combine", "stage_vjp"]
+__all__ = [
+    "Controller",
+    "Interpolant",
+    "Layout",
+    "copy",
+    "interpolate",
+    "select_rows",
+    "stage_combine",
+    "stage_vjp",
+    "stages",
+]
 
 _SUCCESS, _RUNNING, _STEP_TOO_SMALL, _TOO_MANY_STEPS, _NON_FINITE = range(5)
 
@@ -55,6 +65,23 @@ def stage_combine(layout: Layout, weights: tuple[float, ...], y: Tensor, ks: lis
     if isinstance(step, Tensor) and layout.samples > 1:
         moved = torch.where(step == 0, wide, moved)
     return moved.to(y.dtype)
+
+
+def stages(
+    layout: Layout,
+    rows: tuple[tuple[float, ...], ...],
+    y: Tensor,
+    ks: list[Tensor],
+    dt: Tensor,
+    times: tuple[Tensor, ...],
+    dynamics: RightHandSide,
+) -> Tensor:
+    """See native.stages."""
+    state = y
+    for j, t in enumerate(times):
+        state = stage_combine(layout, rows[j], y, ks, dt)
+        ks[j + 1] = dynamics(t, state)
+    return state
 
 
 def copy(layout: Layout, y: Tensor, out: Tensor | None = None) -> Tensor:

@@ -64,11 +64,19 @@ class _AdjointDynamics:
         self.quadrature: Quadrature | None = None
         self.zeros = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
 
+    direct = None
+
     @property
     def n_evals(self) -> int:
         return self.forward.n_evals
 
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+    def count(self, n: int) -> None:
+        self.forward.count(n)
+
+    def accept(self, k: Any, y: Tensor) -> Tensor:
+        return self.forward.accept(k, y)
+
+    def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
         y, a = z.unbind()
         quadrature = self.quadrature
         wanted = quadrature is not None and quadrature.wanted

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from .._ops import autograd, backend_of, reference
-from .._ops.contract import Flag, Grid, Layout, Phase, Policy
+from .._ops.contract import Flag, Grid, Layout, Phase, Policy, RightHandSide
 from ..control import Times
 from ..errors import SolveError, Status
 from ..methods import Tableau
 from ..solution import Stats
-from ..state import RightHandSide
 from .quadrature import Quadrature
 
 Norm = Callable[[Tensor, list[Tensor]], Any]
@@ -76,7 +75,7 @@ class AdaptiveLoop:
         layout, rows = self.layout, self.tableau.rows
         recording = torch.is_grad_enabled()
         shift = self._shift() if recording else None
-        stage_combine = partial(autograd.stage_combine, self.ops) if recording else self.ops.stage_combine
+        stages = partial(autograd.stages, self.ops) if recording else self.ops.stages
         output = RecordedOutput(self) if recording else Output(self, y0)
 
         if quadrature is not None:
@@ -91,9 +90,7 @@ class AdaptiveLoop:
             times = controller.stage_times
             if shift is not None:
                 times, dt = self._moved(times, dt, shift)
-            for j, t in enumerate(times.unbind()):
-                y1 = stage_combine(layout, rows[j], y, ks, dt)
-                ks[j + 1] = dynamics(t, y1)
+            y1 = stages(layout, rows, y, ks, dt, times.unbind(), dynamics)
             self._measure(y, y1, ks)
             flags = controller.run(Phase.JUDGE)
             if flags & _OUTPUT:

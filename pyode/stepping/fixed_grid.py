@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from .._ops import autograd, backend_of, reference
-from .._ops.contract import Layout
+from .._ops.contract import Layout, RightHandSide
 from ..control import Times, number_from
 from ..errors import InvalidType, InvalidValue
 from ..methods import Tableau
 from ..solution import Stats
-from ..state import RightHandSide
 from .adaptive import interpolant_of
 from .quadrature import Quadrature
 
@@ -94,15 +93,17 @@ class FixedGridLoop:
         rows, dynamics, quadrature = self.tableau.rows, self.dynamics, self.quadrature
         if recording:
             combine = partial(autograd.stage_combine, self.ops, self.layout)
+            stages = partial(autograd.stages, self.ops, self.layout)
         else:
             combine = partial(self.ops.stage_combine, self.layout)
+            stages = partial(self.ops.stages, self.layout)
         outputs = Outputs(self, y0, recording)
         values, sign, i, y = self.times.values, self.times.sign, 1, y0
         for n, dt in enumerate(sizes):
             first, *times = stage_times[n].unbind()
-            ks = [dynamics(first, y)]
-            for row, t in zip(rows, times):
-                ks.append(dynamics(t, combine(row, y, ks, dt)))
+            ks = [dynamics(first, y)] * (len(rows) + 1)
+            if rows:
+                stages(rows, y, ks, dt, tuple(times), dynamics)
             y1 = combine(self.tableau.weights, y, ks, dt)
             self.n_steps += 1
             if quadrature is not None:
