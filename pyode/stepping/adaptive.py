@@ -6,6 +6,7 @@ for the whole state (B = 1) and one for each sample.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import lru_cache, partial
 from types import ModuleType
@@ -26,6 +27,32 @@ Norm = Callable[[Tensor, list[Tensor]], Any]
 
 _RUNNING, _ACCEPTED, _STAYED = int(Flag.RUNNING), int(Flag.ACCEPTED), int(Flag.STAYED)
 _OUTPUT, _JUMP, _FAILED = int(Flag.OUTPUT), int(Flag.JUMP), int(Flag.FAILED)
+
+
+class _Ballast(threading.local):
+    """The derivatives of a thread's last solve, kept until the next one's take their places, for the same reason.
+
+    Only those on the CPU of some kilobytes: smaller memory is not returned to the system, and bigger would be missed.
+    """
+
+    LEAST, MOST = 1 << 12, 1 << 23  # bytes of one state, and of all
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def take(self, n: int, filler: Tensor) -> list[Tensor]:
+        """n tensors to be replaced, not read."""
+        tensors, self.tensors = self.tensors, []
+        return [*tensors[:n], *[filler] * (n - len(tensors))]
+
+    def put(self, ks: list[Tensor]) -> None:
+        """Keeps those of a solve that has ended."""
+        last = ks[-1]
+        if self.LEAST <= last.nbytes <= self.MOST // len(ks) and last.device.type == "cpu":
+            self.tensors = [k for k in ks if not k.requires_grad and k.untyped_storage().nbytes() == k.nbytes]
+
+
+_ballast = _Ballast()
 
 
 class AdaptiveLoop:
@@ -82,8 +109,8 @@ class AdaptiveLoop:
             quadrature.start()
         # The derivatives of the step under way. An old one is let go only when its successor is there: freeing all of
         # them at once would make malloc return the memory to the system, and the next step fetch it page by page.
-        ks = [dynamics(self._at_start(y0), y0)] * (len(rows) + 1)
-        y = y0
+        ks = _ballast.take(len(rows) + 1, y0)
+        y, ks[0] = y0, dynamics(self._at_start(y0), y0)
         flags = self._first_step(y, ks[0], first_step)
         while flags & _RUNNING:
             dt = controller.dt.clone() if recording else controller.dt  # the backward pass needs this step's
@@ -116,6 +143,8 @@ class AdaptiveLoop:
             raise self._error(y, ks[0])
         if quadrature is not None:
             quadrature.finish()
+        if not recording:
+            _ballast.put(ks)
         return output.collect(y0)
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
