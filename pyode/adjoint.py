@@ -14,7 +14,7 @@ from . import methods
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidType, InvalidValue
 from .gradients.backsolve import Backsolve, BacksolveConfig
-from .odeint import Problem, pose, solve
+from .odeint import Problem, pose, solve_and_tell
 from .state import Func, State
 from .stepping.fixed_grid import check_interp
 
@@ -49,8 +49,8 @@ def odeint_adjoint(
         adjoint_rtol, adjoint_atol, adjoint_method: of the backward solve; the forward solve's by default.
         adjoint_options: of the backward solve; the forward solve's by default, but for norm and stats. Further:
             norm, a function of (t, y, adj_y, *params) or "seminorm", which leaves the parameters out; restart, True
-            to solve every output interval on its own with a first step of its own, as torchdiffeq does (by default the
-            step size is carried on, which saves two evaluations an interval).
+            to solve every output interval on its own with a first step of its own, as torchdiffeq does. By default the
+            step size is carried on from the forward solve's end and across output times, which saves evaluations.
         adjoint_params: the tensors to which gradients are wanted beside y0 and t; by default func.parameters().
 
     Returns:
@@ -140,7 +140,10 @@ class _OdeintAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Problem, config: BacksolveConfig, t: Tensor, y0: Tensor, *params: Tensor) -> Tensor:
         ctx.problem, ctx.config = problem, config
-        ys = solve(problem)
+        ys, last_step = solve_and_tell(problem)
+        if config.first_step is None and not config.restart and config.tableau is problem.tableau:
+            # The backward solve starts where the forward one ended, and with its step size.
+            ctx.config = replace(config, first_step=last_step)
         ctx.save_for_backward(t, ys, *params)
         return ys
 

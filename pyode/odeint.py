@@ -148,9 +148,14 @@ def refuse_unfinished(func: Any, event_fn: Any) -> None:
 
 def solve(problem: Problem) -> Tensor:
     """The packed states at the output times, [T, *y0.shape], with a graph behind them where gradients are enabled."""
+    return solve_and_tell(problem)[0]
+
+
+def solve_and_tell(problem: Problem) -> tuple[Tensor, float | None]:
+    """The same, and the size of the last step if the method chose it."""
     y0, times, form, options = problem.y0, problem.times, problem.form, problem.options
     if len(times.values) == 1:
-        return y0.unsqueeze(0).clone()
+        return y0.unsqueeze(0).clone(), None
     with torch.cuda.device(y0.device) if y0.device.type == "cuda" else nullcontext():
         ops = backend_for(y0)
         segments = form.segments if form.is_tuple else (0, y0.numel())
@@ -175,6 +180,6 @@ def solve(problem: Problem) -> Tensor:
                 None if norm is None else lambda error, _: norm(form.unpack(error)),
             )
         try:
-            return loop.solve(y0, problem.first_step)
+            return loop.solve(y0, problem.first_step), loop.last_step
         finally:
             loop.add_to(options.get("stats"))

@@ -147,6 +147,11 @@ class AdaptiveLoop:
             _ballast.put(ks)
         return output.collect(y0)
 
+    @property
+    def last_step(self) -> float | None:
+        """The size of the step taken last, where there is one controller."""
+        return abs(float(self.controller.field("dt_prev"))) if self.layout.samples == 1 else None
+
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
         """Adds the solve's counts."""
         if stats is not None:

@@ -83,6 +83,7 @@ class FixedGridLoop:
         self.grid, self.cubic, self.perturb, self.quadrature = grid, interp == "cubic", perturb, quadrature
         self.ops = backend_of(layout)
         self.n_steps = 0
+        self.last_step = None
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
         """Returns the states at the output times, [T, *y0.shape]."""
