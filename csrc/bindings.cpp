@@ -33,16 +33,18 @@ T* address(py::handle tensor) {
 }
 
 /// Addresses of the arrays seen last, one for each role. Asking a tensor takes as long as a small op does, and the
-/// derivatives of a step are handed over again and again. An array is kept alive while its address is.
+/// derivatives of a step are handed over again and again. An array is kept alive while its address is; so it is not for
+/// tensors with a graph behind them, which holds on to the layout: nobody would see that circle.
 class AddressCache {
  public:
-  AddressCache() = default;
+  explicit AddressCache(bool enabled) : enabled_(enabled) {}
   AddressCache(const AddressCache&) = delete;
   ~AddressCache() {
     for (Entry& entry : entries_) Py_XDECREF(entry.object);
   }
 
   void* of(int role, py::handle array) {
+    if (!enabled_) return address(array);
     Entry& entry = entries_[role];
     if (entry.object != array.ptr()) {
       entry.address = address(array);
@@ -57,6 +59,7 @@ class AddressCache {
     PyObject* object = nullptr;
     void* address = nullptr;
   };
+  bool enabled_;
   Entry entries_[kMaxStages + 2];
 };
 constexpr int kRoleY = kMaxStages, kRoleDt = kMaxStages + 1;  // the others are the derivatives'
@@ -70,8 +73,8 @@ struct OwnedLayout {
   bool cuda;
 
   OwnedLayout(int scalar, bool is_complex, int64_t samples, int64_t size, const std::vector<int64_t>& offsets,
-              int threads, bool on_cuda, uintptr_t stream, py::object device_offsets)
-      : layout{}, segments(offsets), segments_on_device(std::move(device_offsets)), cuda(on_cuda) {
+              int threads, bool on_cuda, uintptr_t stream, py::object device_offsets, bool caches)
+      : addresses(caches), layout{}, segments(offsets), segments_on_device(std::move(device_offsets)), cuda(on_cuda) {
     layout.scalar = static_cast<Scalar>(scalar);
     layout.is_complex = is_complex;
     layout.samples = samples;
@@ -338,7 +341,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("simd_level", &cpu::simd_level);
   py::class_<OwnedLayout>(m, "Layout")
-      .def(py::init<int, bool, int64_t, int64_t, const std::vector<int64_t>&, int, bool, uintptr_t, py::object>())
+      .def(py::init<int, bool, int64_t, int64_t, const std::vector<int64_t>&, int, bool, uintptr_t, py::object, bool>())
       .def_property_readonly("error_parts", &OwnedLayout::error_parts);
   py::class_<Controller>(m, "Controller")
       .def(py::init(

@@ -22,6 +22,7 @@ class Layout:
         cuda: bool,
         stream: int,
         segments_on_device: Any,
+        caches: bool,
         /,
     ) -> None: ...
     @property

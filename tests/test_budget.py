@@ -213,3 +213,29 @@ def test_a_step_launches_no_more_than_its_stages_and_two_kernels():
 
     solve(3, device="cuda")
     assert kernels(23) - kernels(3) <= 20 * (6 + 2)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+@pytest.mark.parametrize("odeint", [pyode.odeint, pyode.odeint_adjoint])
+def test_nothing_is_left_of_a_solve_and_its_graph(odeint, method):
+    net = torch.nn.Linear(3, 3)
+
+    class Field(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, t, y):
+            return self.net(y)
+
+    def solves():
+        for _ in range(5):
+            odeint(
+                Field(), torch.ones(2, 3), torch.linspace(0, 1, 4), method=method, rtol=1e-3, atol=1e-3
+            ).sum().backward()
+        gc.collect()
+        return len(gc.get_objects())
+
+    solves()
+    before = solves()
+    assert solves() <= before + 3  # a leaked graph would be dozens of nodes

@@ -70,6 +70,7 @@ class Layout(contract.Layout):
             cuda,
             torch.cuda.current_stream(device).cuda_stream if cuda else 0,
             torch.tensor(offsets, device=device) if cuda else None,
+            not torch.is_grad_enabled(),
         )
         big = not cuda and samples * size * dtype.itemsize >= _BIG
         self.spares: list[Tensor] | None = [] if big and _CAN_RECYCLE else None
