@@ -254,7 +254,7 @@ class TestTransforms:
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
     @pytest.mark.parametrize("method", ["dopri5", "rk4"])
     @pytest.mark.parametrize("which", ["y0", "matrix"])
-    def test_forward_mode_has_its_tangent_or_raises(self, method, which):
+    def test_forward_mode_has_its_tangent(self, method, which):
         options = FORCED if method == "dopri5" else {}
 
         def solve(x):
@@ -266,9 +266,6 @@ class TestTransforms:
         step = 1e-6
         expected = (solve(x + step * direction) - solve(x - step * direction)) / (2 * step)
         with forward_ad.dual_level():
-            try:
-                tangent = forward_ad.unpack_dual(solve(forward_ad.make_dual(x, direction))).tangent
-            except (RuntimeError, NotImplementedError):
-                return
+            tangent = forward_ad.unpack_dual(solve(forward_ad.make_dual(x, direction))).tangent
         assert tangent is not None
         assert torch.allclose(tangent, expected, rtol=1e-7, atol=1e-8)  # the difference's own error

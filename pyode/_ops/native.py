@@ -122,7 +122,8 @@ def stages(
 ) -> Tensor:
     """Evaluates a step's stages after the first: ks[j + 1] is the derivative at times[j] of row j's state.
 
-    Returns the last state. func is called from the compiled loop, which saves a third of a stage's cost.
+    Returns the last state. func is called from the compiled loop: with an empty func a tenth less
+    of a solve than from a loop in Python.
     """
     allocate = torch.empty_like if layout.spares is None else partial(_new_state, layout)
     direct = dynamics.direct
