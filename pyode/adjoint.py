@@ -114,20 +114,20 @@ def find_parameters(module: Any) -> list[Tensor]:
 
 
 def _configure(
-    problem: Problem, tableau: methods.Tableau, rtol: Any, atol: Any, options: dict[str, Any]
+    problem: Problem, method: methods.Method, rtol: Any, atol: Any, options: dict[str, Any]
 ) -> BacksolveConfig:
     restart = bool(options.pop("restart", False))
     norm = options.pop("norm", None)
     if not (norm is None or norm == "seminorm" or callable(norm)):
         raise InvalidValue(f"adjoint_options['norm'] must be a function of a tuple or 'seminorm', not {norm!r}")
-    check_options(options, tableau)
+    check_options(options, method)
     check_interp(options)
     return BacksolveConfig(
-        tableau=tableau,
+        method=method,
         rtol=check_tolerance(rtol, "adjoint_rtol", problem.form, problem.y0),
         atol=check_tolerance(atol, "adjoint_atol", problem.form, problem.y0),
         options=options,
-        policy=policy_from(options, tableau, clip=not restart, resume=not restart),
+        policy=policy_from(options, method, clip=not restart, resume=not restart),
         first_step=first_step_from(options),
         restart=restart,
         norm=norm if callable(norm) else None,
@@ -141,7 +141,7 @@ class _OdeintAdjoint(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, config: BacksolveConfig, t: Tensor, y0: Tensor, *params: Tensor) -> Tensor:
         ctx.problem, ctx.config = problem, config
         ys, last_step = solve_and_tell(problem)
-        if config.first_step is None and not config.restart and config.tableau is problem.tableau:
+        if config.first_step is None and not config.restart and config.method is problem.method:
             # The backward solve starts where the forward one ended, and with its step size.
             ctx.config = replace(config, first_step=last_step)
         ctx.save_for_backward(t, ys, *params)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._ops.contract import REAL, Grid, Policy
 from .errors import InvalidType, InvalidValue
-from .methods import Tableau
+from .methods import Method
 from .state import Form
 
 ADAPTIVE_OPTIONS = frozenset(
@@ -42,18 +42,18 @@ def check_dict(options: Any, name: str) -> dict[str, Any]:
     return options
 
 
-def check_options(options: dict[str, Any], tableau: Tableau) -> None:
+def check_options(options: dict[str, Any], method: Method) -> None:
     """Warns of options that the method does not know, as torchdiffeq does."""
     if not options:
         return
     norm = options.get("norm")
     if norm is not None and not callable(norm):
         raise InvalidType(f"options['norm'] must be callable as norm(state), not a {type(norm).__name__}")
-    known = ADAPTIVE_OPTIONS if tableau.adaptive else FIXED_STEP_OPTIONS
+    known = ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS
     unknown = {name: value for name, value in options.items() if name not in known}
     if unknown:
         warnings.warn(
-            f"{tableau.name}: Unexpected arguments {unknown}; it knows {', '.join(sorted(known))}", stacklevel=4
+            f"{method.name}: Unexpected arguments {unknown}; it knows {', '.join(sorted(known))}", stacklevel=4
         )
 
 
@@ -129,12 +129,12 @@ def number_from(options: dict[str, Any], name: str, default: float, least: float
     return number
 
 
-def policy_from(options: dict[str, Any], tableau: Tableau, *, clip: bool = False, resume: bool = False) -> Policy:
+def policy_from(options: dict[str, Any], method: Method, *, clip: bool = False, resume: bool = False) -> Policy:
     """The step-size policy that the options ask for."""
     if not options:
-        return Policy(order=float(tableau.order), clip=clip, resume=resume)
+        return Policy(order=float(method.order), clip=clip, resume=resume)
     return Policy(
-        order=float(tableau.order),
+        order=float(method.order),
         safety=number_from(options, "safety", 0.9, 0),
         ifactor=number_from(options, "ifactor", 10.0, 1),
         dfactor=number_from(options, "dfactor", 0.2, 0, 1),

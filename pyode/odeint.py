@@ -25,10 +25,10 @@ from .control import (
     policy_from,
 )
 from .errors import InvalidType
-from .methods import Tableau
+from .methods import Method
 from .state import Dynamics, Form, Func, State, check_y0
-from .stepping.adaptive import AdaptiveLoop
-from .stepping.fixed_grid import FixedGridLoop, check_interp, grid_of
+from .stepping.fixed_grid import check_interp, grid_of
+from .stepping.loops import loop_for
 
 
 def odeint(
@@ -88,7 +88,7 @@ class Problem:
     form: Form
     y0: Tensor  # packed
     times: Times
-    tableau: Tableau
+    method: Method
     rtol: float | Tensor
     atol: float | Tensor
     options: dict[str, Any]
@@ -113,9 +113,9 @@ def pose(
     refuse_unfinished(func, event_fn)
     check_y0(y0)
     times = check_times(t)
-    tableau = methods.find(method)
+    found = methods.find(method)
     options = {} if options is None else check_dict(options, "options")
-    check_options(options, tableau)
+    check_options(options, found)
     check_interp(options)
     form = Form(y0)
     packed = form.pack(y0)
@@ -126,11 +126,11 @@ def pose(
         form=form,
         y0=packed,
         times=times,
-        tableau=tableau,
+        method=found,
         rtol=check_tolerance(rtol, "rtol", form, packed),
         atol=check_tolerance(atol, "atol", form, packed),
         options=options,
-        policy=policy_from(options, tableau),
+        policy=policy_from(options, found),
         grid=grid_from(options, times, packed.device),
         first_step=first_step_from(options),
     )
@@ -161,24 +161,20 @@ def solve_and_tell(problem: Problem) -> tuple[Tensor, float | None]:
         segments = form.segments if form.is_tuple else (0, y0.numel())
         layout = ops.Layout(1, y0.numel(), segments, y0.dtype, y0.device)
         dynamics = Dynamics(problem.func, form, y0, partial(ops.copy, layout))
-        loop: AdaptiveLoop | FixedGridLoop
-        if not problem.tableau.adaptive:
-            grid = grid_of(options, times, problem.func, form.unpack(y0))
-            interp, perturb = options.get("interp", "linear"), bool(options.get("perturb", False))
-            loop = FixedGridLoop(dynamics, problem.tableau, layout, times, grid, interp, perturb)
-        else:
-            norm = options.get("norm")
-            loop = AdaptiveLoop(
-                dynamics,
-                problem.tableau,
-                layout,
-                problem.rtol,
-                problem.atol,
-                problem.policy,
-                problem.grid,
-                times,
-                None if norm is None else lambda error, _: norm(form.unpack(error)),
-            )
+        norm = options.get("norm")
+        loop = loop_for(
+            problem.method,
+            dynamics,
+            layout,
+            times,
+            problem.rtol,
+            problem.atol,
+            problem.policy,
+            problem.grid,
+            options,
+            lambda: grid_of(options, times, problem.func, form.unpack(y0)),
+            None if norm is None else lambda error, _: norm(form.unpack(error)),
+        )
         try:
             return loop.solve(y0, problem.first_step), loop.last_step
         finally:

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from .._ops import backend_for
 from .._ops.autograd import plain
-from .._ops.contract import Grid, Policy
+from .._ops.contract import Policy
 from ..control import Times, grid_from
-from ..methods import Tableau
+from ..methods import Method
 from ..solution import Stats
 from ..state import Dynamics, Form, Func
-from ..stepping.adaptive import AdaptiveLoop
-from ..stepping.fixed_grid import FixedGridLoop, grid_of
+from ..stepping.fixed_grid import grid_of
+from ..stepping.loops import loop_for
 from ..stepping.quadrature import Quadrature
 
 AdjointNorm = Callable[[tuple[Tensor, ...]], Any]
@@ -44,7 +44,7 @@ class BacksolveConfig:
         seminorm: whether the parameters have no share in the norm.
     """
 
-    tableau: Tableau
+    method: Method
     rtol: float | Tensor
     atol: float | Tensor
     options: dict[str, Any]
@@ -128,7 +128,7 @@ class Backsolve:
         self.ys, self.gradients, self.params = ys, plain(gradients), params
         self.time = times.tensor.requires_grad
         # torchdiffeq carries the time integral, and its share of the norm, whether it is wanted or not.
-        self.time_carried = self.time or (config.restart and config.tableau.adaptive)
+        self.time_carried = self.time or (config.restart and config.method.adaptive)
         self.func = func
         self.forward = Dynamics(func, form, ys[0])
         self.dynamics = _AdjointDynamics(self.forward, params, self.time_carried)
@@ -151,7 +151,7 @@ class Backsolve:
             quadrature.values[0] = quadrature.values[0] - self.time_gradients[last].to(quadrature.values[0])
         self.dynamics.quadrature = quadrature if quadrature.values else None
         with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
-            stepwise = self.config.restart or not self.config.tableau.adaptive
+            stepwise = self.config.restart or not self.config.method.adaptive
             z = self._interval_by_interval(z, quadrature) if stepwise else self._through(z, quadrature)
         results = list(quadrature.values)
         if self.time_carried:
@@ -168,7 +168,7 @@ class Backsolve:
             values.insert(0, torch.zeros((), dtype=real, device=like.device))
             shares.insert(0, fused)
         rtol, atol = (x if isinstance(x, float) else float(x.min()) for x in (config.rtol, config.atol))
-        return Quadrature(values, config.tableau, self.ops, rtol, atol, shares)
+        return Quadrature(values, config.method, self.ops, rtol, atol, shares)
 
     def _arrive(self, i: int, z: Tensor, quadrature: Quadrature | None) -> Tensor:
         """The state behind output i: y from the forward solve, a with the gradient that arrives there."""
@@ -202,44 +202,17 @@ class Backsolve:
         if stops is not None:
             stops = torch.as_tensor(stops, dtype=torch.float64).reshape(-1).tolist()
             options["step_t"] = [v for v in stops if v not in values]
-        loop = self._loop(times, grid_from(options, times, z.device), quadrature)
-        loop.at_jump = at_jump
-        return self._run(loop, z, quadrature)
+        return self._run(z, times, options, quadrature, at_jump)
 
     def _interval_by_interval(self, z: Tensor, quadrature: Quadrature) -> Tensor:
         """A solve for every output interval, from the last to the first."""
         values = self.times.values
         for i in range(len(values) - 1, 0, -1):
             times = Times(self.times.tensor.detach()[[i, i - 1]], [values[i], values[i - 1]])
-            loop: AdaptiveLoop | FixedGridLoop
-            if self.config.tableau.adaptive:
-                loop = self._loop(times, grid_from(self.config.options, times, z.device), quadrature)
-            else:
-                options = self.config.options
-                grid = grid_of(options, times, self.func, self.form.unpack(z[0]))
-                interp, perturb = options.get("interp", "linear"), bool(options.get("perturb", False))
-                loop = FixedGridLoop(
-                    self.dynamics, self.config.tableau, self.layout, times, grid, interp, perturb, quadrature
-                )
-            z = self._run(loop, z, quadrature)
+            z = self._run(z, times, self.config.options, quadrature)
             if i > 1:
                 z = self._arrive(i - 1, z, quadrature)
         return z
-
-    def _loop(self, times: Times, grid: Grid, quadrature: Quadrature) -> AdaptiveLoop:
-        config = self.config
-        return AdaptiveLoop(
-            self.dynamics,
-            config.tableau,
-            self.layout,
-            self.rtol,
-            self.atol,
-            config.policy,
-            grid,
-            times,
-            self._user_norm if config.norm or config.state_norm else None,
-            quadrature if quadrature.values else None,
-        )
 
     def _user_norm(self, error: Tensor, integral_errors: list[Tensor]) -> Any:
         """The user's norm of the scaled errors: of the whole adjoint state, or of a state and applied to y and a."""
@@ -254,10 +227,34 @@ class Backsolve:
         state_norms = [torch.as_tensor(self.config.state_norm(state)) for state in (y, a)]
         return max([time[0].abs(), *state_norms, *(square.sqrt() for square in squares)])
 
-    def _run(self, loop: AdaptiveLoop | FixedGridLoop, z: Tensor, quadrature: Quadrature) -> Tensor:
-        stats: Stats | None = self.config.options.get("stats")
+    def _run(
+        self,
+        z: Tensor,
+        times: Times,
+        options: dict[str, Any],
+        quadrature: Quadrature,
+        at_jump: Callable[[float, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Solves from the first of two times to the second."""
+        config = self.config
+        loop = loop_for(
+            config.method,
+            self.dynamics,
+            self.layout,
+            times,
+            self.rtol,
+            self.atol,
+            config.policy,
+            grid_from(options, times, z.device),
+            options,
+            lambda: grid_of(options, times, self.func, self.form.unpack(z[0])),
+            self._user_norm if config.norm or config.state_norm else None,
+            quadrature if quadrature.values else None,
+            at_jump,
+        )
+        stats: Stats | None = options.get("stats")
         try:
-            out = loop.solve(z, self.config.first_step)
+            out = loop.solve(z, config.first_step)
         finally:
             loop.add_to(stats, self.evals_counted)
             self.evals_counted = self.dynamics.n_evals

@@ -1,14 +1,36 @@
-"""The methods and their registry. A new explicit method is one table, added here."""
+"""The methods and their registry. A method is data; a new explicit one is one table, added here.
+
+The loops that carry out the kinds of methods are in `stepping/`.
+"""
 
 from __future__ import annotations
 
 import difflib
+from typing import Protocol
 
 from ..errors import InvalidValue
 from .dormand_prince import dopri5, dopri8
 from .low_order import adaptive_heun, bosh3, euler, fehlberg2, heun2, heun3, midpoint, rk4
 from .tableau import Tableau
 from .tsitouras import tsit5
+
+
+class Method(Protocol):
+    """What all kinds of methods have.
+
+    Attributes:
+        name: what users call it.
+        order: of the solution; the highest, where it varies.
+        adaptive: whether it chooses its steps.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def order(self) -> int: ...  # noqa: D102
+    @property
+    def adaptive(self) -> bool: ...  # noqa: D102
+
 
 TABLEAUS: dict[str, Tableau] = {
     tableau.name: tableau
@@ -17,10 +39,11 @@ TABLEAUS: dict[str, Tableau] = {
         euler, midpoint, heun2, heun3, rk4,
     )
 }  # fmt: skip
+METHODS: dict[str, Method] = {**TABLEAUS}
 DEFAULT = dopri5.name
 
 
-def find(name: str | None, argument: str = "method") -> Tableau:
+def find(name: str | None, argument: str = "method") -> Method:
     """The method of this name; the default one for None. `argument` is what an error calls it.
 
     Raises:
@@ -28,11 +51,11 @@ def find(name: str | None, argument: str = "method") -> Tableau:
     """
     if name is None:
         name = DEFAULT
-    if isinstance(name, str) and name in TABLEAUS:
-        return TABLEAUS[name]
-    close = difflib.get_close_matches(str(name), TABLEAUS, n=1)
+    if isinstance(name, str) and name in METHODS:
+        return METHODS[name]
+    close = difflib.get_close_matches(str(name), METHODS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise InvalidValue(f"{argument} must be one of {', '.join(TABLEAUS)}, not {name!r}{hint}")
+    raise InvalidValue(f"{argument} must be one of {', '.join(METHODS)}, not {name!r}{hint}")
 
 
-__all__ = ["DEFAULT", "TABLEAUS", "Tableau", "find"]
+__all__ = ["DEFAULT", "METHODS", "TABLEAUS", "Method", "Tableau", "find"]

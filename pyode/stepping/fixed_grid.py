@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._ops import autograd, backend_of, reference
+from .._ops import autograd, backend_of
 from .._ops.contract import Layout, RightHandSide
 from ..control import Times, number_from
 from ..errors import InvalidType, InvalidValue
-from ..methods import Tableau
+from ..methods import Method, Tableau
 from ..solution import Stats
-from .adaptive import interpolant_of
 from .quadrature import Quadrature
 
 INTERPOLATIONS = ("linear", "cubic")
@@ -58,29 +59,108 @@ def grid_of(options: dict[str, Any], times: Times, func: Callable[..., Any], y0:
     return torch.cat([(steps + t[0])[:-1], t[-1:]])
 
 
+class Increment(NamedTuple):
+    """A step: y1 = y + dt sum_j weights_j ks_j, and with slope = f(t0, y) what dense output needs."""
+
+    weights: tuple[float, ...]
+    ks: list[Tensor]
+    slope: Tensor
+
+
+@dataclass
+class Course:
+    """A fixed grid under way: what a method needs to take its steps.
+
+    Attributes:
+        dynamics, layout, ops, quadrature: as AdaptiveLoop's.
+        grid: [N] float64 times of the steps' ends, on the state's device; with a graph where times carry a gradient.
+        sizes: N - 1 step sizes, each [1] float64.
+        sign: +1 where time runs forwards, -1 where backwards.
+        perturb: whether func sees a step's start just behind it and its end just before it.
+        options: the user's.
+    """
+
+    dynamics: RightHandSide
+    layout: Layout
+    ops: ModuleType
+    quadrature: Quadrature | None
+    grid: Tensor
+    sizes: Sequence[Tensor]
+    sign: float
+    perturb: bool
+    options: dict[str, Any]
+
+    def stage_times(self, abscissae: tuple[float, ...]) -> Tensor:
+        """The times at which a step's stages lie, for all steps: [N - 1, stages], in the dtype that func sees."""
+        grid = self.grid
+        c = torch.tensor(abscissae, dtype=torch.float64, device=grid.device)
+        times = grid[:-1, None] + c * (grid[1:] - grid[:-1])[:, None]
+        last = c == 1
+        times = torch.where(last, grid[1:, None], times).to(self.layout.real_dtype)
+        if self.perturb:
+            ahead = torch.nextafter(times, times + self.sign).detach()
+            behind = torch.nextafter(times, times - self.sign).detach()
+            exact = times
+            times = torch.where(last, behind, torch.where(c == 0, ahead, times.detach()))
+            times = times + (exact - exact.detach())
+        return times
+
+    def combine(self, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
+        """Returns y + dt sum_j w_j k_j, with a graph behind it where gradients are enabled."""
+        if torch.is_grad_enabled():
+            return autograd.stage_combine(self.ops, self.layout, weights, y, ks, dt)
+        return self.ops.stage_combine(self.layout, weights, y, ks, dt)  # type: ignore[no-any-return]
+
+
+class ExplicitSteps:
+    """The steps of an explicit Runge-Kutta method."""
+
+    def __init__(self, tableau: Tableau, course: Course) -> None:
+        self.tableau, self.course = tableau, course
+        self.times = course.stage_times((0.0, *tableau.abscissae))
+        ops = course.ops
+        self.stages = partial(autograd.stages, ops) if torch.is_grad_enabled() else ops.stages
+
+    def __call__(self, n: int, y: Tensor) -> Increment:
+        """Step n, from y."""
+        course, rows = self.course, self.tableau.rows
+        first, *times = self.times[n].unbind()
+        ks = [course.dynamics(first, y)] * (len(rows) + 1)
+        if rows:
+            self.stages(course.layout, rows, y, ks, course.sizes[n], tuple(times), course.dynamics)
+        return Increment(self.tableau.weights, ks, ks[0])
+
+
+def steps_of(method: Method, course: Course) -> Callable[[int, Tensor], Increment]:
+    """What takes a method's steps: a function of a step's number and the state at its start."""
+    assert isinstance(method, Tableau)
+    return ExplicitSteps(method, course)
+
+
 class FixedGridLoop:
     """A solve with the steps of a given grid.
 
     Args:
-        dynamics, tableau, layout, times, quadrature: as AdaptiveLoop's.
+        dynamics, layout, times, quadrature: as AdaptiveLoop's.
+        method: one without an error estimate.
         grid: [N] times of the steps' ends.
-        interp: "linear" or "cubic", between the grid's times.
-        perturb: whether func sees a step's start just behind it and its end just before it.
+        options: the user's: interp, "linear" or "cubic", between the grid's times; perturb, whether func sees a step's
+            start just behind it and its end just before it; others are the method's.
     """
 
     def __init__(
         self,
         dynamics: RightHandSide,
-        tableau: Tableau,
+        method: Method,
         layout: Layout,
         times: Times,
         grid: Tensor,
-        interp: str = "linear",
-        perturb: bool = False,
+        options: dict[str, Any],
         quadrature: Quadrature | None = None,
     ) -> None:
-        self.dynamics, self.tableau, self.layout, self.times = dynamics, tableau, layout, times
-        self.grid, self.cubic, self.perturb, self.quadrature = grid, interp == "cubic", perturb, quadrature
+        self.dynamics, self.method, self.layout, self.times = dynamics, method, layout, times
+        self.grid, self.options, self.quadrature = grid, options, quadrature
+        self.cubic = options.get("interp", "linear") == "cubic"
         self.ops = backend_of(layout)
         self.n_steps = 0
         self.last_step = None
@@ -90,30 +170,23 @@ class FixedGridLoop:
         recording = torch.is_grad_enabled()
         # Where times carry a gradient, so do step sizes and positions between: the twin does the work.
         moving = recording and (self.grid.requires_grad or self.times.tensor.requires_grad)
-        ends, sizes, stage_times = self._schedule(y0, moving)
-        rows, dynamics, quadrature = self.tableau.rows, self.dynamics, self.quadrature
-        if recording:
-            combine = partial(autograd.stage_combine, self.ops, self.layout)
-            stages = partial(autograd.stages, self.ops, self.layout)
-        else:
-            combine = partial(self.ops.stage_combine, self.layout)
-            stages = partial(self.ops.stages, self.layout)
+        course = self._course(y0, moving)
+        steps = steps_of(self.method, course)
+        ends, sizes = self.grid.tolist(), course.sizes
         outputs = Outputs(self, y0, recording)
         values, sign, i, y = self.times.values, self.times.sign, 1, y0
         for n, dt in enumerate(sizes):
-            first, *times = stage_times[n].unbind()
-            ks = [dynamics(first, y)] * (len(rows) + 1)
-            if rows:
-                stages(rows, y, ks, dt, tuple(times), dynamics)
-            y1 = combine(self.tableau.weights, y, ks, dt)
+            step = steps(n, y)
+            y1 = course.combine(step.weights, y, step.ks, dt)
             self.n_steps += 1
-            if quadrature is not None:
-                quadrature.finish_fixed_step(dt)
+            if self.quadrature is not None:
+                self.quadrature.finish_fixed_step(step.weights, dt)
             while i < len(values) and sign * (values[i] - ends[n + 1]) <= 0:
                 at_end = values[i] == ends[n + 1] and not moving
-                outputs.add(y1 if at_end else self._between(i, n, ends, y, y1, ks, dt, moving, combine))
+                outputs.add(y1 if at_end else self._between(course, i, n, ends, y, y1, step, moving))
                 i += 1
             y = y1
+            del step  # its derivatives are not to be kept through the next one
         return outputs.collect()
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
@@ -122,36 +195,27 @@ class FixedGridLoop:
             stats.n_f_evals += self.dynamics.n_evals - evals_before
             stats.n_accepted += self.n_steps
 
-    def _schedule(self, y0: Tensor, moving: bool) -> tuple[list[float], Sequence[Tensor], Tensor]:
-        """Grid times on the host, step sizes [N - 1] float64, and the times of all stages, [N - 1, stages]."""
+    def _course(self, y0: Tensor, moving: bool) -> Course:
         grid = self.grid if moving else self.grid.detach()
         grid = grid.to(y0.device, torch.float64)
         sizes = grid[1:] - grid[:-1]
-        abscissae = torch.tensor((0.0, *self.tableau.abscissae), dtype=torch.float64, device=y0.device)
-        times = grid[:-1, None] + abscissae * sizes[:, None]
-        last = abscissae == 1
-        times = torch.where(last, grid[1:, None], times).to(self.layout.real_dtype)
-        if self.perturb:
-            ahead = torch.nextafter(times, times + self.times.sign).detach()
-            behind = torch.nextafter(times, times - self.times.sign).detach()
-            exact = times
-            times = torch.where(last, behind, torch.where(abscissae == 0, ahead, times.detach()))
-            times = times + (exact - exact.detach())
-        return grid.tolist(), sizes.unsqueeze(1).unbind() if len(sizes) else (), times
+        return Course(
+            self.dynamics,
+            self.layout,
+            self.ops,
+            self.quadrature,
+            grid,
+            sizes.unsqueeze(1).unbind() if len(sizes) else (),
+            self.times.sign,
+            bool(self.options.get("perturb", False)),
+            self.options,
+        )
 
     def _between(
-        self,
-        i: int,
-        n: int,
-        ends: list[float],
-        y: Tensor,
-        y1: Tensor,
-        ks: list[Tensor],
-        dt: Tensor,
-        moving: bool,
-        combine: Callable[..., Tensor],
+        self, course: Course, i: int, n: int, ends: list[float], y: Tensor, y1: Tensor, step: Increment, moving: bool
     ) -> Tensor:
         """The state at output time i, which step n has passed."""
+        dt = course.sizes[n]
         x: Any = (self.times.values[i] - ends[n]) / (ends[n + 1] - ends[n])
         if moving:
             grid, t = self.grid, self.times.tensor
@@ -160,13 +224,16 @@ class FixedGridLoop:
             if moving:
                 between: Tensor = y + x * (y1 - y)
                 return between
-            return combine(tuple(w * x for w in self.tableau.weights), y, ks, dt)
+            return course.combine(tuple(w * x for w in step.weights), y, step.ks, dt)
         t1 = (self.grid if moving else self.grid.detach())[n + 1].to(device=y.device, dtype=self.layout.real_dtype)
-        ks = [*ks, self.dynamics(t1, y1)]
-        polynomial = interpolant_of(reference, self.tableau)
+        slope1 = self.dynamics(t1, y1)
         if moving:
-            return reference.interpolate_at(polynomial, x, y, ks, dt.to(y.real.dtype if y.is_complex() else y.dtype))
-        return combine(polynomial.weights_at(x), y, ks, dt)
+            h = dt.to(self.layout.real_dtype)
+            cubic: Tensor = y + (3 - 2 * x) * x * x * (y1 - y) + h * x * (1 - x) * ((1 - x) * step.slope - x * slope1)
+            return cubic
+        rise = (3 - 2 * x) * x * x
+        weights = (*(w * rise for w in step.weights), x * (1 - x) ** 2, -x * x * (1 - x))
+        return course.combine(weights, y, [*step.ks[: len(step.weights)], step.slope, slope1], dt)
 
 
 class Outputs:

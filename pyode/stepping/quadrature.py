@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._ops import reference
 from .._ops.contract import Layout
-from ..methods import Tableau
+from ..methods import Method, Tableau
 
 
 class Quadrature:
@@ -22,24 +22,29 @@ class Quadrature:
 
     Args:
         values: the integrals at the start; contiguous. Replaced by new tensors, never written to.
-        tableau: the method of the solve.
+        method: of the solve.
         ops: the backend of the solve.
         rtol, atol: numbers; the integrals' share of the norm.
         in_norm: for each integral whether it has such a share.
     """
 
     def __init__(
-        self, values: list[Tensor], tableau: Tableau, ops: ModuleType, rtol: float, atol: float, in_norm: list[bool]
+        self, values: list[Tensor], method: Method, ops: ModuleType, rtol: float, atol: float, in_norm: list[bool]
     ) -> None:
-        self.values, self.tableau, self.ops = values, tableau, ops
+        self.values, self.ops = values, ops
         self.rtol, self.atol, self.in_norm = rtol, atol, in_norm
         self._all_layouts = [ops.Layout(1, v.numel(), (0, v.numel()), v.dtype, v.device) for v in values]
         self._ends: list[Tensor] = []
         self._outputs: list[Tensor] = []
         self._evaluations: list[list[Tensor] | None] = []
         self._trying = True  # a first step: every evaluation counts
-        columns = zip(tableau.interpolant, (*tableau.error_weights, *[0.0] * 99))
-        self._needed = [bool(any(row) or e) for row, e in columns]
+        self._weights: tuple[float, ...] = ()
+        self._error_weights: tuple[float, ...] = ()
+        self._needed: list[bool] = []
+        if isinstance(method, Tableau):
+            self._weights, self._error_weights = method.weights, method.error_weights
+            columns = zip(method.interpolant, (*method.error_weights, *[0.0] * 99))
+            self._needed = [bool(any(row) or e) for row, e in columns]
 
     @property
     def layouts(self) -> list[Layout]:
@@ -83,17 +88,17 @@ class Quadrature:
     def finish_step(self, controller: Any) -> None:
         """Their values at the step's end, and their share of its error norm."""
         columns = self._columns()
-        weights, dt = self.tableau.weights, controller.dt
+        weights, dt = self._weights, controller.dt
         self._ends = [
             self.ops.stage_combine(layout, weights, value, gs, dt)
             for layout, value, gs in zip(self._all_layouts, self.values, columns)
         ]
-        self._measure(controller, self.tableau.error_weights, self._ends, columns, dt, 1)
+        self._measure(controller, self._error_weights, self._ends, columns, dt, 1)
 
-    def finish_fixed_step(self, dt: Tensor) -> None:
+    def finish_fixed_step(self, weights: tuple[float, ...], dt: Tensor) -> None:
         """Moves to the end of a step of a fixed-step method."""
         self.values = [
-            self.ops.stage_combine(layout, self.tableau.weights, value, gs, dt)
+            self.ops.stage_combine(layout, weights, value, gs, dt)
             for layout, value, gs in zip(self._all_layouts, self.values, self._columns())
         ]
         self.restart()

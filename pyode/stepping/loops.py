@@ -1,0 +1,59 @@
+"""Which loop carries out which kind of method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .._ops.contract import Grid, Layout, Policy, RightHandSide
+from ..control import Times
+from ..methods import Method, Tableau
+from ..solution import Stats
+from .adaptive import AdaptiveLoop, Norm
+from .fixed_grid import FixedGridLoop
+from .quadrature import Quadrature
+
+
+class Loop(Protocol):
+    """A solve about to be done, and then done."""
+
+    @property
+    def last_step(self) -> float | None:
+        """The size of the step taken last, if the method chose it."""
+
+    def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
+        """Returns the states at the output times, [T, *y0.shape]."""
+
+    def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
+        """Adds the solve's counts."""
+
+
+def loop_for(
+    method: Method,
+    dynamics: RightHandSide,
+    layout: Layout,
+    times: Times,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    policy: Policy,
+    prescribed: Grid,
+    options: dict[str, Any],
+    grid: Callable[[], Tensor],
+    norm: Norm | None = None,
+    quadrature: Quadrature | None = None,
+    at_jump: Callable[[float, Tensor], Tensor] | None = None,
+) -> Loop:
+    """The loop for a solve by a method.
+
+    Args:
+        method: of any kind.
+        dynamics, layout, times, rtol, atol, policy, prescribed, norm, quadrature, at_jump: as AdaptiveLoop's.
+        options: the user's.
+        grid: returns the times of the steps of a method that does not choose them.
+    """
+    if not method.adaptive:
+        return FixedGridLoop(dynamics, method, layout, times, grid(), options, quadrature)
+    assert isinstance(method, Tableau)
+    return AdaptiveLoop(dynamics, method, layout, rtol, atol, policy, prescribed, times, norm, quadrature, at_jump)
