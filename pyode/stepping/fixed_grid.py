@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._ops import autograd, backend_of
+from .._ops import autograd, backend_of, reference
 from .._ops.contract import Layout, RightHandSide
 from ..control import Times, number_from
 from ..errors import InvalidType, InvalidValue
 from ..methods import Method, Tableau
 from ..solution import Stats
+from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
+from .segment import RungeKuttaSegment
 
 INTERPOLATIONS = ("linear", "cubic")
 
@@ -141,7 +143,7 @@ class FixedGridLoop:
     """A solve with the steps of a given grid.
 
     Args:
-        dynamics, layout, times, quadrature: as AdaptiveLoop's.
+        dynamics, layout, times, quadrature, hooks: as AdaptiveLoop's.
         method: one without an error estimate.
         grid: [N] times of the steps' ends.
         options: the user's: interp, "linear" or "cubic", between the grid's times; perturb, whether func sees a step's
@@ -157,9 +159,10 @@ class FixedGridLoop:
         grid: Tensor,
         options: dict[str, Any],
         quadrature: Quadrature | None = None,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
         self.dynamics, self.method, self.layout, self.times = dynamics, method, layout, times
-        self.grid, self.options, self.quadrature = grid, options, quadrature
+        self.grid, self.options, self.quadrature, self.hooks = grid, options, quadrature, hooks
         self.cubic = options.get("interp", "linear") == "cubic"
         self.ops = backend_of(layout)
         self.n_steps = 0
@@ -174,19 +177,31 @@ class FixedGridLoop:
         steps = steps_of(self.method, course)
         ends, sizes = self.grid.tolist(), course.sizes
         outputs = Outputs(self, y0, recording)
+        hooks, t = self.hooks, self.times.tensor
         values, sign, i, y = self.times.values, self.times.sign, 1, y0
         for n, dt in enumerate(sizes):
+            if hooks.step is not None:
+                hooks.step(ends[n], y, abs(ends[n + 1] - ends[n]))
             step = steps(n, y)
             y1 = course.combine(step.weights, y, step.ks, dt)
             self.n_steps += 1
             if self.quadrature is not None:
                 self.quadrature.finish_fixed_step(step.weights, dt)
+            segment = None
+            if hooks.watch is not None:
+                segment = self._segment(course, n, ends, y, y1, step, moving)
+                end = hooks.watch(segment)
+                if end is not None:
+                    return torch.stack([y0, end])
             while i < len(values) and sign * (values[i] - ends[n + 1]) <= 0:
-                at_end = values[i] == ends[n + 1] and not moving
-                outputs.add(y1 if at_end else self._between(course, i, n, ends, y, y1, step, moving))
+                if values[i] == ends[n + 1] and not moving:
+                    outputs.add(y1)
+                else:
+                    segment = segment or self._segment(course, n, ends, y, y1, step, moving)
+                    outputs.add(segment.at(values[i], t[i] - t[i].detach() if moving and t.requires_grad else None))
                 i += 1
             y = y1
-            del step  # its derivatives are not to be kept through the next one
+            del step, segment  # the derivatives are not to be kept through the next one
         return outputs.collect()
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
@@ -211,29 +226,31 @@ class FixedGridLoop:
             self.options,
         )
 
-    def _between(
-        self, course: Course, i: int, n: int, ends: list[float], y: Tensor, y1: Tensor, step: Increment, moving: bool
-    ) -> Tensor:
-        """The state at output time i, which step n has passed."""
-        dt = course.sizes[n]
-        x: Any = (self.times.values[i] - ends[n]) / (ends[n + 1] - ends[n])
-        if moving:
-            grid, t = self.grid, self.times.tensor
-            x = ((t[i] - grid[n]) / (grid[n + 1] - grid[n])).to(device=y.device, dtype=self.layout.real_dtype)
-        if not self.cubic:
-            if moving:
-                between: Tensor = y + x * (y1 - y)
-                return between
-            return course.combine(tuple(w * x for w in step.weights), y, step.ks, dt)
-        t1 = (self.grid if moving else self.grid.detach())[n + 1].to(device=y.device, dtype=self.layout.real_dtype)
-        slope1 = self.dynamics(t1, y1)
-        if moving:
-            h = dt.to(self.layout.real_dtype)
-            cubic: Tensor = y + (3 - 2 * x) * x * x * (y1 - y) + h * x * (1 - x) * ((1 - x) * step.slope - x * slope1)
-            return cubic
-        rise = (3 - 2 * x) * x * x
-        weights = (*(w * rise for w in step.weights), x * (1 - x) ** 2, -x * x * (1 - x))
-        return course.combine(weights, y, [*step.ks[: len(step.weights)], step.slope, slope1], dt)
+    def _segment(
+        self, course: Course, n: int, ends: list[float], y: Tensor, y1: Tensor, step: Increment, moving: bool
+    ) -> RungeKuttaSegment:
+        """Step n, from y to y1, with what lies between."""
+        ks = step.ks[: len(step.weights)]
+        if self.cubic:
+            t1 = (self.grid if moving else self.grid.detach())[n + 1].to(y.device, self.layout.real_dtype)
+            ks = [*ks, step.slope, self.dynamics(t1, y1)]
+        shift = course.grid[n] - course.grid[n].detach() if moving else None
+        size = ends[n + 1] - ends[n]
+        polynomial = _cubic(step.weights) if self.cubic else _linear(step.weights)
+        return RungeKuttaSegment(self.layout, polynomial, ends[n], ends[n + 1], size, y, ks, course.sizes[n], shift)
+
+
+@lru_cache(maxsize=64)
+def _linear(weights: tuple[float, ...]) -> reference.Interpolant:
+    """The line between a step's ends."""
+    return reference.Interpolant(tuple((w,) for w in weights), weights)
+
+
+@lru_cache(maxsize=64)
+def _cubic(weights: tuple[float, ...]) -> reference.Interpolant:
+    """The cubic through a step's ends and with their slopes, which come behind the step's own derivatives."""
+    rows = (*((0.0, 3 * w, -2 * w) for w in weights), (1.0, -2.0, 1.0), (0.0, -1.0, 1.0))
+    return reference.Interpolant(rows, (*weights, 0.0, 0.0))
 
 
 class Outputs:

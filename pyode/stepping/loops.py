@@ -13,6 +13,7 @@ from ..methods import Method, Tableau
 from ..solution import Stats
 from .adaptive import AdaptiveLoop, Norm
 from .fixed_grid import FixedGridLoop
+from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
 
 
@@ -44,16 +45,19 @@ def loop_for(
     norm: Norm | None = None,
     quadrature: Quadrature | None = None,
     at_jump: Callable[[float, Tensor], Tensor] | None = None,
+    hooks: Hooks = NO_HOOKS,
 ) -> Loop:
     """The loop for a solve by a method.
 
     Args:
         method: of any kind.
-        dynamics, layout, times, rtol, atol, policy, prescribed, norm, quadrature, at_jump: as AdaptiveLoop's.
+        dynamics, layout, times, rtol, atol, policy, prescribed, norm, quadrature, at_jump, hooks: as AdaptiveLoop's.
         options: the user's.
         grid: returns the times of the steps of a method that does not choose them.
     """
     if not method.adaptive:
-        return FixedGridLoop(dynamics, method, layout, times, grid(), options, quadrature)
+        return FixedGridLoop(dynamics, method, layout, times, grid(), options, quadrature, hooks)
     assert isinstance(method, Tableau)
-    return AdaptiveLoop(dynamics, method, layout, rtol, atol, policy, prescribed, times, norm, quadrature, at_jump)
+    return AdaptiveLoop(
+        dynamics, method, layout, rtol, atol, policy, prescribed, times, norm, quadrature, at_jump, hooks
+    )
