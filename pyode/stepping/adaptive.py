@@ -127,7 +127,7 @@ class AdaptiveLoop:
             y1 = stages(layout, rows, y, ks, dt, times.unbind(), dynamics)
             self._measure(y, y1, ks)
             flags = controller.run(Phase.JUDGE)
-            if hooks is not NO_HOOKS:
+            if hooks.after_step:
                 end = self._call_hooks(bool(flags & _ACCEPTED), y, ks, dt, shift)
                 if end is not None:
                     return torch.stack([y0, end])
@@ -159,10 +159,11 @@ class AdaptiveLoop:
             _ballast.put(ks)
         return output.collect(y0)
 
-    def segment(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> RungeKuttaSegment:
+    def segment(
+        self, polynomial: Any, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None
+    ) -> RungeKuttaSegment:
         """The step just accepted, from y."""
         t0, t1, size = (self._field(name) for name in ("t_prev", "t", "dt_prev"))
-        polynomial = interpolant_of(reference, self.tableau)
         return RungeKuttaSegment(self.layout, polynomial, t0, t1, size, y, list(ks), dt, shift)
 
     def _call_hooks(
@@ -173,7 +174,9 @@ class AdaptiveLoop:
         callback = hooks.accept if accepted else hooks.reject
         if callback is not None:
             callback(self._field("t_prev"), y, abs(self._field("dt_prev")))
-        return hooks.watch(self.segment(y, ks, dt, shift)) if accepted and hooks.watch is not None else None
+        if not accepted or hooks.watch is None:
+            return None
+        return hooks.watch(self.segment(_dense_output_of(self.tableau), y, ks, dt, shift))
 
     def _field(self, name: str) -> float:
         """A number of the only sample's step state."""
@@ -278,6 +281,11 @@ def interpolant_of(ops: ModuleType, tableau: Tableau) -> Any:
     return ops.Interpolant(tableau.interpolant, tableau.end)
 
 
+@lru_cache(maxsize=64)
+def _dense_output_of(tableau: Tableau) -> reference.Interpolant:
+    return reference.Interpolant(tableau.dense, tableau.end)
+
+
 class Output:
     """The states at the output times, written in place as steps pass them."""
 
@@ -310,7 +318,7 @@ class RecordedOutput:
     def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""
         loop, t, values = self.loop, self.loop.times.tensor, self.loop.times.values
-        segment = loop.segment(y, ks, dt, shift)
+        segment = loop.segment(interpolant_of(reference, loop.tableau), y, ks, dt, shift)
         for i in range(*(int(loop.controller.field(name)) for name in ("output_begin", "output_end"))):
             self.rows.append(segment.at(values[i], t[i] - t[i].detach() if t.requires_grad else None))
 

@@ -23,6 +23,7 @@ from .quadrature import Quadrature
 from .segment import RungeKuttaSegment
 
 INTERPOLATIONS = ("linear", "cubic")
+MOST_STEPS = 20_000  # to an event, as in torchdiffeq
 
 
 def check_interp(options: dict[str, Any]) -> None:
@@ -50,11 +51,18 @@ def grid_of(options: dict[str, Any], times: Times, func: Callable[..., Any], y0:
         if ends != [times.values[0], times.values[-1]]:
             raise InvalidValue(f"options['grid_constructor'] must return times from t[0] to t[-1]; it returned {grid}")
         return grid
+    endless = math.isinf(times.values[-1])
+    if step_size is None and endless:
+        raise InvalidValue(
+            "options['step_size'] must be given with event_fn to a method that does not choose its steps"
+        )
     if step_size is None or len(t) == 1:
         return t
     size = number_from(options, "step_size", 0.0, -math.inf)
     if not 0 < size < math.inf:
         raise InvalidValue(f"options['step_size'] must be positive and finite, not {step_size!r}")
+    if endless:
+        return t[0] + torch.arange(MOST_STEPS + 1, dtype=t.dtype, device=t.device) * (times.sign * size)
     # As torchdiffeq counts: the last step is the shorter one.
     n = int(torch.ceil((t[-1] - t[0]).detach().abs() / size + 1).item())
     steps = torch.arange(n, dtype=t.dtype, device=t.device) * (times.sign * size)
@@ -87,7 +95,7 @@ class Course:
     ops: ModuleType
     quadrature: Quadrature | None
     grid: Tensor
-    sizes: Sequence[Tensor]
+    sizes: Tensor | Sequence[Tensor]
     sign: float
     perturb: bool
     options: dict[str, Any]
@@ -179,7 +187,8 @@ class FixedGridLoop:
         outputs = Outputs(self, y0, recording)
         hooks, t = self.hooks, self.times.tensor
         values, sign, i, y = self.times.values, self.times.sign, 1, y0
-        for n, dt in enumerate(sizes):
+        for n in range(len(sizes)):
+            dt = sizes[n]
             if hooks.step is not None:
                 hooks.step(ends[n], y, abs(ends[n + 1] - ends[n]))
             step = steps(n, y)
@@ -220,7 +229,7 @@ class FixedGridLoop:
             self.ops,
             self.quadrature,
             grid,
-            sizes.unsqueeze(1).unbind() if len(sizes) else (),
+            sizes.unsqueeze(1).unbind() if 0 < len(sizes) < MOST_STEPS else sizes.unsqueeze(1),
             self.times.sign,
             bool(self.options.get("perturb", False)),
             self.options,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import SolveError
 from .segment import Segment
 
-Callback = Callable[[float, Tensor, float], None]
+Callback = Callable[[float, Any, float], None]
 
 
 def raise_it(error: SolveError) -> None:
@@ -34,6 +36,11 @@ class Hooks:
     reject: Callback | None = None
     watch: Callable[[Segment], Tensor | None] | None = None
     fail: Callable[[SolveError], None] = raise_it
+
+    @cached_property
+    def after_step(self) -> bool:
+        """Whether there is something to be called after a step."""
+        return self.accept is not None or self.reject is not None or self.watch is not None
 
 
 NO_HOOKS = Hooks()
