@@ -52,7 +52,7 @@ def check_options(options: dict[str, Any], method: Method) -> None:
         raise InvalidType(f"options['norm'] must be callable as norm(state), not a {type(norm).__name__}")
     if options.get("on_failure", "raise") not in ("raise", "return"):
         raise InvalidValue(f"options['on_failure'] must be 'raise' or 'return', not {options['on_failure']!r}")
-    known = COMMON_OPTIONS | (ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS)
+    known = COMMON_OPTIONS | method.options | (ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS)
     unknown = {name: value for name, value in options.items() if name not in known}
     if unknown:
         warnings.warn(

@@ -153,6 +153,23 @@ def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor)
     return out
 
 
+def mean_square_error(
+    layout: Layout,
+    weights: tuple[float, ...],
+    y0: Tensor,
+    y1: Tensor,
+    ks: list[Tensor],
+    dt: Tensor,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+) -> float:
+    """The largest mean square over the segments, as Controller.error_norm notes them. On CUDA this waits."""
+    parts = layout.handle.error_parts
+    means = torch.empty((layout.n_segments, parts), dtype=torch.float64, device=layout.device)
+    _C.error_norm(layout.handle, weights, y0, y1, ks, dt, rtol, atol, means.data_ptr(), parts)
+    return max(map(sum, means.tolist()))
+
+
 @lru_cache(maxsize=64)
 def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor to make others like, which is faster than to name shape, dtype and device; never written or read."""

@@ -129,6 +129,22 @@ def scaled_step_error(
     return scaled_error(error, wide, _widened(y1), rtol, atol)
 
 
+def mean_square_error(
+    layout: Layout,
+    weights: tuple[float, ...],
+    y0: Tensor,
+    y1: Tensor,
+    ks: list[Tensor],
+    dt: Tensor,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+) -> float:
+    """See native.mean_square_error."""
+    error = scaled_step_error(layout, weights, y0, y1, ks, dt, rtol, atol).detach().abs().reshape(-1)
+    parts = [error[begin:end].to(_wide_float(error)) for begin, end in zip(layout.segments, layout.segments[1:])]
+    return max((float(part.square().mean()) for part in parts if part.numel()), default=0.0)
+
+
 @dataclass
 class Sample:
     """The step state of one sample; see csrc/core/controller.h for every field."""

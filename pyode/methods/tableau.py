@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import zip_longest
+from typing import ClassVar
 
 Row = tuple[Fraction, ...]
 
@@ -77,6 +78,9 @@ class Tableau:
             raise ValueError(f"{self.name}: rows of a sum to c, and b to 1")
         if self.error is not None and abs(sum(self.error, Fraction(0))) > Fraction(1, 10**15):
             raise ValueError(f"{self.name}: error weights sum to 0")
+
+    one_step: ClassVar[bool] = True
+    options: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def adaptive(self) -> bool:

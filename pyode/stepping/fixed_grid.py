@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._ops import autograd, backend_of, reference
+from .._ops import backend_of, reference
 from .._ops.contract import Layout, RightHandSide
 from ..control import Times, number_from
 from ..errors import InvalidType, InvalidValue
 from ..methods import Method, Tableau
+from ..methods.multistep import FixedAdams
 from ..solution import Stats
+from .course import Course, ExplicitSteps, Increment
 from .hooks import NO_HOOKS, Hooks
+from .multistep import AdamsSteps
 from .quadrature import Quadrature
 from .segment import RungeKuttaSegment
 
@@ -69,80 +70,10 @@ def grid_of(options: dict[str, Any], times: Times, func: Callable[..., Any], y0:
     return torch.cat([(steps + t[0])[:-1], t[-1:]])
 
 
-class Increment(NamedTuple):
-    """A step: y1 = y + dt sum_j weights_j ks_j, and with slope = f(t0, y) what dense output needs."""
-
-    weights: tuple[float, ...]
-    ks: list[Tensor]
-    slope: Tensor
-
-
-@dataclass
-class Course:
-    """A fixed grid under way: what a method needs to take its steps.
-
-    Attributes:
-        dynamics, layout, ops, quadrature: as AdaptiveLoop's.
-        grid: [N] float64 times of the steps' ends, on the state's device; with a graph where times carry a gradient.
-        sizes: N - 1 step sizes, each [1] float64.
-        sign: +1 where time runs forwards, -1 where backwards.
-        perturb: whether func sees a step's start just behind it and its end just before it.
-        options: the user's.
-    """
-
-    dynamics: RightHandSide
-    layout: Layout
-    ops: ModuleType
-    quadrature: Quadrature | None
-    grid: Tensor
-    sizes: Tensor | Sequence[Tensor]
-    sign: float
-    perturb: bool
-    options: dict[str, Any]
-
-    def stage_times(self, abscissae: tuple[float, ...]) -> Tensor:
-        """The times at which a step's stages lie, for all steps: [N - 1, stages], in the dtype that func sees."""
-        grid = self.grid
-        c = torch.tensor(abscissae, dtype=torch.float64, device=grid.device)
-        times = grid[:-1, None] + c * (grid[1:] - grid[:-1])[:, None]
-        last = c == 1
-        times = torch.where(last, grid[1:, None], times).to(self.layout.real_dtype)
-        if self.perturb:
-            ahead = torch.nextafter(times, times + self.sign).detach()
-            behind = torch.nextafter(times, times - self.sign).detach()
-            exact = times
-            times = torch.where(last, behind, torch.where(c == 0, ahead, times.detach()))
-            times = times + (exact - exact.detach())
-        return times
-
-    def combine(self, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
-        """Returns y + dt sum_j w_j k_j, with a graph behind it where gradients are enabled."""
-        if torch.is_grad_enabled():
-            return autograd.stage_combine(self.ops, self.layout, weights, y, ks, dt)
-        return self.ops.stage_combine(self.layout, weights, y, ks, dt)  # type: ignore[no-any-return]
-
-
-class ExplicitSteps:
-    """The steps of an explicit Runge-Kutta method."""
-
-    def __init__(self, tableau: Tableau, course: Course) -> None:
-        self.tableau, self.course = tableau, course
-        self.times = course.stage_times((0.0, *tableau.abscissae))
-        ops = course.ops
-        self.stages = partial(autograd.stages, ops) if torch.is_grad_enabled() else ops.stages
-
-    def __call__(self, n: int, y: Tensor) -> Increment:
-        """Step n, from y."""
-        course, rows = self.course, self.tableau.rows
-        first, *times = self.times[n].unbind()
-        ks = [course.dynamics(first, y)] * (len(rows) + 1)
-        if rows:
-            self.stages(course.layout, rows, y, ks, course.sizes[n], tuple(times), course.dynamics)
-        return Increment(self.tableau.weights, ks, ks[0])
-
-
 def steps_of(method: Method, course: Course) -> Callable[[int, Tensor], Increment]:
     """What takes a method's steps: a function of a step's number and the state at its start."""
+    if isinstance(method, FixedAdams):
+        return AdamsSteps(method, course)
     assert isinstance(method, Tableau)
     return ExplicitSteps(method, course)
 
@@ -151,7 +82,7 @@ class FixedGridLoop:
     """A solve with the steps of a given grid.
 
     Args:
-        dynamics, layout, times, quadrature, hooks: as AdaptiveLoop's.
+        dynamics, layout, times, rtol, atol, quadrature, hooks: as AdaptiveLoop's.
         method: one without an error estimate.
         grid: [N] times of the steps' ends.
         options: the user's: interp, "linear" or "cubic", between the grid's times; perturb, whether func sees a step's
@@ -166,11 +97,14 @@ class FixedGridLoop:
         times: Times,
         grid: Tensor,
         options: dict[str, Any],
+        rtol: float | Tensor,
+        atol: float | Tensor,
         quadrature: Quadrature | None = None,
         hooks: Hooks = NO_HOOKS,
     ) -> None:
         self.dynamics, self.method, self.layout, self.times = dynamics, method, layout, times
         self.grid, self.options, self.quadrature, self.hooks = grid, options, quadrature, hooks
+        self.rtol, self.atol = rtol, atol
         self.cubic = options.get("interp", "linear") == "cubic"
         self.ops = backend_of(layout)
         self.n_steps = 0
@@ -233,6 +167,8 @@ class FixedGridLoop:
             self.times.sign,
             bool(self.options.get("perturb", False)),
             self.options,
+            self.rtol,
+            self.atol,
         )
 
     def _segment(

@@ -56,7 +56,7 @@ def loop_for(
         grid: returns the times of the steps of a method that does not choose them.
     """
     if not method.adaptive:
-        return FixedGridLoop(dynamics, method, layout, times, grid(), options, quadrature, hooks)
+        return FixedGridLoop(dynamics, method, layout, times, grid(), options, rtol, atol, quadrature, hooks)
     assert isinstance(method, Tableau)
     return AdaptiveLoop(
         dynamics, method, layout, rtol, atol, policy, prescribed, times, norm, quadrature, at_jump, hooks
