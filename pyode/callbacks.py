@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .methods import Method
+from .methods.external import ScipySolver
 from .stepping.hooks import Callback
 
 NAMES = ("callback_step", "callback_accept_step", "callback_reject_step")
@@ -25,7 +26,7 @@ def callbacks_of(
 
     Args:
         func: may carry callbacks.
-        method: a method that chooses its steps calls all three, one that does not the first only.
+        method: one that chooses its steps calls all three, one that does not the first only, SciPy's none.
         time: a tensor whose device, and for a method that does not choose its steps whose dtype, times have.
         unpack: from a packed state to the user's.
         suffix: "_adjoint" for those of a backward solve.
@@ -33,7 +34,7 @@ def callbacks_of(
     # Not hasattr: a module's search for an attribute that it lacks takes as long as a stage.
     own = getattr(func, "__dict__", {})
     names = [name for name in NAMES if name + suffix in own or hasattr(type(func), name + suffix)]
-    supported = NAMES if method.adaptive else NAMES[:1]
+    supported = () if isinstance(method, ScipySolver) else NAMES if method.adaptive else NAMES[:1]
     if unsupported := {name + suffix for name in names if name not in supported}:
         warnings.warn(f"Solver '{method.name}' does not support callbacks {unsupported}", stacklevel=4)
     dtype = torch.float64 if method.adaptive else time.dtype

@@ -28,8 +28,9 @@ from ..solution import Stats
 from ..state import Dynamics, Form, Func
 from ..stepping.fixed_grid import grid_of
 from ..stepping.hooks import NO_HOOKS, Callback, Hooks
-from ..stepping.loops import loop_for
+from ..stepping.loops import Loop, loop_for
 from ..stepping.quadrature import Quadrature
+from .augmented import AugmentedDynamics, AugmentedState
 
 AdjointNorm = Callable[[tuple[Tensor, ...]], Any]
 
@@ -156,7 +157,7 @@ class Backsolve:
             quadrature.values[0] = quadrature.values[0] - self.time_gradients[last].to(quadrature.values[0])
         self.dynamics.quadrature = quadrature if quadrature.values else None
         with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
-            stepwise = self.config.restart or not self.config.method.adaptive
+            stepwise = self.config.restart or not (self.config.method.adaptive and self.config.method.one_step)
             z = self._interval_by_interval(z, quadrature) if stepwise else self._through(z, quadrature)
         results = list(quadrature.values)
         if self.time_carried:
@@ -228,12 +229,13 @@ class Backsolve:
             integrals = [z.new_zeros((), dtype=self.layout.real_dtype), *integrals]
         return (integrals[0], *z.unbind(), *integrals[1:])
 
-    def _hooks(self, quadrature: Quadrature) -> Hooks:
+    def _hooks(self, whole: Callable[[Tensor], tuple[Tensor, ...]]) -> Hooks:
+        """The user's callbacks, which are given (t, y, adj_y, *params)."""
         if not self.config.callbacks:
             return NO_HOOKS
 
         def on_whole(callback: Callback) -> Callback:
-            return lambda t, z, dt: callback(t, self._whole(z, quadrature.values), dt)
+            return lambda t, z, dt: callback(t, whole(z), dt)
 
         return Hooks(**{name: on_whole(callback) for name, callback in self.config.callbacks.items()})  # type: ignore[arg-type]
 
@@ -247,6 +249,8 @@ class Backsolve:
     ) -> Tensor:
         """Solves from the first of two times to the second."""
         config = self.config
+        if not config.method.one_step:
+            return self._run_augmented(z, times, options, quadrature)
         loop = loop_for(
             config.method,
             self.dynamics,
@@ -261,11 +265,45 @@ class Backsolve:
             None if config.fused else self._norm,
             quadrature if quadrature.values else None,
             at_jump,
-            self._hooks(quadrature),
+            self._hooks(lambda z: self._whole(z, quadrature.values)),
         )
+        return self._carry_out(loop, z, options)
+
+    def _run_augmented(self, z: Tensor, times: Times, options: dict[str, Any], quadrature: Quadrature) -> Tensor:
+        """The same with the integrals as a part of the state."""
+        config, state = self.config, AugmentedState(z, quadrature.values)
+
+        def whole(flat: Tensor) -> tuple[Tensor, ...]:
+            z, *integrals = state.unpack(flat)
+            return self._whole(z, integrals)
+
+        def extended(tolerance: float | Tensor) -> float | Tensor:
+            if isinstance(tolerance, float):
+                return tolerance
+            integrals = tolerance.min().expand(sum(state.sizes[1:]), *tolerance.shape[z.dim() :])
+            return torch.cat([tolerance.reshape(z.numel(), *tolerance.shape[z.dim() :]), integrals]).contiguous()
+
+        loop = loop_for(
+            config.method,
+            AugmentedDynamics(self.dynamics, state),
+            state.layout(self.ops, self.layout),
+            times,
+            extended(self.rtol),
+            extended(self.atol),
+            config.policy,
+            grid_from(options, times, z.device),
+            options,
+            lambda: grid_of(options, times, self.func, self.form.unpack(z[0])),
+            None if config.fused and not config.seminorm else lambda error, _: config.norm(whole(error)),
+            hooks=self._hooks(whole),
+        )
+        z, *quadrature.values = state.unpack(self._carry_out(loop, state.pack(state.parts), options))
+        return z
+
+    def _carry_out(self, loop: Loop, z: Tensor, options: dict[str, Any]) -> Tensor:
         stats: Stats | None = options.get("stats")
         try:
-            out = loop.solve(z, config.first_step)
+            out = loop.solve(z, self.config.first_step)
         finally:
             loop.add_to(stats, self.evals_counted)
             self.evals_counted = self.dynamics.n_evals

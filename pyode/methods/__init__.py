@@ -10,6 +10,7 @@ from typing import Protocol
 
 from ..errors import InvalidValue
 from .dormand_prince import dopri5, dopri8
+from .external import scipy_solver
 from .low_order import adaptive_heun, bosh3, euler, fehlberg2, heun2, heun3, midpoint, rk4
 from .multistep import explicit_adams, implicit_adams
 from .tableau import Tableau
@@ -51,6 +52,7 @@ METHODS: dict[str, Method] = {
     "explicit_adams": explicit_adams,
     "implicit_adams": implicit_adams,
     "fixed_adams": implicit_adams,  # its old name
+    "scipy_solver": scipy_solver,
 }
 DEFAULT = dopri5.name
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ScipySolver:
-    """Any method of scipy.integrate.solve_ivp, named by the option solver."""
+    """Any method of scipy.integrate.solve_ivp; the option solver names it, "LSODA" by default."""
 
     name: str = "scipy_solver"
-    order: int = 0  # that of the solver
+    order: int = 0  # the solver's
     adaptive: bool = True
     one_step: bool = False
-    source: str = "Virtanen et al., SciPy 1.0, 2020; scipy.integrate.solve_ivp"
+    options: frozenset[str] = frozenset(["solver"])
+    source: str = "scipy.integrate.solve_ivp; Virtanen et al., SciPy 1.0, 2020"
 
 
 scipy_solver = ScipySolver()

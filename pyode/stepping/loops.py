@@ -10,8 +10,10 @@ from torch import Tensor
 from .._ops.contract import Grid, Layout, Policy, RightHandSide
 from ..control import Times
 from ..methods import Method, Tableau
+from ..methods.external import ScipySolver
 from ..solution import Stats
 from .adaptive import AdaptiveLoop, Norm
+from .external import ScipyLoop
 from .fixed_grid import FixedGridLoop
 from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
@@ -57,6 +59,9 @@ def loop_for(
     """
     if not method.adaptive:
         return FixedGridLoop(dynamics, method, layout, times, grid(), options, rtol, atol, quadrature, hooks)
+    if isinstance(method, ScipySolver):
+        solver = options.get("solver", "LSODA")
+        return ScipyLoop(dynamics, layout, times, rtol, atol, policy, solver, hooks)
     assert isinstance(method, Tableau)
     return AdaptiveLoop(
         dynamics, method, layout, rtol, atol, policy, prescribed, times, norm, quadrature, at_jump, hooks
