@@ -113,8 +113,9 @@ def check_tolerance(tolerance: Any, name: str, form: Form, y0: Tensor) -> float 
         raise InvalidValue(f"{name} cannot require gradient; detach it")
     try:
         each = torch.as_tensor(tolerance, dtype=torch.float64, device=y0.device)
-    except (TypeError, ValueError) as error:
-        raise InvalidType(f"{name} must be a number or a tensor, not a {type(tolerance).__name__}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        parts = "" if form.is_tensor else ", or have one for each part of y0, in a structure like y0's"
+        raise InvalidType(f"{name} must be a number or a tensor{parts}, not a {type(tolerance).__name__}") from error
     if not bool(torch.all((each >= 0) & (each < math.inf))):
         raise InvalidValue(f"{name} must be finite and not negative, not {tolerance}")
     if each.numel() == 1:

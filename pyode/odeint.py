@@ -221,8 +221,7 @@ def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = N
 
     with torch.cuda.device(y0.device) if y0.device.type == "cuda" else nullcontext():
         ops = backend_for(y0)
-        segments = form.segments if form.is_tuple else (0, y0.numel())
-        layout = ops.Layout(1, y0.numel(), segments, y0.dtype, y0.device)
+        layout = ops.Layout(1, y0.numel(), form.segments, y0.dtype, y0.device)
         dynamics = Dynamics(problem.func, form, y0, partial(ops.copy, layout))
         norm = options.get("norm")
         loop = loop_for(
