@@ -142,18 +142,18 @@ def _configure(
 def _norm_of(form: Form, state_norm: Any, norm: Any) -> AdjointNorm:
     """The norm of the adjoint state (t, y, adj_y, *params), where y and adj_y are packed."""
     if callable(norm):
-        if not form.is_tuple:
+        if form.is_tensor:
             return norm  # type: ignore[no-any-return]
-        return lambda whole: norm((whole[0], *form.unpack(whole[1]), *form.unpack(whole[2]), *whole[3:]))
+        if form.is_tuple:
+            return lambda whole: norm((whole[0], *form.unpack(whole[1]), *form.unpack(whole[2]), *whole[3:]))
+        return lambda whole: norm((whole[0], form.unpack(whole[1]), form.unpack(whole[2]), *whole[3:]))
 
     def rms(x: Tensor) -> Tensor:
         return x.abs().square().mean().sqrt()
 
     def of_state(y: Tensor) -> Tensor:
-        parts = form.unpack(y)
-        if state_norm is not None:
-            return torch.as_tensor(state_norm(parts))
-        return max(map(rms, parts)) if isinstance(parts, tuple) else rms(parts)
+        state = form.unpack(y)
+        return max(map(rms, form.parts(state))) if state_norm is None else torch.as_tensor(state_norm(state))
 
     def largest(whole: tuple[Tensor, ...]) -> Tensor:
         time, y, adj_y, *params = whole

@@ -140,13 +140,21 @@ class Form:
         """One contiguous tensor; parts of different dtypes are promoted."""
         return plain(state) if self.is_tensor else torch.cat([part.reshape(-1) for part in self.parts(state)])
 
+    def at(self, states: State, i: int) -> State:
+        """The state at the i-th of the output times whose states these are."""
+        return self._build(part[i] for part in self.parts(states))
+
     def unpack(self, y: Tensor, leading: tuple[int, ...] = ()) -> State:
         """The user's state, as views; `leading` dimensions come before those of the state."""
         if self.is_tensor:
             return y
         flat = zip(torch.split(y, self.sizes, -1), self.shapes)
-        parts = tuple(part.view((*leading, *shape)) for part, shape in flat)
-        return parts if self.tree is None else self.tree.build(iter(parts))
+        return self._build(part.view((*leading, *shape)) for part, shape in flat)
+
+    def _build(self, parts: Iterator[Tensor]) -> State:
+        if self.is_tensor:
+            return next(parts)
+        return tuple(parts) if self.tree is None else self.tree.build(parts)
 
     def spread(self, tolerance: Any, name: str) -> Any:
         """A tolerance for the packed state from one for the user's: a number or tensor, or one for each part.

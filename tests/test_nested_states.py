@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque, namedtuple
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -157,6 +158,24 @@ def test_an_adjoint_norm_is_given_the_structure_where_it_is_not_a_flat_tuple():
         pytree.tree_leaves(y)[0].sum().backward()
     assert seen[0] == [Tensor, dict, dict, Tensor, Tensor]  # t, y, adj_y, weight, bias
     assert seen[-1] == [Tensor, *[Tensor] * 6, Tensor, Tensor]  # as torchdiffeq has it for a tuple
+
+
+@NESTED
+@pytest.mark.parametrize("solve", [pyode.odeint, pyode.odeint_adjoint], ids=lambda f: f.__name__)
+def test_events_and_dense_output_are_those_of_the_parts_in_a_tuple(name, solve):
+    func, make, parts_of = nested(name)
+    found = []
+    for f, wrap, unwrap in ((coupled, lambda *parts: parts, tuple), (func, make, parts_of)):
+        c = C.clone().requires_grad_()
+        interface = solve if solve is pyode.odeint else partial(solve, adjoint_params=())
+        time, states = pyode.odeint_event(
+            f, wrap(A, B, c), T[0], event_fn=lambda t, y, unwrap=unwrap: unwrap(y)[0].sum() - 1.5,
+            odeint_interface=interface,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(time + sum(part.sum() for part in unwrap(states)), c)
+        dense = pyode.odeint_dense(f, wrap(A, B, C), 0.0, 1.0)
+        found.append([time, *unwrap(states), gradient, *unwrap(dense(T))])
+    assert all(torch.equal(x, y) for x, y in zip(*found))
 
 
 WRONG_STATES = {
