@@ -33,7 +33,7 @@ def odeint_event(
         event_fn: returns a tensor of one or several numbers; the earliest change of sign counts.
         reverse_time: whether time runs backwards.
         odeint_interface: `odeint` or `odeint_adjoint`, or what has their arguments.
-        kwargs: passed on to it; options may have event_t_max and skip_initial_event, see `odeint`.
+        kwargs: passed on to it, args among them; options may have event_t_max and skip_initial_event, see `odeint`.
 
     Returns:
         The event's time, a 0-dim tensor, and the states at t0 and at the event, [2, *y0.shape].

@@ -23,6 +23,17 @@ State = Any  # a tensor, a tuple of tensors, or any structure that `Tree` knows
 Func = Callable[..., Any]  # of (t, y)
 
 
+def with_args(func: Func, args: Any) -> Func:
+    """func(t, y, *args) as a function of (t, y); func itself where there are none.
+
+    Raises:
+        InvalidType: args are not a tuple or list.
+    """
+    if not isinstance(args, (tuple, list)):
+        raise InvalidType(f"args must be a tuple of what func takes behind t and y, not {_kind(args)}; for one: (x,)")
+    return (lambda t, y: func(t, y, *args)) if args else func
+
+
 class Tree:
     """How a state is nested: torch's pytrees, and in them dataclasses, by the fields that their constructors take."""
 
