@@ -205,10 +205,9 @@ def event_of(event_fn: Any, args: Any, form: Form, device: torch.device) -> Call
 def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = None) -> Solved:
     """Carries out a solve; `watch` is told every accepted step."""
     y0, times, form, options = problem.y0, problem.times, problem.form, problem.options
-    solved = Solved(y0.unsqueeze(0), None, times.values[-1], len(times.values))
     if len(times.values) == 1:
-        solved.ys = solved.ys.clone()
-        return solved
+        return Solved(y0.unsqueeze(0).clone(), None, times.values[0], 1)
+    solved = Solved(y0, None, times.values[-1], len(times.values))
     search = None
     if problem.event is not None:
         tolerance = problem.atol if isinstance(problem.atol, float) else float(problem.atol.min())
