@@ -242,7 +242,7 @@ def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = N
             options,
             lambda: grid_of(options, times, problem.func, form.unpack(y0)),
             None if norm is None else lambda error, _: norm(form.unpack(error)),
-            hooks=Hooks(watch=watch, fail=fail, **problem.callbacks),
+            hooks=Hooks(watch=watch, fail=fail, **problem.callbacks),  # type: ignore[arg-type]
         )
         try:
             solved.ys, solved.last_step = loop.solve(y0, problem.first_step), loop.last_step
