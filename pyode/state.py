@@ -168,10 +168,11 @@ class Form:
 
     def pack(self, state: State) -> Tensor:
         """One contiguous tensor; parts of different dtypes are promoted."""
-        if self.is_tensor:
-            return plain(state)
-        leading = (self.samples,) if self.per_sample else ()
-        return torch.cat([part.reshape(*leading, -1) for part in self.parts(state)], -1)
+        return plain(state) if self.is_tensor else self.join(self.parts(state))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The parts of a structure, packed."""
+        return torch.cat([part.reshape(*([self.samples] if self.per_sample else []), -1) for part in parts], -1)
 
     def at(self, states: State, i: int) -> State:
         """The state at the i-th of the output times whose states these are."""
@@ -290,7 +291,7 @@ class Dynamics:
         if form.is_tensor:
             return self._checked(k, self.shape, "func")
         parts = zip(self._parts(k), form.shapes, self._names)
-        return torch.cat([self._checked(part, shape, name).reshape(-1) for part, shape, name in parts])
+        return form.join([self._checked(part, shape, name) for part, shape, name in parts])
 
     def _parts(self, k: Any) -> Sequence[Any]:
         form = self.form

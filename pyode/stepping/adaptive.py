@@ -121,7 +121,7 @@ class AdaptiveLoop:
         while flags & _RUNNING:
             if hooks.step is not None:
                 hooks.step(self._field("t"), y, abs(self._field("dt_whole")))
-            lasting = recording or hooks.watch is not None  # dt is needed after the next step is planned
+            lasting = recording or hooks.after_step  # dt is needed after the next step is planned
             dt = controller.dt.clone() if lasting else controller.dt
             times = controller.stage_times
             if shift is not None:
@@ -131,9 +131,9 @@ class AdaptiveLoop:
             flags = controller.run(Phase.JUDGE)
             if hooks.after_step:
                 end = self._call_hooks(bool(flags & _ACCEPTED), y, ks, dt, shift)
-                if end is not None and layout.samples == 1:
+                if end is not None:
                     return torch.stack([y0, end])
-                if end is not None and not controller.running:
+                if hooks.watch_batch is not None and not controller.running:
                     flags &= ~_RUNNING
             if flags & _OUTPUT:
                 output.add(y, ks, dt, shift)
@@ -176,11 +176,13 @@ class AdaptiveLoop:
         """Which samples have just arrived at a discontinuity: [B]."""
         now, stops = self.controller.field("t"), self.grid.jump_t
         assert stops is not None
-        return (self.controller.field("accepted") != 0) & torch.isin(now, stops.to(now.device))
+        arrived: Tensor = (self.controller.field("accepted") != 0) & torch.isin(now, stops.to(now.device))
+        return arrived
 
-    def batch_segment(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> BatchSegment:
-        """The step just judged, from y, of several samples."""
-        polynomial = interpolant_of(reference, self.tableau)
+    def batch_segment(
+        self, polynomial: Any, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None
+    ) -> BatchSegment:
+        """The step just judged, from y, sample by sample."""
         return BatchSegment(self.layout, polynomial, self.controller, y, list(ks), dt, shift)
 
     def segment(
@@ -201,20 +203,16 @@ class AdaptiveLoop:
         callback = hooks.accept if accepted else hooks.reject
         if callback is not None:
             callback(self._field("t_prev"), y, abs(self._field("dt_prev")))
-        if not accepted or hooks.watch is None:
-            return None
-        segment: Any = (
-            self.segment(_dense_output_of(self.tableau), y, ks, dt, shift)
-            if self.layout.samples == 1
-            else self.batch_segment(y, ks, dt, shift)
-        )
-        end: Tensor | None = hooks.watch(segment)
-        return end
+        if accepted and hooks.watch_batch is not None:
+            hooks.watch_batch(self.batch_segment(_dense_output_of(self.tableau), y, ks, dt, shift))
+        if accepted and hooks.watch is not None:
+            return hooks.watch(self.segment(_dense_output_of(self.tableau), y, ks, dt, shift))
+        return None
 
     def left(self) -> Tensor:
         """Which outputs have not been reached: [T, B], or [T] of the only sample."""
         ends = self.controller.field("output_end")
-        left = torch.arange(len(self.times.values))[:, None] >= ends.cpu()
+        left: Tensor = torch.arange(len(self.times.values))[:, None] >= ends.cpu()
         return (left if self.layout.samples > 1 else left[:, 0]).to(self.layout.device)
 
     def _field(self, name: str) -> float:
@@ -234,7 +232,8 @@ class AdaptiveLoop:
             stats.n_rejected += int(self.controller.field("n_rejected").sum())
 
     def _at_start(self, y0: Tensor) -> Tensor:
-        return self.times.tensor[0].to(device=y0.device, dtype=self.layout.real_dtype)
+        start = self.times.tensor[0].to(device=y0.device, dtype=self.layout.real_dtype)
+        return start if self.layout.samples == 1 else start.expand(self.layout.samples)
 
     def _shift(self) -> Tensor | None:
         """How far the start has moved: 0, with the gradient of t[0]; None if that is not wanted."""
@@ -244,6 +243,8 @@ class AdaptiveLoop:
     def _moved(self, stage_times: Tensor, dt: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Stage times and step size of a step that moves with the start; one up to a discontinuity keeps its end."""
         jumping = self.controller.field("on_jump").to(stage_times)
+        if not bool(jumping.any()):
+            return stage_times + shift.to(stage_times), dt
         c = torch.tensor(self.tableau.abscissae).to(stage_times)
         if self.layout.samples > 1:
             c = c[:, None]
@@ -389,14 +390,14 @@ class RecordedBatchOutput:
     def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""
         loop, t = self.loop, self.loop.times.tensor
-        segment = loop.batch_segment(y, ks, dt, shift)
+        segment = loop.batch_segment(interpolant_of(reference, loop.tableau), y, ks, dt, shift)
         begin, end = (loop.controller.field(name).to(y.device) for name in ("output_begin", "output_end"))
         samples = torch.arange(loop.layout.samples, device=y.device)
         for j in range(int((end - begin).max())):
             some = samples[begin + j < end]
             which = torch.where(begin + j < end, begin + j, begin.clamp(max=len(t) - 1))
             when = t.to(y.device)[which] if t.dim() == 1 else t.to(y.device)[which, samples]
-            self.rows.append(segment.at(when.double())[some])
+            self.rows.append(segment.at(when.double())[some].reshape(-1, *y.shape[1:]))
             self.places.append((which[some], some))
 
     def repeat(self, y: Tensor) -> None:

@@ -75,7 +75,7 @@ class RungeKuttaSegment:
 
 
 class BatchSegment:
-    """A step of several samples, some of which have accepted it.
+    """A step of B samples, some of which have accepted it; states are [B, D] here.
 
     Args:
         layout, polynomial, y, ks: as RungeKuttaSegment's.
@@ -95,21 +95,21 @@ class BatchSegment:
         shift: Tensor | None,
     ) -> None:
         self.layout, self.polynomial, self.controller = layout, polynomial, controller
-        self.y, self.ks, self.shift = y, ks, shift
+        self.y, *self.ks = (x.reshape(layout.samples, layout.size) for x in (y, *ks))
+        self.shift = shift
         # Copies: the next step's take their places.
         self.t0, self.t1, self.size = (controller.field(name).clone() for name in ("t_prev", "t", "dt_prev"))
         self.accepted = controller.field("accepted") != 0
         self.dt = dt if dt.requires_grad else self.size
 
     def at(self, t: Tensor) -> Tensor:
-        """The states at a time for each sample, [B] or [m, B] float64: [B, *] or [m, B, *].
+        """The states at a time for each sample, [B] or [m, B] float64: [B, D] or [m, B, D].
 
         Samples that stood still are given their state.
         """
         elapsed = t.to(self.t0) - self.t0 - (0.0 if self.shift is None else self.shift.to(self.t0))
-        moving = self.size != 0
-        x = elapsed / torch.where(moving, self.dt, torch.ones_like(self.dt))
+        x = elapsed / torch.where(self.dt.detach() == 0, torch.ones_like(self.dt), self.dt)
         x = torch.where(t.to(self.t1) == self.t1, x - (x - 1).detach(), x)  # exactly 1 at the end
         where = (self.y.device, self.layout.real_dtype)
-        x, dt = (v.reshape(*v.shape, *[1] * (self.y.dim() - 1)).to(*where) for v in (x, self.dt))
+        x, dt = (v.unsqueeze(-1).to(*where) for v in (x, self.dt))
         return reference.interpolate_at(self.polynomial, x, self.y, self.ks, dt)
