@@ -52,8 +52,8 @@ def check_dict(options: Any, name: str) -> dict[str, Any]:
     return options
 
 
-def check_options(options: dict[str, Any], method: Method) -> None:
-    """Warns of options that the method does not know, as torchdiffeq does."""
+def check_options(options: dict[str, Any], method: Method, strict: bool = False) -> None:
+    """Warns of options that the method does not know, as torchdiffeq does; raises InvalidValue where `strict`."""
     if not options:
         return
     norm = options.get("norm")
@@ -63,6 +63,8 @@ def check_options(options: dict[str, Any], method: Method) -> None:
         raise InvalidValue(f"options['on_failure'] must be 'raise' or 'return', not {options['on_failure']!r}")
     known = COMMON_OPTIONS | method.options | (ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS)
     unknown = {name: value for name, value in options.items() if name not in known}
+    if unknown and strict:
+        raise InvalidValue(f"options has {', '.join(unknown)}; {method.name} knows {', '.join(sorted(known))}")
     if unknown:
         warnings.warn(
             f"{method.name}: Unexpected arguments {unknown}; it knows {', '.join(sorted(known))}", stacklevel=4

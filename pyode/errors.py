@@ -18,6 +18,7 @@ class Status(IntEnum):
     TOO_MANY_STEPS = 3
     NON_FINITE = 4
     NO_EVENT = 5
+    EVENT = 6
 
     @property
     def sentence(self) -> str:
@@ -41,6 +42,7 @@ _SENTENCES = {
         "func or the state became inf or nan, and smaller steps did not help. The solution may blow up here; check "
         "func at this time and state, shorten the time span, or scale the problem."
     ),
+    Status.EVENT: "The solve ended at its event.",
     Status.NO_EVENT: (
         "There was no event: event_fn did not change its sign. Check its sign at the start and to which side time "
         "runs, or search further: options['event_t_max'], options['max_num_steps']."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ from .state import Dynamics, Form, Func, State, check_y0, with_args
 from .stepping.event import EventSearch
 from .stepping.fixed_grid import check_interp, grid_of
 from .stepping.hooks import Callback, Hooks
-from .stepping.loops import loop_for
+from .stepping.loops import Loop, loop_for
 from .stepping.segment import Segment
 
 
@@ -155,14 +155,18 @@ def pose(
     options: dict[str, Any] | None,
     event_fn: Any = None,
     args: Any = (),
+    strict: bool = False,
 ) -> Problem:
-    """Checks everything that can be checked before func is called."""
+    """Checks everything that can be checked before func is called.
+
+    Where `strict`, unknown options and parts of several dtypes are errors.
+    """
     if not callable(func):
         raise InvalidType(f"func must be callable as func(t, y), not a {type(func).__name__}")
     check_y0(y0)
     found = methods.find(method)
     options = {} if options is None else check_dict(options, "options")
-    check_options(options, found)
+    check_options(options, found, strict)
     check_interp(options)
     form = Form(y0, per_sample=is_per_sample(options, found))
     times = check_sample_times(t, form.samples) if getattr(t, "ndim", 1) == 2 and form.per_sample else check_times(t)
@@ -171,6 +175,8 @@ def pose(
             raise InvalidValue("odeint has one event for all samples; solve_ivp(event_fn=) has one for each")
         times = times_until_event(times, options)
         options = {"max_num_steps": STEPS_TO_EVENT, **options} if found.adaptive else options
+    if strict and len(dtypes := {part.dtype for part in form.parts(y0)}) > 1:
+        raise InvalidType(f"all of y0 must be of one dtype; it has {', '.join(sorted(map(str, dtypes)))}")
     packed = form.pack(y0)
     if t.device != packed.device:
         warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)
@@ -226,9 +232,36 @@ def event_of(event_fn: Any, args: Any, form: Form, device: torch.device) -> Call
     return event
 
 
+def on_device_of(y: Tensor) -> AbstractContextManager[Any]:
+    """Makes a state's CUDA device the current one."""
+    return torch.cuda.device(y.device) if y.device.type == "cuda" else nullcontext()
+
+
+def loop_of(problem: Problem, hooks: Hooks) -> Loop:
+    """The loop that carries out a solve."""
+    y0, form, options = problem.y0, problem.form, problem.options
+    ops = backend_for(y0)
+    layout = ops.Layout(form.samples, form.segments[-1], form.segments, y0.dtype, y0.device)
+    norm = options.get("norm")
+    return loop_for(
+        problem.method,
+        Dynamics(problem.func, form, y0, partial(ops.copy, layout)),
+        layout,
+        problem.times,
+        problem.rtol,
+        problem.atol,
+        problem.policy,
+        problem.grid,
+        options,
+        lambda: grid_of(options, problem.times, problem.func, form.unpack(y0)),
+        None if norm is None else lambda error, _: norm(form.unpack(error)),
+        hooks=hooks,
+    )
+
+
 def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = None) -> Solved:
     """Carries out a solve; `watch` is told every accepted step."""
-    y0, times, form, options = problem.y0, problem.times, problem.form, problem.options
+    y0, times, options = problem.y0, problem.times, problem.options
     if len(times.values) == 1:
         return Solved(y0.unsqueeze(0).clone(), None, times.values[0], 1)
     solved = Solved(y0, None, times.values[-1], len(times.values))
@@ -249,25 +282,8 @@ def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = N
         solved.end = error.t
         solved.n_reached = sum(times.sign * (t - error.t) <= 0 for t in times.values)
 
-    with torch.cuda.device(y0.device) if y0.device.type == "cuda" else nullcontext():
-        ops = backend_for(y0)
-        layout = ops.Layout(form.samples, form.segments[-1], form.segments, y0.dtype, y0.device)
-        dynamics = Dynamics(problem.func, form, y0, partial(ops.copy, layout))
-        norm = options.get("norm")
-        loop = loop_for(
-            problem.method,
-            dynamics,
-            layout,
-            times,
-            problem.rtol,
-            problem.atol,
-            problem.policy,
-            problem.grid,
-            options,
-            lambda: grid_of(options, times, problem.func, form.unpack(y0)),
-            None if norm is None else lambda error, _: norm(form.unpack(error)),
-            hooks=Hooks(watch=watch, fail=fail, **problem.callbacks),  # type: ignore[arg-type]
-        )
+    with on_device_of(y0):
+        loop = loop_of(problem, Hooks(watch=watch, fail=fail, **problem.callbacks))  # type: ignore[arg-type]
         try:
             solved.ys, solved.last_step = loop.solve(y0, problem.first_step), loop.last_step
         finally:

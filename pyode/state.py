@@ -176,7 +176,7 @@ class Form:
 
     def at(self, states: State, i: int) -> State:
         """The state at the i-th of the output times whose states these are."""
-        return self._build(part[i] for part in self.parts(states))
+        return self.build(part[i] for part in self.parts(states))
 
     def unpack(self, y: Tensor, leading: tuple[int, ...] = ()) -> State:
         """The user's state, as views; `leading` dimensions come before those of the state."""
@@ -184,10 +184,11 @@ class Form:
             return y
         flat = zip(torch.split(y, self.sizes, -1), self.shapes)
         if self.per_sample:  # the parts lie apart
-            return self._build(part.reshape((*leading, *shape)) for part, shape in flat)
-        return self._build(part.view((*leading, *shape)) for part, shape in flat)
+            return self.build(part.reshape((*leading, *shape)) for part, shape in flat)
+        return self.build(part.view((*leading, *shape)) for part, shape in flat)
 
-    def _build(self, parts: Iterator[Tensor]) -> State:
+    def build(self, parts: Iterator[Tensor]) -> State:
+        """The user's structure of these parts."""
         if self.is_tensor:
             return next(parts)
         return tuple(parts) if self.tree is None else self.tree.build(parts)

@@ -162,9 +162,10 @@ PYODE_HD Sample start_sample(const Grid& grid, int64_t b) {
 
 /// The first guess h0, with which the second derivative is tried (Hairer, Norsett, Wanner I, II.4, steps a to c).
 /// `size` and `slope` are the norms of y0 and f(t0, y0), each over atol + rtol |y0|.
-PYODE_HD void try_first_step(Sample& s, const Grid& grid, int64_t b, double size, double slope) {
-  if (!is_finite(size) || !is_finite(slope)) s.status = kNonFinite;
-  const double h0 = (size < 1e-5 || slope < 1e-5) ? 1e-6 : 0.01 * size / slope;
+PYODE_HD void try_first_step(Sample& s, const Policy& policy, const Grid& grid, int64_t b, double size, double slope) {
+  if (s.status == kRunning && (!is_finite(size) || !is_finite(slope))) s.status = kNonFinite;
+  double h0 = (size < 1e-5 || slope < 1e-5) ? 1e-6 : 0.01 * size / slope;
+  if (policy.clip) h0 = smaller(h0, fabs(output_time(grid, grid.n_times - 1, b) - s.t));
   s.dt = direction(grid, b) * h0;
   s.slope = slope;
 }

@@ -305,10 +305,13 @@ class Controller:
 
     def _try_first_step(self, s: Sample, times: _Times, size: float, slope: float) -> None:
         """Hairer, Norsett, Wanner I, II.4, starting step size, a to c."""
-        if not (math.isfinite(size) and math.isfinite(slope)):
+        if s.status == _RUNNING and not (math.isfinite(size) and math.isfinite(slope)):
             s.status = _NON_FINITE
         s.slope = slope
-        s.dt = times.sign * (1e-6 if size < 1e-5 or slope < 1e-5 else 0.01 * size / slope)
+        h0 = 1e-6 if size < 1e-5 or slope < 1e-5 else 0.01 * size / slope
+        if self.policy.clip:
+            h0 = min(abs(times.outputs[-1] - times.sign * s.t), h0)  # in this order: h0 may be nan
+        s.dt = times.sign * h0
 
     def _choose_first_step(self, s: Sample, times: _Times, change: float) -> None:
         """Steps d to f."""

@@ -21,7 +21,7 @@ from .._ops.contract import Flag, Grid, Layout, Phase, Policy, RightHandSide
 from ..control import Times
 from ..errors import SolveError, Status
 from ..methods import Tableau
-from ..solution import Stats
+from ..solution import SampleStats, Stats
 from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment
@@ -118,6 +118,7 @@ class AdaptiveLoop:
         ks = _ballast.take(len(rows) + 1, y0)
         y, ks[0] = y0, dynamics(self._at_start(y0), y0)
         flags = self._first_step(y, ks[0], first_step)
+        self._evals_before_steps, self._n_jumps = dynamics.n_evals, torch.zeros(layout.samples, dtype=torch.int64)
         while flags & _RUNNING:
             if hooks.step is not None:
                 hooks.step(self._field("t"), y, abs(self._field("dt_whole")))
@@ -209,6 +210,16 @@ class AdaptiveLoop:
             return hooks.watch(self.segment(_dense_output_of(self.tableau), y, ks, dt, shift))
         return None
 
+    def stats_of_samples(self) -> SampleStats:
+        """What each sample has taken."""
+        field = self.controller.field
+        accepted, rejected = field("n_accepted").cpu().clone(), field("n_rejected").cpu().clone()
+        if self.layout.samples == 1:
+            evals = torch.tensor([self.dynamics.n_evals])
+        else:
+            evals = self._evals_before_steps + (accepted + rejected) * len(self.tableau.rows) + self._n_jumps
+        return SampleStats(evals, accepted, rejected, field("size1").cpu().clone())
+
     def left(self) -> Tensor:
         """Which outputs have not been reached: [T, B], or [T] of the only sample."""
         ends = self.controller.field("output_end")
@@ -299,12 +310,15 @@ class AdaptiveLoop:
         if self.at_jump is not None:
             y = self.at_jump(float(now), y)
         t = now.to(device=y.device, dtype=self.layout.real_dtype)
-        t = torch.nextafter(t, t + self.controller.field("dt_prev").sign().to(t))
+        behind = torch.nextafter(t, t + self.controller.field("dt_prev").sign().to(t))
         if self.quadrature is not None:
             self.quadrature.restart()
         if self.layout.samples == 1 or self.grid.jump_t is None:
-            return y, self.dynamics(t[0], y)
-        return y, self._select(self.dynamics(t, y), k, self._on_jump().to(torch.int64))
+            return y, self.dynamics(behind[0], y)
+        self._n_jumps += self._on_jump().cpu()
+        jumped = self._on_jump() & (self.controller.field("status") == int(Status.RUNNING))
+        slope = self.dynamics(torch.where(jumped.to(t.device), behind, t), y)
+        return y, self._select(slope, k, jumped.to(torch.int64))
 
     def _error(self, y: Tensor, k: Tensor) -> SolveError:
         statuses = self.controller.field("status")
