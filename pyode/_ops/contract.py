@@ -5,6 +5,7 @@ The compiled counterparts are the structs of csrc/ops.h and csrc/core/controller
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any, Protocol
@@ -104,6 +105,11 @@ class Grid:
     times: Tensor
     step_t: Tensor | None = None
     jump_t: Tensor | None = None
+
+
+def root_of_largest(means: list[float]) -> float:
+    """The error norm from the mean squares over the segments; nan if one of them is."""
+    return math.nan if any(map(math.isnan, means)) else math.sqrt(max(means))
 
 
 class Phase(IntEnum):

@@ -6,6 +6,7 @@ A tensor handed to an op is contiguous, and of the layout's dtype and device.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .. import _C
 from . import contract
-from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy, RightHandSide
+from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy, RightHandSide, root_of_largest
 
 
 class Interpolant(_C.Interpolant):
@@ -151,6 +152,28 @@ def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor)
     out = torch.empty_like(moved)
     _C.select_rows(layout.handle, moved, stayed, accepted, out)
     return out
+
+
+def error_norms(
+    layout: Layout,
+    rows: Sequence[tuple[float, ...]],
+    y0: Tensor,
+    y1: Tensor,
+    ks: list[Tensor],
+    dt: Tensor,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+) -> list[float]:
+    """For each row of weights the largest RMS over the segments of |dt sum_j w_j k_j| / (atol + rtol max(|y0|, |y1|)).
+
+    Of a joint state. On CUDA this waits for the device.
+    """
+    parts, dtype = layout.handle.error_parts, torch.float64
+    means = torch.empty((len(rows), layout.n_segments, parts), dtype=dtype, device=layout.device)
+    address, stride = means.data_ptr(), 8 * parts * layout.n_segments
+    for i, weights in enumerate(rows):
+        _C.error_norm(layout.handle, weights, y0, y1, ks, dt, rtol, atol, address + i * stride, parts)
+    return [root_of_largest(segments) for segments in means.sum(2).tolist()]
 
 
 @lru_cache(maxsize=64)

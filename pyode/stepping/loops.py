@@ -10,7 +10,9 @@ from torch import Tensor
 from .._ops.contract import Grid, Layout, Policy, RightHandSide
 from ..control import Times
 from ..methods import Method, Tableau
+from ..methods.adams import VariableAdams
 from ..solution import Stats
+from .adams import AdamsLoop
 from .adaptive import AdaptiveLoop, Norm
 from .fixed_grid import FixedGridLoop
 from .quadrature import Quadrature
@@ -55,5 +57,7 @@ def loop_for(
     """
     if not method.adaptive:
         return FixedGridLoop(dynamics, method, layout, times, grid(), options, quadrature)
+    if isinstance(method, VariableAdams):
+        return AdamsLoop(dynamics, method, layout, rtol, atol, policy, prescribed, times, norm)
     assert isinstance(method, Tableau)
     return AdaptiveLoop(dynamics, method, layout, rtol, atol, policy, prescribed, times, norm, quadrature, at_jump)

@@ -1,0 +1,178 @@
+"""The variable-coefficient Adams method: formulas for steps of any sizes.
+
+The polynomial through f at the ends of the last steps is integrated over the step. Positions are in steps: 0 is the
+step's start, 1 its end, earlier steps end at negative ones; so the formulas depend on ratios of step sizes alone.
+All of them are weights of the values of f; by Lagrange instead of the modified divided differences of the literature,
+which are as sensitive to rounding and would all have to be computed anew in every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate
+from math import factorial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Numbers = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+Row = tuple[float, ...]
+Weights = Row | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class VariableAdams:
+    """Adams-Bashforth-Moulton of order k in predict-evaluate-correct-evaluate form, k chosen in every step.
+
+    Args:
+        name: what users call it.
+        max_order: the largest order k of the predictor, at most 12; the corrector has one more.
+        source: where the method is from.
+    """
+
+    name: str
+    max_order: int
+    source: str
+
+    adaptive = True
+
+    @property
+    def order(self) -> int:
+        """The highest one."""
+        return self.max_order
+
+    def formulas(self, ratios: Row, order: int) -> Formulas:
+        """The formulas of one step; `ratios` are the sizes of the last steps, latest first, over that of this one.
+
+        Args:
+            ratios: order - 1 of them, or more; with one more the error of the next higher order can be estimated.
+            order: that of the predictor.
+        """
+        return _formulas(ratios[:order], order)
+
+
+@dataclass(frozen=True, eq=False)
+class Formulas:
+    """One step's weights, all to be multiplied by the step size.
+
+    Attributes:
+        predictor: of f at the last steps' ends, latest first.
+        corrector: of f at this step's end, as predicted, and those.
+        error: of the step's error: the corrector minus the one of the next lower order. Like all that follow, of f
+            at this step's end and at those of the last ones.
+        constant: that error, had the last steps been of this one's size, over what it is.
+        lower: of the errors of orders k - 1 and k - 2 under the same supposition, as far as there are such orders.
+        higher: of the error of order k + 1, likewise; of order k if there are too few steps to tell.
+        positions: of the values of f for the corrector, in steps.
+    """
+
+    predictor: Weights
+    corrector: Weights
+    error: Row
+    constant: float
+    lower: tuple[Row, ...]
+    higher: Row
+    positions: Numbers | Tensor
+
+    def dense(self, x: float | Tensor) -> Weights:
+        """Weights of the state at position x, 0 to 1, of f at this step's end, of f as predicted there, and of those
+        at the ends of the last steps; a tensor if x is one, 0-dim on the CPU.
+
+        The polynomial has the slopes f at all of these times, and the state at both ends of the step: so it is once
+        differentiable from step to step (H. A. Watts and L. F. Shampine, Smoother interpolants for Adams codes, SIAM
+        J. Sci. Stat. Comput. 7, 1986).
+        """
+        positions = torch.as_tensor(self.positions) if isinstance(x, Tensor) else self.positions
+        integrals, product = lagrange_integrals(positions, x)
+        _, whole = lagrange_integrals(positions, 1.0)
+        predicted = self.corrector[0] * (product / whole)
+        if isinstance(x, Tensor):
+            return torch.cat([torch.stack([integrals[0] - predicted, predicted]), integrals[1:]])
+        first, *rest = integrals.tolist()
+        return (first - float(predicted), float(predicted), *rest)
+
+    def stretched(self, factor: Tensor) -> Formulas:
+        """The formulas of a step that is longer by a factor, 0-dim, with its gradient; not those of errors."""
+        past = torch.as_tensor(self.positions)[1:] / factor
+        positions = torch.cat([past.new_ones(1), past])
+        predictor, corrector, _ = predictor_and_corrector(positions)
+        return replace(self, predictor=predictor, corrector=corrector, positions=positions)
+
+
+def moulton_constants(n: int) -> tuple[Fraction, ...]:
+    """The error constants |gamma*_j| of the implicit Adams methods, j = 0 to n (Hairer I, III.1, eq. 1.9)."""
+    constants = [Fraction(1)]
+    for m in range(1, n + 1):
+        constants.append(-sum((constants[m - j] / (j + 1) for j in range(1, m + 1)), Fraction(0)))
+    return tuple(map(abs, constants))
+
+
+GAMMA = tuple(map(float, moulton_constants(13)))
+
+
+@lru_cache(maxsize=1024)
+def _formulas(ratios: Row, order: int) -> Formulas:
+    positions = np.array([1.0, *accumulate((-r for r in ratios), initial=0.0)])
+    predictor, corrector, error = predictor_and_corrector(positions[: order + 1])
+    # [i, j]: the product of s_i - s_l over l <= j but i: one over it is f_i's weight in the j-th divided difference.
+    products = _without_diagonal(positions[:, None] - positions).cumprod(1)
+
+    def error_of(j: int) -> Row:
+        return tuple((GAMMA[j] * factorial(j) / products[: j + 1, j]).tolist())
+
+    return Formulas(
+        predictor=tuple(predictor.tolist()),
+        corrector=tuple(corrector.tolist()),
+        error=tuple(error.tolist()),
+        constant=abs(error_of(order)[0] / float(error[0])),
+        lower=tuple(error_of(j) for j in range(order - 1, max(order - 3, 0), -1)),
+        higher=error_of(len(positions) - 1),
+        positions=positions[: order + 1],
+    )
+
+
+def predictor_and_corrector(positions: Any) -> tuple[Any, Any, Any]:
+    """Weights of both, and those of the corrector minus the corrector of one order less, from k + 1 positions."""
+    corrector, _ = lagrange_integrals(positions, 1.0)
+    divided = 1 / _without_diagonal(positions[:, None] - positions).prod(-1)
+    predictor = (corrector - divided * (corrector[0] / divided[0]))[1:]
+    return predictor, corrector, divided * (corrector[-1] / divided[-1])
+
+
+def lagrange_integrals(positions: Any, x: Any) -> tuple[Any, Any]:
+    """Integrals from 0 to x of the Lagrange polynomials of n positions, [n], and of the product of all s - s_i.
+
+    Of arrays of NumPy, or of tensors and then differentiable: Gauss' quadrature, exact for these degrees.
+    """
+    points, weights = gauss(len(positions) // 2 + 1)
+    if isinstance(positions, Tensor):
+        points, weights = torch.from_numpy(points), torch.from_numpy(weights)
+    gaps = x * points[:, None] - positions
+    others = _without_diagonal(gaps[:, None, :]).prod(-1)
+    scale = _without_diagonal(positions[:, None] - positions).prod(-1)
+    return x * (weights @ others) / scale, x * (weights @ gaps.prod(-1))
+
+
+def _without_diagonal(matrix: Any) -> Any:
+    """Ones in the place of the diagonal of each matrix, [..., n, n] or what broadcasts to it."""
+    n = matrix.shape[-1]
+    eye = torch.eye(n, dtype=torch.float64) if isinstance(matrix, Tensor) else np.eye(n)
+    return matrix * (1 - eye) + eye
+
+
+@lru_cache
+def gauss(n: int) -> tuple[Numbers, Numbers]:
+    """Gauss-Legendre points and weights on [0, 1], exact to degree 2n - 1."""
+    points, weights = np.polynomial.legendre.leggauss(n)
+    return (points + 1) / 2, weights / 2
+
+
+adams = VariableAdams(
+    name="adams",
+    max_order=12,
+    source="Shampine, Gordon, Computer Solution of Ordinary Differential Equations, 1975; Hairer I, III.5",
+)
