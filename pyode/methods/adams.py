@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from math import factorial
 from typing import Any
@@ -46,13 +46,14 @@ class VariableAdams:
         return self.max_order
 
     def formulas(self, ratios: Row, order: int) -> Formulas:
-        """The formulas of one step; `ratios` are the sizes of the last steps, latest first, over that of this one.
+        """The formulas of one step.
 
         Args:
-            ratios: order - 1 of them, or more; with one more the error of the next higher order can be estimated.
-            order: that of the predictor.
+            ratios: the sizes of the last order - 1 steps, latest first, over that of this one; one more, and the error
+                of the next higher order can be estimated.
+            order: that of the predictor, up to max_order.
         """
-        return _formulas(ratios[:order], order)
+        return _formulas(ratios, order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,11 @@ class Formulas:
     higher: Row
     positions: Numbers | Tensor
 
+    @cached_property
+    def _whole(self) -> Any:
+        """The integral over the step of the polynomial that is 0 at all positions."""
+        return lagrange_integrals(self.positions, 1.0)[1]
+
     def dense(self, x: float | Tensor) -> Weights:
         """Weights of the state at position x, 0 to 1, of f at this step's end, of f as predicted there, and of those
         at the ends of the last steps; a tensor if x is one, 0-dim on the CPU.
@@ -88,8 +94,7 @@ class Formulas:
         """
         positions = torch.as_tensor(self.positions) if isinstance(x, Tensor) else self.positions
         integrals, product = lagrange_integrals(positions, x)
-        _, whole = lagrange_integrals(positions, 1.0)
-        predicted = self.corrector[0] * (product / whole)
+        predicted = self.corrector[0] * (product / self._whole)
         if isinstance(x, Tensor):
             return torch.cat([torch.stack([integrals[0] - predicted, predicted]), integrals[1:]])
         first, *rest = integrals.tolist()
@@ -148,6 +153,8 @@ def lagrange_integrals(positions: Any, x: Any) -> tuple[Any, Any]:
 
     Of arrays of NumPy, or of tensors and then differentiable: Gauss' quadrature, exact for these degrees.
     """
+    points: Any
+    weights: Any
     points, weights = gauss(len(positions) // 2 + 1)
     if isinstance(positions, Tensor):
         points, weights = torch.from_numpy(points), torch.from_numpy(weights)

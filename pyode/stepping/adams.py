@@ -24,16 +24,29 @@ from ..solution import Stats
 from .adaptive import Norm
 from .fixed_grid import Outputs
 
-GROWTH = 2.0  # of a step; above it formulas of a high order are not stable
-SHRINK = 0.5  # of a rejected step
+# The error at which a step of safety times its size would have an error of AIM tolerances is aimed at. Shampine and
+# Gordon have half a tolerance in the Euclidean norm: for three numbers that is this in the root mean square.
+AIM = 0.3
+GROWTH = 2.0  # of a step; with more the formulas of high orders are not stable
+KEPT = 2  # steps with an order before a higher one is considered
 
 
 @dataclass
 class Step:
-    """An accepted step: what its dense output needs."""
+    """An accepted step, and what its dense output needs.
+
+    Attributes:
+        y: the state at its start.
+        ks: f at its end, f as predicted there, f at its start and at those of the steps before.
+        size: signed.
+        dt: the size as [1] float64; with a gradient if the step's start moves and its end does not.
+        formulas: its weights.
+        shift: how far the step moves with the start, 0-dim with a gradient, or None.
+    """
 
     y: Tensor
     ks: list[Tensor]
+    size: float
     dt: Tensor
     formulas: Formulas
     shift: Tensor | None
@@ -43,12 +56,12 @@ class AdamsLoop:
     """A solve by the variable-coefficient Adams method.
 
     Args:
-        dynamics, layout, rtol, atol, policy, grid, times, norm: as AdaptiveLoop's.
+        dynamics, layout, rtol, atol, policy, grid, times, norm: as AdaptiveLoop's; the state is one sample.
         method: which.
 
     Attributes:
         watcher: called with the loop after every accepted step; if it returns True the solve ends there.
-        t_prev, t, y: the ends of the last accepted step, and the state at the latter.
+        t_prev, t, y: where the last accepted step began and ended, and the state at its end.
     """
 
     watcher: Callable[[AdamsLoop], bool] | None = None
@@ -68,26 +81,27 @@ class AdamsLoop:
         self.dynamics, self.method, self.layout = dynamics, method, layout
         self.rtol, self.atol, self.policy, self.times, self.norm = rtol, atol, policy, times, norm
         self.ops = backend_of(layout)
-        stops = ((stop, False) for stop in _numbers(grid.step_t)), ((stop, True) for stop in _numbers(grid.jump_t))
-        end = [(times.values[-1], False)] if policy.clip else []
-        self._stops = sorted((times.sign * stop, is_jump) for stop, is_jump in (*stops[0], *stops[1], *end))
+        step_t, jump_t = ([] if stops is None else stops.tolist() for stops in (grid.step_t, grid.jump_t))
+        if policy.clip:
+            step_t.append(times.values[-1])
+        # In the direction of time, each with whether it is a discontinuity.
+        self._stops = sorted((times.sign * t, is_jump) for ts, is_jump in ((step_t, False), (jump_t, True)) for t in ts)
+        self._unit = torch.ones(1, dtype=torch.float64, device=layout.device)
         self.t = self.t_prev = times.values[0]
         self.n_accepted = self.n_rejected = self.n_steps = 0  # the last since the last output
-        self._shift: Tensor | None = None  # how far the start has moved: 0, with the gradient of t[0]
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
-        """Returns the states at the output times, [T, *y0.shape]; those up to its end if the watcher ended the solve.
+        """Returns the states at the output times, [T, *y0.shape]; fewer if the watcher ended the solve before.
 
         Raises:
             SolveError: says why and where the solve could not go on.
         """
-        recording, t = torch.is_grad_enabled(), self.times.tensor
+        values, sign, t = self.times.values, self.times.sign, self.times.tensor
+        recording = torch.is_grad_enabled()
         moving = recording and t.requires_grad
-        if moving:
-            self._shift = (t[0] - t[0].detach()).to("cpu", torch.float64)
-        values, sign, passed = self.times.values, self.times.sign, 1
-        outputs = Outputs(self, y0, recording)
-        self.y, self._unit = y0, torch.ones(1, dtype=torch.float64, device=y0.device)
+        self._shift = (t[0] - t[0].detach()).to("cpu", torch.float64) if moving else None
+        outputs, passed = Outputs(self.ops, self.layout, len(values), y0, recording), 1
+        self.y = y0
         self._begin(self.dynamics(t[0].to(device=y0.device, dtype=self.layout.real_dtype), y0), first_step)
         while passed < len(values):
             self._plan()
@@ -100,8 +114,8 @@ class AdamsLoop:
                 break
             if self._on_jump and passed < len(values):
                 self._shift = None  # what comes behind a discontinuity does not move with the start
-                behind = self._time(self.t)
-                self._begin(self.dynamics(torch.nextafter(behind, behind + sign), self.y))
+                now = self._time(self.t)
+                self._begin(self.dynamics(torch.nextafter(now, now + sign), self.y))
         return outputs.collect()[:passed]
 
     @property
@@ -118,25 +132,22 @@ class AdamsLoop:
 
     def interpolate(self, t: float | Tensor) -> Tensor:
         """The state at a time within the last accepted step; where t is a tensor, with its gradient."""
-        step, time = self._last, float(t)
-        x: float | Tensor = 1.0 if time == self.t else (time - self.t_prev) / float(step.dt)
+        step, time = self._last, float(t.detach() if isinstance(t, Tensor) else t)
+        x: float | Tensor = 1.0 if time == self.t else (time - self.t_prev) / step.size
         if isinstance(t, Tensor) and t.requires_grad:
-            moved = (t - t.detach()).to("cpu", torch.float64)
-            if step.shift is not None:
-                moved = moved - step.shift
+            moved = (t - t.detach()).to("cpu", torch.float64) - (0.0 if step.shift is None else step.shift)
             x = (time - self.t_prev + moved) / step.dt.to(moved)[0]
         return self._combine(step.formulas.dense(x), step.y, step.ks, step.dt)
 
     def _begin(self, f: Tensor, first_step: float | None = None) -> None:
         """Starts at order 1, with f at the present time and state."""
-        self._fs, self._sizes, self._same = [f], list[float](), 0
-        self._order, self._climbing, self._failures, self._non_finite = 1, True, 0, False
-        self._size = self._first_step(f) if first_step is None else first_step
-        self._dt, self._dt_number = self._unit, 1.0
+        self._fs, self._sizes, self._dt = [f], list[float](), self._unit  # both latest first
+        self._order, self._climbing, self._kept, self._failures, self._non_finite = 1, True, 0, 0, False
+        self._size = self.times.sign * (self._first_step(f) if first_step is None else first_step)
 
     def _first_step(self, f: Tensor) -> float:
         """The size of a first step of order 1 (Hairer, Norsett, Wanner I, II.4)."""
-        y, f, one = self.y.detach(), f.detach(), self._unit
+        y, one = self.y, self._unit
         size, slope = self._norms(((1.0,), (0.0, 1.0)), y, [y, f], one)
         if not math.isfinite(size + slope):
             finite = bool((y.isfinite() & f.isfinite()).all())  # if so, a tolerance is 0 where y is 0
@@ -145,9 +156,9 @@ class AdamsLoop:
         with torch.no_grad():
             trial = self.ops.stage_combine(self.layout, (self.times.sign * h0,), y, [f], one)
             change = self.dynamics(self._time(self.t + self.times.sign * h0), trial)
-        curvature = self._norms(((1.0, -1.0),), y, [change.detach(), f], one)[0] / h0
+        curvature = self._norms(((1.0, -1.0),), y, [change, f], one)[0] / h0
         if not math.isfinite(curvature):
-            return h0
+            return h0  # f breaks off nearby
         steepest = max(slope, curvature)
         return min(100 * h0, max(1e-6, 1e-3 * h0) if steepest <= 1e-15 else math.sqrt(0.01 / steepest))
 
@@ -156,7 +167,7 @@ class AdamsLoop:
         policy, sign = self.policy, self.times.sign
         if self.n_steps >= policy.max_num_steps:
             raise self._error(Status.TOO_MANY_STEPS)
-        size = min(max(self._size, policy.min_step), policy.max_step)
+        size = min(max(abs(self._size), policy.min_step), policy.max_step)
         self._t1, self._on_jump = self.t + sign * size, False
         if not sign * (self._t1 - self.t) > 0:
             raise self._error(Status.NON_FINITE if self._non_finite else Status.STEP_TOO_SMALL)
@@ -166,120 +177,115 @@ class AdamsLoop:
             left = stop - sign * self.t
             if left <= size:
                 size, self._t1, self._on_jump = left, sign * stop, is_jump
-            elif left < 2 * size:  # two steps of one size, not one and a rest of any size
+            elif left < 2 * size and not is_jump:  # two equal steps: formulas do not like a tiny one in their past
                 size, self._t1 = left / 2, self.t + sign * left / 2
-        self._size = size
-        if sign * size != self._dt_number:
-            self._dt_number = sign * size
-            self._dt = torch.full((1,), self._dt_number, dtype=torch.float64, device=self.layout.device)
+        self._size = sign * size
 
     def _step(self) -> bool:
         """Tries the step; returns whether it was accurate enough."""
-        k, fs, y, dt, size = self._order, self._fs, self.y, self._dt, self._size
+        k, size, fs, y = self._order, self._size, self._fs, self.y
         formulas = self.method.formulas(tuple([h / size for h in self._sizes[:k]]), k)
-        step = Step(y, [], dt, formulas, self._shift)
-        t1 = self._time(self._t1)
-        if self._on_jump:
-            t1 = torch.nextafter(t1, t1 - self.times.sign)  # f as it is before the discontinuity
-        if self._shift is not None and self._on_jump:
-            step.dt = dt.to(self._shift) - self._shift
-            step.formulas = formulas.stretched(step.dt[0] / self._dt_number)
-        elif self._shift is not None:
-            t1 = t1 + self._shift.to(t1)
+        if not self._sizes or size != self._sizes[0]:
+            self._dt = torch.full((1,), size, dtype=torch.float64, device=self.layout.device)
+        step = Step(y, [], size, self._dt, formulas, self._shift)
+        time = self._end_of(step)
         predicted = self._combine(step.formulas.predictor, y, fs, step.dt)
-        ks = [self.dynamics(t1, predicted), *fs]
-        error, *lower = self._norms((formulas.error, *formulas.lower), predicted, ks, dt)
-        self._non_finite = not math.isfinite(error)
-        if error > 1 and size > self.policy.min_step or self._non_finite:
+        ks = [self.dynamics(time, predicted), *fs]
+        error, *lower = self._norms((formulas.error, *formulas.lower), predicted, ks, self._dt)
+        if not self._tolerates(error):
             self._reject(error * formulas.constant, lower)
             return False
         y1 = self._combine(step.formulas.corrector, y, ks, step.dt)
-        f1 = self.dynamics(t1, y1)
-        (higher,) = self._norms((formulas.higher,), y1, [f1, *fs], dt)
+        f1 = self.dynamics(time, y1)
+        (higher,) = self._norms((formulas.higher,), y1, [f1, *fs], self._dt)
         if not math.isfinite(higher):
-            self._non_finite = True
             self._reject(higher, lower)
             return False
         step.ks = [f1, *ks[: k + 1]]
         self._last, self.t_prev, self.t, self.y = step, self.t, self._t1, y1
         self.n_accepted, self.n_steps, self._failures = self.n_accepted + 1, self.n_steps + 1, 0
-        self._same = self._same + 1 if self._sizes[:1] == [size] else 1
-        higher_known = len(self._sizes) >= k
-        self._fs = [f1, *fs[: self.method.max_order - 1]]
-        self._sizes = [size, *self._sizes[: self.method.max_order - 2]]
-        self._choose(error * formulas.constant, lower, higher if higher_known else None)
+        self._choose(error * formulas.constant, lower, higher if len(self._sizes) >= k else math.inf)
+        most = self.method.max_order
+        self._fs, self._sizes = [f1, *fs][:most], [size, *self._sizes][: most - 1]
         return True
 
+    def _end_of(self, step: Step) -> Tensor:
+        """The time of a step's end, as func is to see it; fixes the step's formulas where they depend on the start."""
+        time = self._time(self._t1)
+        if self._on_jump:
+            if step.shift is not None:  # the step's end does not move with its start
+                step.dt = self._dt.to(step.shift) - step.shift
+                step.formulas = step.formulas.stretched(step.dt[0] / step.size)
+            return torch.nextafter(time, time - self.times.sign)  # f is as before the discontinuity
+        return time if step.shift is None else time + step.shift.to(time)
+
+    def _tolerates(self, error: float) -> bool:
+        return error <= 1 or (abs(self._size) <= self.policy.min_step and math.isfinite(error))
+
     def _reject(self, error: float, lower: list[float]) -> None:
+        """Plans the next attempt at a step: smaller, of a lower order if that is better, of order 1 after the third."""
         self.n_rejected, self.n_steps, self._failures = self.n_rejected + 1, self.n_steps + 1, self._failures + 1
-        if self._non_finite and self._size <= self.policy.min_step:
+        self._non_finite = not math.isfinite(error)
+        if self._non_finite and abs(self._size) <= self.policy.min_step:
             raise self._error(Status.NON_FINITE)
-        self._climbing = False
+        self._climbing, self._kept = False, 0
         if self._wants_lower(error, lower):
-            self._order -= 1
-        factor = 0.5
+            self._order, error = self._order - 1, lower[0]
+        factor = self.policy.dfactor if self._non_finite else self._factor(error)
         if self._failures >= 3:
             self._order = 1
-            if self._failures > 3 and error > 2:
-                factor = math.sqrt(0.5 / error)
-        self._size *= factor
+        self._size *= min(factor, 0.5)
 
     def _wants_lower(self, error: float, lower: list[float]) -> bool:
-        return bool(lower) and (max(lower) <= error if len(lower) == 2 else lower[0] <= error / 2)
+        """Whether the errors of the next orders below are no larger; order 1 has to be much better than order 2."""
+        return bool(lower) and max(lower) <= (error if len(lower) == 2 else error / 2)
 
-    def _choose(self, error: float, lower: list[float], higher: float | None) -> None:
-        k = self._order
-        wants_lower = self._wants_lower(error, lower)
-        if wants_lower or k == self.method.max_order:
-            self._climbing = False
-        if self._climbing:
-            self._order, self._size = k + 1, 2 * self._size
+    def _choose(self, error: float, lower: list[float], higher: float) -> None:
+        """Chooses the next step's order and size from the errors of this order and its neighbours; inf is unknown."""
+        k, most = self._order, self.method.max_order
+        lowers = self._wants_lower(error, lower)
+        if self._climbing and not lowers and k < most:
+            self._order, self._size = k + 1, self._size * min(GROWTH, self.policy.ifactor)
             return
-        if wants_lower:
-            self._order, error = k - 1, lower[0]
-        elif V_RAISE(self, k) and higher is not None:
-            if k == 1:
-                if higher < error / 2:
-                    self._order, error = k + 1, higher
-            elif lower[0] <= min(error, higher):
-                self._order, error = k - 1, lower[0]
-            elif higher < error and k < self.method.max_order:
+        self._climbing = False
+        if not lowers and self._kept >= KEPT and higher < math.inf:
+            lowers = k > 1 and lower[0] <= min(error, higher)
+            if not lowers and k < most and higher < (error if k > 1 else error / 2):
                 self._order, error = k + 1, higher
-        self._size *= V_FACTOR(error, self._order)
+        if lowers:
+            self._order, error = k - 1, lower[0]
+        self._kept = self._kept + 1 if self._order == k else 0
+        self._size *= self._factor(error)
+
+    def _factor(self, error: float) -> float:
+        """By how much to change the step size: often not at all, as then the formulas stay the same."""
+        policy, exponent = self.policy, self._order + 1
+        aim, growth = AIM * policy.safety**exponent, min(GROWTH, policy.ifactor)
+        if error * growth**exponent <= aim:
+            return growth
+        return 1.0 if error <= aim else max(policy.dfactor, min(0.9, (aim / error) ** (1 / exponent)))
 
     def _time(self, t: float) -> Tensor:
         return torch.full((), t, dtype=self.layout.real_dtype, device=self.layout.device)
 
     def _norms(self, rows: Sequence[Row], y1: Tensor, ks: list[Tensor], dt: Tensor) -> list[float]:
         """The norm of the scaled error for each row of weights."""
-        if self.norm is None:
-            return self.ops.error_norms(self.layout, rows, self.y, y1, ks, dt, self.rtol, self.atol)
+        layout, norm, y, rtol, atol = self.layout, self.norm, self.y, self.rtol, self.atol
+        if norm is None:
+            return self.ops.error_norms(layout, rows, y, y1, ks, dt, rtol, atol)  # type: ignore[no-any-return]
         with torch.no_grad():
-            errors = (
-                reference.scaled_step_error(self.layout, row, self.y, y1, ks, dt, self.rtol, self.atol) for row in rows
-            )
-            return [float(self.norm(error, [])) for error in errors]
+            return [
+                float(norm(reference.scaled_step_error(layout, row, y, y1, ks, dt, rtol, atol), [])) for row in rows
+            ]
 
     def _combine(self, weights: Weights, y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
-        """Returns y + dt sum_j w_j k_j; weights that are a tensor may have a gradient, as dt then may."""
+        """Returns y + dt sum_j w_j k_j; where the weights are a tensor, with the gradients of these and of dt."""
         if isinstance(weights, Tensor):
             scaled = (dt.to(weights) * weights).to(y.device, self.layout.real_dtype)
-            return y + sum(w * k for w, k in zip(scaled.unbind(), ks))
+            return sum((w * k for w, k in zip(scaled.unbind(), ks)), y)
         if torch.is_grad_enabled():
             return autograd.stage_combine(self.ops, self.layout, weights, y, ks, dt)
         return self.ops.stage_combine(self.layout, weights, y, ks, dt)  # type: ignore[no-any-return]
 
     def _error(self, status: Status) -> SolveError:
-        dt = self.times.sign * self._size
-        return SolveError(status, self.t, dt, self.n_accepted + self.n_rejected)
-
-
-def V_RAISE(self, k): return self._same >= k + 1
-def V_FACTOR(error, k):
-    if error * 2 ** (k + 1) <= 0.5: return 2.0
-    if error <= 0.5: return 1.0
-    return max(0.5, min(0.9, (0.5 / error) ** (1 / (k + 1))))
-
-
-def _numbers(stops: Tensor | None) -> list[float]:
-    return [] if stops is None else stops.tolist()
+        return SolveError(status, self.t, self._size, self.n_accepted + self.n_rejected)
