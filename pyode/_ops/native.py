@@ -168,12 +168,12 @@ def error_norms(
 
     Of a joint state. On CUDA this waits for the device.
     """
-    parts, dtype = layout.handle.error_parts, torch.float64
-    means = torch.empty((len(rows), layout.n_segments, parts), dtype=dtype, device=layout.device)
+    parts = layout.handle.error_parts
+    means = torch.empty((len(rows), layout.n_segments, parts), dtype=torch.float64, device=layout.device)
     address, stride = means.data_ptr(), 8 * parts * layout.n_segments
     for i, weights in enumerate(rows):
         _C.error_norm(layout.handle, weights, y0, y1, ks, dt, rtol, atol, address + i * stride, parts)
-    return [root_of_largest(segments) for segments in means.sum(2).tolist()]
+    return [root_of_largest([sum(parts) for parts in segments]) for segments in means.tolist()]
 
 
 @lru_cache(maxsize=64)

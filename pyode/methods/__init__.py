@@ -9,7 +9,7 @@ import difflib
 from typing import Protocol
 
 from ..errors import InvalidValue
-from .adams import adams
+from .adams import variable_adams
 from .dormand_prince import dopri5, dopri8
 from .low_order import adaptive_heun, bosh3, euler, fehlberg2, heun2, heun3, midpoint, rk4
 from .tableau import Tableau
@@ -40,7 +40,7 @@ TABLEAUS: dict[str, Tableau] = {
         euler, midpoint, heun2, heun3, rk4,
     )
 }  # fmt: skip
-METHODS: dict[str, Method] = {**TABLEAUS, adams.name: adams}
+METHODS: dict[str, Method] = {**TABLEAUS, variable_adams.name: variable_adams}
 DEFAULT = dopri5.name
 
 

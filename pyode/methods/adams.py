@@ -80,9 +80,9 @@ class Formulas:
     positions: Numbers | Tensor
 
     @cached_property
-    def _whole(self) -> Any:
-        """The integral over the step of the polynomial that is 0 at all positions."""
-        return lagrange_integrals(self.positions, 1.0)[1]
+    def _scales(self) -> tuple[Any, Any]:
+        """What makes `node_integrals` those of Lagrange's polynomials, and the last of them, over the whole step."""
+        return node_products(self.positions), node_integrals(self.positions, 1.0)[1]
 
     def dense(self, x: float | Tensor) -> Weights:
         """Weights of the state at position x, 0 to 1, of f at this step's end, of f as predicted there, and of those
@@ -92,13 +92,16 @@ class Formulas:
         differentiable from step to step (H. A. Watts and L. F. Shampine, Smoother interpolants for Adams codes, SIAM
         J. Sci. Stat. Comput. 7, 1986).
         """
-        positions = torch.as_tensor(self.positions) if isinstance(x, Tensor) else self.positions
-        integrals, product = lagrange_integrals(positions, x)
-        predicted = self.corrector[0] * (product / self._whole)
-        if isinstance(x, Tensor):
-            return torch.cat([torch.stack([integrals[0] - predicted, predicted]), integrals[1:]])
-        first, *rest = integrals.tolist()
-        return (first - float(predicted), float(predicted), *rest)
+        scale, whole = self._scales
+        if not isinstance(x, Tensor):
+            integrals, vanishing = node_integrals(self.positions, x)
+            first, *rest = (integrals / scale).tolist()
+            predicted = self.corrector[0] * float(vanishing / whole)
+            return (first - predicted, predicted, *rest)
+        integrals, vanishing = node_integrals(torch.as_tensor(self.positions), x)
+        weights = integrals / torch.as_tensor(scale)
+        predicted = self.corrector[0] * (vanishing / whole)
+        return torch.cat([torch.stack([weights[0] - predicted, predicted]), weights[1:]])
 
     def stretched(self, factor: Tensor) -> Formulas:
         """The formulas of a step that is longer by a factor, 0-dim, with its gradient; not those of errors."""
@@ -142,33 +145,39 @@ def _formulas(ratios: Row, order: int) -> Formulas:
 
 def predictor_and_corrector(positions: Any) -> tuple[Any, Any, Any]:
     """Weights of both, and those of the corrector minus the corrector of one order less, from k + 1 positions."""
-    corrector, _ = lagrange_integrals(positions, 1.0)
-    divided = 1 / _without_diagonal(positions[:, None] - positions).prod(-1)
-    predictor = (corrector - divided * (corrector[0] / divided[0]))[1:]
-    return predictor, corrector, divided * (corrector[-1] / divided[-1])
+    integrals, _ = node_integrals(positions, 1.0)
+    products = node_products(positions)
+    corrector = integrals / products
+    # A multiple of the divided difference takes f at the step's end out of a formula, another one the oldest f.
+    return (corrector - integrals[0] / products)[1:], corrector, integrals[-1] / products
 
 
-def lagrange_integrals(positions: Any, x: Any) -> tuple[Any, Any]:
-    """Integrals from 0 to x of the Lagrange polynomials of n positions, [n], and of the product of all s - s_i.
+def node_products(positions: Any) -> Any:
+    """[n]: the product of s_i - s_l over l other than i. An array of NumPy from one, a tensor from a tensor."""
+    return _without_diagonal(positions[:, None] - positions).prod(-1)
 
-    Of arrays of NumPy, or of tensors and then differentiable: Gauss' quadrature, exact for these degrees.
+
+def node_integrals(positions: Any, x: Any) -> tuple[Any, Any]:
+    """[n]: the integral from 0 to x of the product of s - s_l over l other than i; and that over all l.
+
+    Gauss' quadrature, exact for these degrees. Of NumPy's numbers, or of tensors and then differentiable.
     """
-    points: Any
-    weights: Any
-    points, weights = gauss(len(positions) // 2 + 1)
-    if isinstance(positions, Tensor):
-        points, weights = torch.from_numpy(points), torch.from_numpy(weights)
+    quadrature = gauss(len(positions) // 2 + 1)
+    points, weights = map(torch.from_numpy, quadrature) if isinstance(positions, Tensor) else quadrature
     gaps = x * points[:, None] - positions
-    others = _without_diagonal(gaps[:, None, :]).prod(-1)
-    scale = _without_diagonal(positions[:, None] - positions).prod(-1)
-    return x * (weights @ others) / scale, x * (weights @ gaps.prod(-1))
+    return x * (weights @ _without_diagonal(gaps[:, None, :]).prod(-1)), x * (weights @ gaps.prod(-1))
 
 
 def _without_diagonal(matrix: Any) -> Any:
     """Ones in the place of the diagonal of each matrix, [..., n, n] or what broadcasts to it."""
-    n = matrix.shape[-1]
-    eye = torch.eye(n, dtype=torch.float64) if isinstance(matrix, Tensor) else np.eye(n)
-    return matrix * (1 - eye) + eye
+    masks = _diagonal(matrix.shape[-1])
+    others, diagonal = map(torch.from_numpy, masks) if isinstance(matrix, Tensor) else masks
+    return matrix * others + diagonal
+
+
+@lru_cache
+def _diagonal(n: int) -> tuple[Numbers, Numbers]:
+    return 1 - np.eye(n), np.eye(n)
 
 
 @lru_cache
@@ -178,7 +187,7 @@ def gauss(n: int) -> tuple[Numbers, Numbers]:
     return (points + 1) / 2, weights / 2
 
 
-adams = VariableAdams(
+variable_adams = VariableAdams(
     name="adams",
     max_order=12,
     source="Shampine, Gordon, Computer Solution of Ordinary Differential Equations, 1975; Hairer I, III.5",

@@ -133,9 +133,12 @@ class AdamsLoop:
     def interpolate(self, t: float | Tensor) -> Tensor:
         """The state at a time within the last accepted step; where t is a tensor, with its gradient."""
         step, time = self._last, float(t.detach() if isinstance(t, Tensor) else t)
-        x: float | Tensor = 1.0 if time == self.t else (time - self.t_prev) / step.size
-        if isinstance(t, Tensor) and t.requires_grad:
-            moved = (t - t.detach()).to("cpu", torch.float64) - (0.0 if step.shift is None else step.shift)
+        moved = (t - t.detach()).to("cpu", torch.float64) if isinstance(t, Tensor) and t.requires_grad else 0.0
+        if step.shift is not None:
+            moved = moved - step.shift
+        if isinstance(moved, float):
+            x: float | Tensor = 1.0 if time == self.t else (time - self.t_prev) / step.size
+        else:
             x = (time - self.t_prev + moved) / step.dt.to(moved)[0]
         return self._combine(step.formulas.dense(x), step.y, step.ks, step.dt)
 
