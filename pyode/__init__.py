@@ -3,11 +3,14 @@
 from ._ops import backend
 from ._version import __version__
 from .adjoint import odeint_adjoint
+from .dense import DenseOutput, odeint_dense
 from .errors import DynamicsError, InvalidType, InvalidValue, PyodeError, SolveError, Status
+from .events import odeint_event
 from .odeint import odeint
 from .solution import Stats
 
 __all__ = [
+    "DenseOutput",
     "DynamicsError",
     "InvalidType",
     "InvalidValue",
@@ -19,4 +22,6 @@ __all__ = [
     "backend",
     "odeint",
     "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
 ]

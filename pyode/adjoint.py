@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import methods
+from .callbacks import callbacks_of
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidType, InvalidValue
-from .gradients.backsolve import Backsolve, BacksolveConfig
-from .odeint import Problem, pose, solve_and_tell
-from .state import Func, State
+from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
+from .odeint import Problem, pose, solve
+from .state import Form, Func, State
 from .stepping.fixed_grid import check_interp
 
 NOT_INHERITED = frozenset({"norm", "stats"})
@@ -45,7 +46,7 @@ def odeint_adjoint(
     Args:
         func: an nn.Module, or any callable if adjoint_params is given.
         y0, t, rtol, atol, method, options: as `odeint`'s.
-        event_fn: not available yet.
+        event_fn: as `odeint`'s; the gradients of what is returned are those at a fixed time of the event.
         adjoint_rtol, adjoint_atol, adjoint_method: of the backward solve; the forward solve's by default.
         adjoint_options: of the backward solve; the forward solve's by default, but for norm and stats. Further:
             norm, a function of (t, y, adj_y, *params) or "seminorm", which leaves the parameters out; restart, True
@@ -90,15 +91,16 @@ def odeint_adjoint(
         problem.atol if adjoint_atol is None else adjoint_atol,
         inherited if adjoint_options is None else dict(adjoint_options),
     )
-    if config.norm is not None and len(params) < len(found):
+    if not config.fused and len(params) < len(found):
         warnings.warn(
             "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from "
             "the adjoint pass, and will not appear as a tensor in the adjoint norm.",
             stacklevel=2,
         )
     y0_packed, problem = problem.y0, replace(problem, y0=problem.y0.detach())
-    ys = _OdeintAdjoint.apply(problem, config, t, y0_packed, *params)  # type: ignore[no-untyped-call]
-    return problem.form.unpack(ys, (len(problem.times.values),))
+    end, ys = _OdeintAdjoint.apply(problem, config, t, y0_packed, *params)  # type: ignore[no-untyped-call]
+    states = problem.form.unpack(ys, (len(problem.times.values),))
+    return states if event_fn is None else (end, states)
 
 
 def find_parameters(module: Any) -> list[Tensor]:
@@ -130,28 +132,70 @@ def _configure(
         policy=policy_from(options, method, clip=not restart, resume=not restart),
         first_step=first_step_from(options),
         restart=restart,
-        norm=norm if callable(norm) else None,
-        state_norm=problem.options.get("norm"),
+        norm=_norm_of(problem.form, problem.options.get("norm"), norm),
+        fused=not callable(norm) and problem.options.get("norm") is None,
         seminorm=norm == "seminorm",
+        callbacks=callbacks_of(problem.func, method, problem.times.tensor, lambda z: z, "_adjoint"),
     )
+
+
+def _norm_of(form: Form, state_norm: Any, norm: Any) -> AdjointNorm:
+    """The norm of the adjoint state (t, y, adj_y, *params), where y and adj_y are packed."""
+    if callable(norm):
+        if not form.is_tuple:
+            return norm  # type: ignore[no-any-return]
+        return lambda whole: norm((whole[0], *form.unpack(whole[1]), *form.unpack(whole[2]), *whole[3:]))
+
+    def rms(x: Tensor) -> Tensor:
+        return x.abs().square().mean().sqrt()
+
+    def of_state(y: Tensor) -> Tensor:
+        parts = form.unpack(y)
+        if state_norm is not None:
+            return torch.as_tensor(state_norm(parts))
+        return max(map(rms, parts)) if isinstance(parts, tuple) else rms(parts)
+
+    def largest(whole: tuple[Tensor, ...]) -> Tensor:
+        time, y, adj_y, *params = whole
+        return max([time.abs(), of_state(y), of_state(adj_y), *([] if norm == "seminorm" else map(rms, params))])
+
+    return largest
 
 
 class _OdeintAdjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, problem: Problem, config: BacksolveConfig, t: Tensor, y0: Tensor, *params: Tensor) -> Tensor:
-        ctx.problem, ctx.config = problem, config
-        ys, last_step = solve_and_tell(problem)
+    def forward(
+        ctx: Any, problem: Problem, config: BacksolveConfig, t: Tensor, y0: Tensor, *params: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        solved = solve(problem)
         if config.first_step is None and not config.restart and config.method is problem.method:
             # The backward solve starts where the forward one ended, and with its step size.
-            ctx.config = replace(config, first_step=last_step)
-        ctx.save_for_backward(t, ys, *params)
-        return ys
+            config = replace(config, first_step=solved.last_step)
+        ctx.problem, ctx.config, ctx.end, ctx.n_reached = problem, config, solved.end, solved.n_reached
+        ctx.adjoint_options = {**config.options, "norm": config.norm}  # where torchdiffeq's users find and replace it
+        ctx.save_for_backward(t, solved.ys, *params)
+        return problem.event_time(solved), solved.ys
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         t, ys, *params = ctx.saved_tensors
-        times = Times(t if ctx.needs_input_grad[2] else t.detach(), ctx.problem.times.values)
-        backsolve = Backsolve(ctx.problem.func, ctx.problem.form, times, ctx.config, ys, gradients[0], tuple(params))
+        problem, config, n, end = ctx.problem, ctx.config, ctx.n_reached, ctx.end
+        values, gradient = problem.times.values, gradients[1]
+        if n < len(values):  # an event or a failure ended the solve; all states behind are that at its end
+            behind = gradient[n:].sum(0, keepdim=True)
+            if end == values[n - 1]:
+                ys, gradient = ys[:n], torch.cat([gradient[: n - 1], gradient[n - 1 : n] + behind])
+                values = values[:n]
+            else:
+                ys, gradient, values = ys[: n + 1], torch.cat([gradient[:n], behind]), [*values[:n], end]
+        times = Times(t.new_tensor(values), values)
+        norm = ctx.adjoint_options["norm"]
+        if norm is not config.norm:
+            config = replace(config, norm=norm, fused=False)
+        with_time = ctx.needs_input_grad[2]
+        backsolve = Backsolve(problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time)
         y0_gradient, t_gradient, param_gradients = backsolve.solve()
+        if t_gradient is not None:
+            t_gradient = torch.cat([t_gradient[:n], torch.zeros_like(t[n:])])
         return (None, None, t_gradient, y0_gradient, *param_gradients)

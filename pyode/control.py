@@ -29,10 +29,11 @@ ADAPTIVE_OPTIONS = frozenset(
         "norm",
         "step_t",
         "jump_t",
-        "stats",
     ]
 )
-FIXED_STEP_OPTIONS = frozenset(["step_size", "grid_constructor", "interp", "perturb", "norm", "stats"])
+FIXED_STEP_OPTIONS = frozenset(["step_size", "grid_constructor", "interp", "perturb", "norm"])
+COMMON_OPTIONS = frozenset(["stats", "on_failure", "event_t_max", "skip_initial_event"])
+STEPS_TO_EVENT = 100_000  # at most so many, by default
 
 
 def check_dict(options: Any, name: str) -> dict[str, Any]:
@@ -49,7 +50,9 @@ def check_options(options: dict[str, Any], method: Method) -> None:
     norm = options.get("norm")
     if norm is not None and not callable(norm):
         raise InvalidType(f"options['norm'] must be callable as norm(state), not a {type(norm).__name__}")
-    known = ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS
+    if options.get("on_failure", "raise") not in ("raise", "return"):
+        raise InvalidValue(f"options['on_failure'] must be 'raise' or 'return', not {options['on_failure']!r}")
+    known = COMMON_OPTIONS | method.options | (ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS)
     unknown = {name: value for name, value in options.items() if name not in known}
     if unknown:
         warnings.warn(
@@ -88,6 +91,17 @@ def check_times(t: Any) -> Times:
     if not all(map(math.isfinite, values)):
         raise InvalidValue("t must be finite")
     return times
+
+
+def times_until_event(times: Times, options: dict[str, Any]) -> Times:
+    """The start, and the end of the search for an event: options' event_t_max, or never."""
+    if len(times.values) != 2:
+        raise InvalidValue(f"t must have two entries where event_fn is given, not {len(times.values)}")
+    start, sign = times.values[0], times.sign
+    last = number_from(options, "event_t_max", sign * math.inf, -math.inf)
+    if not sign * (last - start) > 0:
+        raise InvalidValue(f"options['event_t_max'] = {last:g} must lie behind t[0] = {start:g}, on the side of t[1]")
+    return Times(torch.cat([times.tensor[:1], times.tensor.new_tensor([last])]), [start, last])
 
 
 def check_tolerance(tolerance: Any, name: str, form: Form, y0: Tensor) -> float | Tensor:

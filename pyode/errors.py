@@ -17,6 +17,7 @@ class Status(IntEnum):
     STEP_TOO_SMALL = 2
     TOO_MANY_STEPS = 3
     NON_FINITE = 4
+    NO_EVENT = 5
 
     @property
     def sentence(self) -> str:
@@ -39,6 +40,10 @@ _SENTENCES = {
     Status.NON_FINITE: (
         "func or the state became inf or nan, and smaller steps did not help. The solution may blow up here; check "
         "func at this time and state, shorten the time span, or scale the problem."
+    ),
+    Status.NO_EVENT: (
+        "There was no event: event_fn did not change its sign. Check its sign at the start and to which side time "
+        "runs, or search further: options['event_t_max'], options['max_num_steps']."
     ),
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +16,9 @@ from torch import Tensor
 from . import methods
 from ._ops import backend_for
 from ._ops.contract import Grid, Policy
+from .callbacks import callbacks_of
 from .control import (
+    STEPS_TO_EVENT,
     Times,
     check_dict,
     check_options,
@@ -23,12 +27,17 @@ from .control import (
     first_step_from,
     grid_from,
     policy_from,
+    times_until_event,
 )
-from .errors import InvalidType
+from .errors import DynamicsError, InvalidType, SolveError, Status
 from .methods import Method
+from .solution import Stats
 from .state import Dynamics, Form, Func, State, check_y0
+from .stepping.event import EventSearch
 from .stepping.fixed_grid import check_interp, grid_of
+from .stepping.hooks import Callback, Hooks
 from .stepping.loops import loop_for
+from .stepping.segment import Segment
 
 
 def odeint(
@@ -61,23 +70,32 @@ def odeint(
             dfactor (0.2), max_num_steps (between two output times), norm (of the scaled error, a function of the
             state), step_t and jump_t (times at which steps end, and at which func is discontinuous), dtype (accepted;
             time is always float64). For the others: step_size or grid_constructor(func, y0, t), interp ("linear" or
-            "cubic"), perturb. For all: stats, a `pyode.Stats` that counts are added to.
-        event_fn: not available yet.
+            "cubic"), perturb. For all: stats, a `pyode.Stats` that counts are added to; on_failure, "raise" (default)
+            or "return", which warns and repeats the last good state.
+        event_fn: a function of (t, y) that returns a tensor of one or several numbers: the solve ends where the first
+            of them changes its sign. t then has two entries: where the solve starts, and on which side it goes on. A
+            solve that starts on an event ends there, unless options has skip_initial_event=True, which waits until it
+            has been left. options' event_t_max bounds the search; without it, max_num_steps does (100 000 by default),
+            or 20 000 steps of a method that does not choose them and needs step_size here. The event's time carries no
+            gradient: that of `odeint_event` does.
 
     Returns:
-        [T, *y0.shape], or a tuple of such tensors.
+        [T, *y0.shape], or a tuple of such tensors. With event_fn, the time of the event, a 0-dim tensor, and the states
+        at the start and at the event, [2, *y0.shape].
 
     Raises:
         InvalidValue, InvalidType: an argument is wrong; nothing has been computed.
         DynamicsError: func returned something that is not dy/dt, or wrote into its input.
-        SolveError: the step size became too small, max_num_steps was reached, or func is not finite.
+        SolveError: the step size became too small, max_num_steps was reached, func is not finite, there was no event.
 
     Source:
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, sections II.1 to II.6; the interface is
         torchdiffeq's.
     """
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn)
-    return problem.form.unpack(solve(problem), (len(problem.times.values),))
+    solved = solve(problem)
+    ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
+    return ys if event_fn is None else (problem.event_time(solved), ys)
 
 
 @dataclass
@@ -95,6 +113,29 @@ class Problem:
     policy: Policy
     grid: Grid
     first_step: float | None
+    callbacks: dict[str, Callback]
+    event: Callable[[float, Tensor], Tensor] | None
+
+    def event_time(self, solved: Solved) -> Tensor:
+        """The time at which a solve with an event has ended, as t has times."""
+        return self.times.tensor.new_tensor(solved.end)
+
+
+@dataclass
+class Solved:
+    """What a solve has come to.
+
+    Attributes:
+        ys: the packed states at the output times, [T, *y0.shape], with a graph behind them where gradients are enabled.
+        last_step: the size of the last step, if the method chose it.
+        end: where the solve ended: at the last output time, at the event, or where it failed.
+        n_reached: how many output times it reached; the states behind them, if any, are all that at the end.
+    """
+
+    ys: Tensor
+    last_step: float | None
+    end: float
+    n_reached: int
 
 
 def pose(
@@ -110,13 +151,15 @@ def pose(
     """Checks everything that can be checked before func is called."""
     if not callable(func):
         raise InvalidType(f"func must be callable as func(t, y), not a {type(func).__name__}")
-    refuse_unfinished(func, event_fn)
     check_y0(y0)
     times = check_times(t)
     found = methods.find(method)
     options = {} if options is None else check_dict(options, "options")
     check_options(options, found)
     check_interp(options)
+    if event_fn is not None:
+        times = times_until_event(times, options)
+        options = {"max_num_steps": STEPS_TO_EVENT, **options} if found.adaptive else options
     form = Form(y0)
     packed = form.pack(y0)
     if t.device != packed.device:
@@ -133,29 +176,49 @@ def pose(
         policy=policy_from(options, found),
         grid=grid_from(options, times, packed.device),
         first_step=first_step_from(options),
+        callbacks=callbacks_of(func, found, times.tensor, form.unpack),
+        event=None if event_fn is None else event_of(event_fn, form, packed.device),
     )
 
 
-def refuse_unfinished(func: Any, event_fn: Any) -> None:
-    """Raises NotImplementedError for what torchdiffeq has and pyode does not have yet."""
-    if event_fn is not None:
-        raise NotImplementedError("event_fn is not available yet; solve to a later time and look for the event in it")
-    for name in ("callback_step", "callback_accept_step", "callback_reject_step"):
-        # Not hasattr: a module's search for an attribute that it lacks takes as long as a stage.
-        if name in getattr(func, "__dict__", ()) or hasattr(type(func), name):
-            raise NotImplementedError(f"func.{name}: callbacks are not available yet; remove the attribute")
+def event_of(event_fn: Any, form: Form, device: torch.device) -> Callable[[float, Tensor], Tensor]:
+    """A user's event function, on a time and a packed state."""
+    if not callable(event_fn):
+        raise InvalidType(f"event_fn must be callable as event_fn(t, y), not a {type(event_fn).__name__}")
+
+    def event(t: float, y: Tensor) -> Tensor:
+        value = event_fn(torch.tensor(t, dtype=torch.float64, device=device), form.unpack(y))
+        if not isinstance(value, Tensor) or value.numel() == 0:
+            raise DynamicsError(f"event_fn must return a tensor of one or several numbers, not {value!r}")
+        return value
+
+    return event
 
 
-def solve(problem: Problem) -> Tensor:
-    """The packed states at the output times, [T, *y0.shape], with a graph behind them where gradients are enabled."""
-    return solve_and_tell(problem)[0]
-
-
-def solve_and_tell(problem: Problem) -> tuple[Tensor, float | None]:
-    """The same, and the size of the last step if the method chose it."""
+def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = None) -> Solved:
+    """Carries out a solve; `watch` is told every accepted step."""
     y0, times, form, options = problem.y0, problem.times, problem.form, problem.options
+    solved = Solved(y0.unsqueeze(0), None, times.values[-1], len(times.values))
     if len(times.values) == 1:
-        return y0.unsqueeze(0).clone(), None
+        solved.ys = solved.ys.clone()
+        return solved
+    search = None
+    if problem.event is not None:
+        tolerance = problem.atol if isinstance(problem.atol, float) else float(problem.atol.min())
+        skip = bool(options.get("skip_initial_event", False))
+        watch = search = EventSearch(problem.event, times.values[0], y0, times.values[-1], tolerance, skip)
+        if search.time is not None:
+            return Solved(torch.stack([y0, y0]), None, search.time, 1)
+
+    def fail(error: SolveError) -> None:
+        if problem.event is not None and (error.status is Status.TOO_MANY_STEPS or not math.isfinite(error.t)):
+            error = SolveError(Status.NO_EVENT, error.t, error.dt, error.n_steps)
+        if options.get("on_failure", "raise") == "raise":
+            raise error
+        warnings.warn(f"the solve failed, and its last state stands for the rest: {error}", stacklevel=4)
+        solved.end = error.t
+        solved.n_reached = sum(times.sign * (t - error.t) <= 0 for t in times.values)
+
     with torch.cuda.device(y0.device) if y0.device.type == "cuda" else nullcontext():
         ops = backend_for(y0)
         segments = form.segments if form.is_tuple else (0, y0.numel())
@@ -174,8 +237,17 @@ def solve_and_tell(problem: Problem) -> tuple[Tensor, float | None]:
             options,
             lambda: grid_of(options, times, problem.func, form.unpack(y0)),
             None if norm is None else lambda error, _: norm(form.unpack(error)),
+            hooks=Hooks(watch=watch, fail=fail, **problem.callbacks),
         )
         try:
-            return loop.solve(y0, problem.first_step), loop.last_step
+            solved.ys, solved.last_step = loop.solve(y0, problem.first_step), loop.last_step
         finally:
             loop.add_to(options.get("stats"))
+    if search is not None:
+        if search.time is not None:
+            solved.end, solved.n_reached = search.time, 1
+        elif solved.end == times.values[-1]:
+            stats = Stats()
+            loop.add_to(stats)
+            fail(SolveError(Status.NO_EVENT, solved.end, loop.last_step or math.nan, stats.n_steps))
+    return solved

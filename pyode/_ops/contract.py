@@ -107,9 +107,9 @@ class Grid:
     jump_t: Tensor | None = None
 
 
-def root_of_largest(means: list[float]) -> float:
-    """The error norm from the mean squares over the segments; nan if one of them is."""
-    return math.nan if any(map(math.isnan, means)) else math.sqrt(max(means))
+def largest(means: list[float]) -> float:
+    """The largest of the mean squares over the segments; nan if one of them is."""
+    return math.nan if any(map(math.isnan, means)) else max(means)
 
 
 class Phase(IntEnum):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _C
 from . import contract
-from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy, RightHandSide, root_of_largest
+from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy, RightHandSide, largest
 
 
 class Interpolant(_C.Interpolant):
@@ -154,7 +154,7 @@ def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor)
     return out
 
 
-def error_norms(
+def mean_square_errors(
     layout: Layout,
     rows: Sequence[tuple[float, ...]],
     y0: Tensor,
@@ -164,16 +164,16 @@ def error_norms(
     rtol: float | Tensor,
     atol: float | Tensor,
 ) -> list[float]:
-    """For each row of weights the largest RMS over the segments of |dt sum_j w_j k_j| / (atol + rtol max(|y0|, |y1|)).
+    """For each row of weights the largest mean square over the segments, as Controller.error_norm notes them.
 
-    Of a joint state. On CUDA this waits for the device.
+    Of a joint state. On CUDA this waits, once for all rows.
     """
     parts = layout.handle.error_parts
     means = torch.empty((len(rows), layout.n_segments, parts), dtype=torch.float64, device=layout.device)
     address, stride = means.data_ptr(), 8 * parts * layout.n_segments
     for i, weights in enumerate(rows):
         _C.error_norm(layout.handle, weights, y0, y1, ks, dt, rtol, atol, address + i * stride, parts)
-    return [root_of_largest([sum(parts) for parts in segments]) for segments in means.tolist()]
+    return [largest([sum(parts) for parts in segments]) for segments in means.tolist()]
 
 
 @lru_cache(maxsize=64)

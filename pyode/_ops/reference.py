@@ -15,14 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy, RightHandSide, root_of_largest
+from .contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy, RightHandSide, largest
 
 __all__ = [
     "Controller",
     "Interpolant",
     "Layout",
     "copy",
-    "error_norms",
     "interpolate",
     "select_rows",
     "stage_combine",
@@ -130,6 +129,32 @@ def scaled_step_error(
     return scaled_error(error, wide, _widened(y1), rtol, atol)
 
 
+def mean_square_errors(
+    layout: Layout,
+    rows: Sequence[tuple[float, ...]],
+    y0: Tensor,
+    y1: Tensor,
+    ks: list[Tensor],
+    dt: Tensor,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+) -> list[float]:
+    """See native.mean_square_errors."""
+    with torch.no_grad():
+        ratios = [scaled_step_error(layout, weights, y0, y1, ks, dt, rtol, atol) for weights in rows]
+        return [largest([mean for (mean,) in _means(layout, ratio)]) for ratio in ratios]
+
+
+def _means(layout: Layout, ratio: Tensor) -> list[list[float]]:
+    """The mean squares over each segment, of every sample; 0 over an empty one."""
+    flat = ratio.detach().abs().reshape(layout.samples, layout.size)
+    flat = flat.to(_wide_float(flat)).square()
+    return [
+        flat[:, begin:end].mean(1).tolist() if end > begin and layout.samples else [0.0] * layout.samples
+        for begin, end in zip(layout.segments, layout.segments[1:])
+    ]
+
+
 @dataclass
 class Sample:
     """The step state of one sample; see csrc/core/controller.h for every field."""
@@ -221,7 +246,7 @@ class Controller:
             self._samples = [Sample(t=t, t1=t, t_prev=t) for t in starts]
         for b, (sample, times) in enumerate(zip(self._samples, self._times)):
             norm, slope = (
-                root_of_largest([mean[b] for mean in means]) for means in (self._means[:first], self._means[first:])
+                math.sqrt(largest([mean[b] for mean in means])) for means in (self._means[:first], self._means[first:])
             )
             if phase in (Phase.TRY_FIRST, Phase.GIVEN_FIRST):
                 self._try_first_step(sample, times, norm, slope)
@@ -339,32 +364,6 @@ class Controller:
 def _wide_float(x: Tensor) -> torch.dtype:
     """Norms are summed in float64 where the device has it."""
     return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-def _means(layout: Layout, ratio: Tensor) -> list[list[float]]:
-    """The mean squares over each segment, of every sample; 0 over an empty one."""
-    flat = ratio.detach().abs().reshape(layout.samples, layout.size)
-    flat = flat.to(_wide_float(flat)).square()
-    return [
-        flat[:, begin:end].mean(1).tolist() if end > begin and layout.samples else [0.0] * layout.samples
-        for begin, end in zip(layout.segments, layout.segments[1:])
-    ]
-
-
-def error_norms(
-    layout: Layout,
-    rows: Sequence[tuple[float, ...]],
-    y0: Tensor,
-    y1: Tensor,
-    ks: list[Tensor],
-    dt: Tensor,
-    rtol: float | Tensor,
-    atol: float | Tensor,
-) -> list[float]:
-    """See native.error_norms."""
-    with torch.no_grad():
-        ratios = [scaled_step_error(layout, weights, y0, y1, ks, dt, rtol, atol) for weights in rows]
-        return [root_of_largest([mean for (mean,) in _means(layout, ratio)]) for ratio in ratios]
 
 
 class Interpolant:

@@ -27,8 +27,10 @@ from ..methods import Method
 from ..solution import Stats
 from ..state import Dynamics, Form, Func
 from ..stepping.fixed_grid import grid_of
-from ..stepping.loops import loop_for
+from ..stepping.hooks import NO_HOOKS, Callback, Hooks
+from ..stepping.loops import Loop, loop_for
 from ..stepping.quadrature import Quadrature
+from .augmented import AugmentedDynamics, AugmentedState
 
 AdjointNorm = Callable[[tuple[Tensor, ...]], Any]
 
@@ -39,9 +41,10 @@ class BacksolveConfig:
 
     Attributes:
         restart: whether every output interval is a solve of its own, with its own first step, as in torchdiffeq.
-        norm: of (t, y, adj_y, *params), or for a tuple state (t, *y, *adj_y, *params); None for the largest RMS.
-        state_norm: the forward solve's norm of a state, which takes the RMS' place for y and adj_y.
-        seminorm: whether the parameters have no share in the norm.
+        norm: of (t, y, adj_y, *params), packed.
+        fused: whether it is the largest RMS, over the parts of a tuple.
+        seminorm: whether the parameters have no share in it.
+        callbacks: of the backward solve; called with (t, y, adj_y, *params), packed.
     """
 
     method: Method
@@ -51,9 +54,10 @@ class BacksolveConfig:
     policy: Policy
     first_step: float | None
     restart: bool
-    norm: AdjointNorm | None
-    state_norm: Callable[[Any], Any] | None
+    norm: AdjointNorm
+    fused: bool
     seminorm: bool
+    callbacks: dict[str, Callback]
 
 
 class _AdjointDynamics:
@@ -112,6 +116,7 @@ class Backsolve:
         ys: [T, ...] the forward solve's outputs, packed.
         gradients: [T, ...] the gradients that arrive at them.
         params: the tensors whose gradients are wanted, beside y0's.
+        time: whether those of the times are.
     """
 
     def __init__(
@@ -123,10 +128,11 @@ class Backsolve:
         ys: Tensor,
         gradients: Tensor,
         params: tuple[Tensor, ...],
+        time: bool,
     ) -> None:
         self.form, self.times, self.config = form, times, config
         self.ys, self.gradients, self.params = ys, plain(gradients), params
-        self.time = times.tensor.requires_grad
+        self.time = time
         # torchdiffeq carries the time integral, and its share of the norm, whether it is wanted or not.
         self.time_carried = self.time or (config.restart and config.method.adaptive)
         self.func = func
@@ -151,7 +157,7 @@ class Backsolve:
             quadrature.values[0] = quadrature.values[0] - self.time_gradients[last].to(quadrature.values[0])
         self.dynamics.quadrature = quadrature if quadrature.values else None
         with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
-            stepwise = self.config.restart or not self.config.method.adaptive
+            stepwise = self.config.restart or not (self.config.method.adaptive and self.config.method.one_step)
             z = self._interval_by_interval(z, quadrature) if stepwise else self._through(z, quadrature)
         results = list(quadrature.values)
         if self.time_carried:
@@ -161,12 +167,11 @@ class Backsolve:
     def _quadrature(self) -> Quadrature:
         config, like = self.config, self.ys
         values = [zero.clone() for zero in self.dynamics.zeros]
-        fused = config.norm is None and config.state_norm is None
-        shares = [fused and not config.seminorm] * len(values)
+        shares = [config.fused and not config.seminorm] * len(values)
         if self.time_carried:
             real = like.real.dtype if like.is_complex() else like.dtype
             values.insert(0, torch.zeros((), dtype=real, device=like.device))
-            shares.insert(0, fused)
+            shares.insert(0, config.fused)
         rtol, atol = (x if isinstance(x, float) else float(x.min()) for x in (config.rtol, config.atol))
         return Quadrature(values, config.method, self.ops, rtol, atol, shares)
 
@@ -214,18 +219,25 @@ class Backsolve:
                 z = self._arrive(i - 1, z, quadrature)
         return z
 
-    def _user_norm(self, error: Tensor, integral_errors: list[Tensor]) -> Any:
-        """The user's norm of the scaled errors: of the whole adjoint state, or of a state and applied to y and a."""
-        time = integral_errors[:1] if self.time_carried else [error.new_zeros((), dtype=self.layout.real_dtype)]
-        params = integral_errors[1:] if self.time_carried else integral_errors
-        y, a = (self.form.unpack(part) for part in error.unbind())
-        if self.config.norm is not None:
-            states = (*y, *a) if self.form.is_tuple else (y, a)
-            return self.config.norm((*time, *states, *params))
-        assert self.config.state_norm is not None
-        squares = [] if self.config.seminorm else [p.abs().square().mean() for p in params]
-        state_norms = [torch.as_tensor(self.config.state_norm(state)) for state in (y, a)]
-        return max([time[0].abs(), *state_norms, *(square.sqrt() for square in squares)])
+    def _norm(self, error: Tensor, integral_errors: list[Tensor]) -> Any:
+        """The norm of the scaled errors of the whole adjoint state."""
+        return self.config.norm(self._whole(error, integral_errors))
+
+    def _whole(self, z: Tensor, integrals: list[Tensor]) -> tuple[Tensor, ...]:
+        """(t, y, adj_y, *params), as torchdiffeq has the adjoint state."""
+        if not self.time_carried:
+            integrals = [z.new_zeros((), dtype=self.layout.real_dtype), *integrals]
+        return (integrals[0], *z.unbind(), *integrals[1:])
+
+    def _hooks(self, whole: Callable[[Tensor], tuple[Tensor, ...]]) -> Hooks:
+        """The user's callbacks, which are given (t, y, adj_y, *params)."""
+        if not self.config.callbacks:
+            return NO_HOOKS
+
+        def on_whole(callback: Callback) -> Callback:
+            return lambda t, z, dt: callback(t, whole(z), dt)
+
+        return Hooks(**{name: on_whole(callback) for name, callback in self.config.callbacks.items()})  # type: ignore[arg-type]
 
     def _run(
         self,
@@ -237,6 +249,8 @@ class Backsolve:
     ) -> Tensor:
         """Solves from the first of two times to the second."""
         config = self.config
+        if not config.method.one_step:
+            return self._run_augmented(z, times, options, quadrature)
         loop = loop_for(
             config.method,
             self.dynamics,
@@ -248,13 +262,48 @@ class Backsolve:
             grid_from(options, times, z.device),
             options,
             lambda: grid_of(options, times, self.func, self.form.unpack(z[0])),
-            self._user_norm if config.norm or config.state_norm else None,
+            None if config.fused else self._norm,
             quadrature if quadrature.values else None,
             at_jump,
+            self._hooks(lambda z: self._whole(z, quadrature.values)),
         )
+        return self._carry_out(loop, z, options)
+
+    def _run_augmented(self, z: Tensor, times: Times, options: dict[str, Any], quadrature: Quadrature) -> Tensor:
+        """The same with the integrals as a part of the state."""
+        config, state = self.config, AugmentedState(z, quadrature.values)
+
+        def whole(flat: Tensor) -> tuple[Tensor, ...]:
+            z, *integrals = state.unpack(flat)
+            return self._whole(z, integrals)
+
+        def extended(tolerance: float | Tensor) -> float | Tensor:
+            if isinstance(tolerance, float):
+                return tolerance
+            integrals = tolerance.min().expand(sum(state.sizes[1:]), *tolerance.shape[z.dim() :])
+            return torch.cat([tolerance.reshape(z.numel(), *tolerance.shape[z.dim() :]), integrals]).contiguous()
+
+        loop = loop_for(
+            config.method,
+            AugmentedDynamics(self.dynamics, state),
+            state.layout(self.ops, self.layout),
+            times,
+            extended(self.rtol),
+            extended(self.atol),
+            config.policy,
+            grid_from(options, times, z.device),
+            options,
+            lambda: grid_of(options, times, self.func, self.form.unpack(z[0])),
+            None if config.fused and not config.seminorm else lambda error, _: config.norm(whole(error)),
+            hooks=self._hooks(whole),
+        )
+        z, *quadrature.values = state.unpack(self._carry_out(loop, state.pack(state.parts), options))
+        return z
+
+    def _carry_out(self, loop: Loop, z: Tensor, options: dict[str, Any]) -> Tensor:
         stats: Stats | None = options.get("stats")
         try:
-            out = loop.solve(z, config.first_step)
+            out = loop.solve(z, self.config.first_step)
         finally:
             loop.add_to(stats, self.evals_counted)
             self.evals_counted = self.dynamics.n_evals

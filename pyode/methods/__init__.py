@@ -11,7 +11,9 @@ from typing import Protocol
 from ..errors import InvalidValue
 from .adams import variable_adams
 from .dormand_prince import dopri5, dopri8
+from .external import scipy_solver
 from .low_order import adaptive_heun, bosh3, euler, fehlberg2, heun2, heun3, midpoint, rk4
+from .multistep import explicit_adams, implicit_adams
 from .tableau import Tableau
 from .tsitouras import tsit5
 
@@ -23,6 +25,8 @@ class Method(Protocol):
         name: what users call it.
         order: of the solution; the highest, where it varies.
         adaptive: whether it chooses its steps.
+        one_step: whether a step is a weighted sum of its own evaluations, and of no earlier ones.
+        options: those that only methods of this kind know.
     """
 
     @property
@@ -31,6 +35,10 @@ class Method(Protocol):
     def order(self) -> int: ...  # noqa: D102
     @property
     def adaptive(self) -> bool: ...  # noqa: D102
+    @property
+    def one_step(self) -> bool: ...  # noqa: D102
+    @property
+    def options(self) -> frozenset[str]: ...  # noqa: D102
 
 
 TABLEAUS: dict[str, Tableau] = {
@@ -40,7 +48,14 @@ TABLEAUS: dict[str, Tableau] = {
         euler, midpoint, heun2, heun3, rk4,
     )
 }  # fmt: skip
-METHODS: dict[str, Method] = {**TABLEAUS, variable_adams.name: variable_adams}
+METHODS: dict[str, Method] = {
+    **TABLEAUS,
+    "adams": variable_adams,
+    "explicit_adams": explicit_adams,
+    "implicit_adams": implicit_adams,
+    "fixed_adams": implicit_adams,  # its old name
+    "scipy_solver": scipy_solver,
+}
 DEFAULT = dopri5.name
 
 

@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from math import factorial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,7 +38,9 @@ class VariableAdams:
     max_order: int
     source: str
 
-    adaptive = True
+    adaptive: ClassVar[bool] = True
+    one_step: ClassVar[bool] = False
+    options: ClassVar[frozenset[str]] = frozenset(["max_order"])
 
     @property
     def order(self) -> int:
@@ -82,26 +84,29 @@ class Formulas:
     @cached_property
     def _scales(self) -> tuple[Any, Any]:
         """What makes `node_integrals` those of Lagrange's polynomials, and the last of them, over the whole step."""
-        return node_products(self.positions), node_integrals(self.positions, 1.0)[1]
+        return node_products(self.positions), node_integrals(self.positions, self.positions[0])[1]
 
-    def dense(self, x: float | Tensor) -> Weights:
+    def dense(self, x: float) -> Row:
         """Weights of the state at position x, 0 to 1, of f at this step's end, of f as predicted there, and of those
-        at the ends of the last steps; a tensor if x is one, 0-dim on the CPU.
+        at the ends of the last steps.
 
         The polynomial has the slopes f at all of these times, and the state at both ends of the step: so it is once
         differentiable from step to step (H. A. Watts and L. F. Shampine, Smoother interpolants for Adams codes, SIAM
         J. Sci. Stat. Comput. 7, 1986).
         """
         scale, whole = self._scales
-        if not isinstance(x, Tensor):
-            integrals, vanishing = node_integrals(self.positions, x)
-            first, *rest = (integrals / scale).tolist()
-            predicted = self.corrector[0] * float(vanishing / whole)
-            return (first - predicted, predicted, *rest)
+        integrals, vanishing = node_integrals(self.positions, np.float64(x))
+        first, *rest = (integrals / scale).tolist()
+        predicted = self.corrector[0] * float(vanishing / whole)
+        return (first - predicted, predicted, *rest)
+
+    def dense_at(self, x: Tensor) -> Tensor:
+        """The same at any number of positions, float64 on the CPU, with their gradients: [..., k + 2]."""
+        scale, whole = map(torch.as_tensor, self._scales)
         integrals, vanishing = node_integrals(torch.as_tensor(self.positions), x)
-        weights = integrals / torch.as_tensor(scale)
-        predicted = self.corrector[0] * (vanishing / whole)
-        return torch.cat([torch.stack([weights[0] - predicted, predicted]), weights[1:]])
+        weights = integrals / scale
+        predicted = (self.corrector[0] * vanishing / whole).unsqueeze(-1)
+        return torch.cat([weights[..., :1] - predicted, predicted, weights[..., 1:]], -1)
 
     def stretched(self, factor: Tensor) -> Formulas:
         """The formulas of a step that is longer by a factor, 0-dim, with its gradient; not those of errors."""
@@ -145,7 +150,7 @@ def _formulas(ratios: Row, order: int) -> Formulas:
 
 def predictor_and_corrector(positions: Any) -> tuple[Any, Any, Any]:
     """Weights of both, and those of the corrector minus the corrector of one order less, from k + 1 positions."""
-    integrals, _ = node_integrals(positions, 1.0)
+    integrals, _ = node_integrals(positions, positions[0])
     products = node_products(positions)
     corrector = integrals / products
     # A multiple of the divided difference takes f at the step's end out of a formula, another one the oldest f.
@@ -158,14 +163,15 @@ def node_products(positions: Any) -> Any:
 
 
 def node_integrals(positions: Any, x: Any) -> tuple[Any, Any]:
-    """[n]: the integral from 0 to x of the product of s - s_l over l other than i; and that over all l.
+    """[..., n]: the integral from 0 to x, [...], of the product of s - s_l over l other than i; [...]: that over all l.
 
     Gauss' quadrature, exact for these degrees. Of NumPy's numbers, or of tensors and then differentiable.
     """
     quadrature = gauss(len(positions) // 2 + 1)
     points, weights = map(torch.from_numpy, quadrature) if isinstance(positions, Tensor) else quadrature
-    gaps = x * points[:, None] - positions
-    return x * (weights @ _without_diagonal(gaps[:, None, :]).prod(-1)), x * (weights @ gaps.prod(-1))
+    gaps = x[..., None, None] * points[:, None] - positions
+    others, all_of_them = _without_diagonal(gaps[..., None, :]).prod(-1), gaps.prod(-1)
+    return x[..., None] * (weights @ others), x * (all_of_them @ weights)
 
 
 def _without_diagonal(matrix: Any) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import zip_longest
+from typing import ClassVar
 
 Row = tuple[Fraction, ...]
 
@@ -78,6 +79,9 @@ class Tableau:
         if self.error is not None and abs(sum(self.error, Fraction(0))) > Fraction(1, 10**15):
             raise ValueError(f"{self.name}: error weights sum to 0")
 
+    one_step: ClassVar[bool] = True
+    options: ClassVar[frozenset[str]] = frozenset()
+
     @property
     def adaptive(self) -> bool:
         """Whether the method estimates its error."""
@@ -132,6 +136,20 @@ class Tableau:
         else:
             rows = tuple(zip(*hermite(b, first, last)))
         return tuple(_floats(row) for row in rows)
+
+    @cached_property
+    def dense(self) -> tuple[tuple[float, ...], ...]:
+        """The interpolant where nothing has to agree with torchdiffeq: the cubic Hermite one if that is better.
+
+        Some of torchdiffeq's break off after the first order: sum_j w_j(x) c_j is not x^2 / 2.
+        """
+        c = (0.0, *self.abscissae)
+        second = [sum(w[p] * x for w, x in zip(self.interpolant, c) if p < len(w)) for p in range(4)]
+        if max(abs(a - b) for a, b in zip(second, (0.0, 0.5, 0.0, 0.0))) < 1e-9:
+            return self.interpolant
+        n = len(self.interpolant)
+        b = combine((1, self.b), (1, (Fraction(0),) * n))
+        return tuple(_floats(row) for row in zip(*hermite(b, unit(0, n), unit(n - 1, n))))
 
     @cached_property
     def end(self) -> tuple[float, ...]:

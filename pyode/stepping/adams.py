@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +18,12 @@ from .._ops import autograd, backend_of, reference
 from .._ops.contract import Grid, Layout, Policy, RightHandSide
 from ..control import Times
 from ..errors import SolveError, Status
-from ..methods.adams import Formulas, Row, VariableAdams, Weights
+from ..methods.adams import Row, VariableAdams, Weights
 from ..solution import Stats
 from .adaptive import Norm
 from .fixed_grid import Outputs
+from .hooks import NO_HOOKS, Hooks
+from .segment import AdamsSegment, weighted
 
 # The error at which a step of safety times its size would have an error of AIM tolerances is aimed at. Shampine and
 # Gordon have half a tolerance in the Euclidean norm: for three numbers that is this in the root mean square.
@@ -31,40 +32,15 @@ GROWTH = 2.0  # of a step; with more the formulas of high orders are not stable
 KEPT = 2  # steps with an order before a higher one is considered
 
 
-@dataclass
-class Step:
-    """An accepted step, and what its dense output needs.
-
-    Attributes:
-        y: the state at its start.
-        ks: f at its end, f as predicted there, f at its start and at those of the steps before.
-        size: signed.
-        dt: the size as [1] float64; with a gradient if the step's start moves and its end does not.
-        formulas: its weights.
-        shift: how far the step moves with the start, 0-dim with a gradient, or None.
-    """
-
-    y: Tensor
-    ks: list[Tensor]
-    size: float
-    dt: Tensor
-    formulas: Formulas
-    shift: Tensor | None
-
-
 class AdamsLoop:
     """A solve by the variable-coefficient Adams method.
 
     Args:
-        dynamics, layout, rtol, atol, policy, grid, times, norm: as AdaptiveLoop's; the state is one sample.
+        dynamics, layout, rtol, atol, policy, grid, times, norm, hooks: as AdaptiveLoop's; the state is one sample.
         method: which.
-
-    Attributes:
-        watcher: called with the loop after every accepted step; if it returns True the solve ends there.
-        t_prev, t, y: where the last accepted step began and ended, and the state at its end.
     """
 
-    watcher: Callable[[AdamsLoop], bool] | None = None
+    last_step = None  # a solve begins at order 1, to which the size of a step of another order is of no use
 
     def __init__(
         self,
@@ -77,9 +53,10 @@ class AdamsLoop:
         grid: Grid,
         times: Times,
         norm: Norm | None = None,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
         self.dynamics, self.method, self.layout = dynamics, method, layout
-        self.rtol, self.atol, self.policy, self.times, self.norm = rtol, atol, policy, times, norm
+        self.rtol, self.atol, self.policy, self.times, self.norm, self.hooks = rtol, atol, policy, times, norm, hooks
         self.ops = backend_of(layout)
         step_t, jump_t = ([] if stops is None else stops.tolist() for stops in (grid.step_t, grid.jump_t))
         if policy.clip:
@@ -87,41 +64,42 @@ class AdamsLoop:
         # In the direction of time, each with whether it is a discontinuity.
         self._stops = sorted((times.sign * t, is_jump) for ts, is_jump in ((step_t, False), (jump_t, True)) for t in ts)
         self._unit = torch.ones(1, dtype=torch.float64, device=layout.device)
-        self.t = self.t_prev = times.values[0]
+        self.t = times.values[0]
         self.n_accepted = self.n_rejected = self.n_steps = 0  # the last since the last output
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
-        """Returns the states at the output times, [T, *y0.shape]; fewer if the watcher ended the solve before.
+        """Returns the states at the output times, [T, *y0.shape].
 
         Raises:
             SolveError: says why and where the solve could not go on.
         """
-        values, sign, t = self.times.values, self.times.sign, self.times.tensor
+        values, sign, t, hooks = self.times.values, self.times.sign, self.times.tensor, self.hooks
         recording = torch.is_grad_enabled()
         moving = recording and t.requires_grad
         self._shift = (t[0] - t[0].detach()).to("cpu", torch.float64) if moving else None
         outputs, passed = Outputs(self.ops, self.layout, len(values), y0, recording), 1
         self.y = y0
-        self._begin(self.dynamics(t[0].to(device=y0.device, dtype=self.layout.real_dtype), y0), first_step)
-        while passed < len(values):
-            self._plan()
-            if not self._step():
-                continue
-            while passed < len(values) and sign * (values[passed] - self.t) <= 0:
-                outputs.add(self.interpolate(t[passed] if moving else values[passed]))
-                passed, self.n_steps = passed + 1, 0
-            if self.watcher is not None and self.watcher(self):
-                break
-            if self._on_jump and passed < len(values):
-                self._shift = None  # what comes behind a discontinuity does not move with the start
-                now = self._time(self.t)
-                self._begin(self.dynamics(torch.nextafter(now, now + sign), self.y))
-        return outputs.collect()[:passed]
-
-    @property
-    def last_step(self) -> None:
-        """None: a solve begins at order 1, to which the size of a step of another order is of no use."""
-        return None
+        try:
+            self._begin(self.dynamics(t[0].to(device=y0.device, dtype=self.layout.real_dtype), y0), first_step)
+            while passed < len(values):
+                self._plan()
+                segment = self._step()
+                if segment is None:
+                    continue
+                if hooks.watch is not None and (end := hooks.watch(segment)) is not None:
+                    return torch.stack([y0, end])
+                while passed < len(values) and sign * (values[passed] - self.t) <= 0:
+                    outputs.add(segment.at(values[passed], t[passed] - t[passed].detach() if moving else None))
+                    passed, self.n_steps = passed + 1, 0
+                if self._on_jump and passed < len(values):
+                    self._shift = None  # what comes behind a discontinuity does not move with the start
+                    now = self._time(self.t)
+                    self._begin(self.dynamics(torch.nextafter(now, now + sign), self.y))
+        except SolveError as error:
+            hooks.fail(error)
+            for _ in values[passed:]:
+                outputs.add(self.y)
+        return outputs.collect()
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
         """Adds the solve's counts."""
@@ -129,18 +107,6 @@ class AdamsLoop:
             stats.n_f_evals += self.dynamics.n_evals - evals_before
             stats.n_accepted += self.n_accepted
             stats.n_rejected += self.n_rejected
-
-    def interpolate(self, t: float | Tensor) -> Tensor:
-        """The state at a time within the last accepted step; where t is a tensor, with its gradient."""
-        step, time = self._last, float(t.detach() if isinstance(t, Tensor) else t)
-        moved = (t - t.detach()).to("cpu", torch.float64) if isinstance(t, Tensor) and t.requires_grad else 0.0
-        if step.shift is not None:
-            moved = moved - step.shift
-        if isinstance(moved, float):
-            x: float | Tensor = 1.0 if time == self.t else (time - self.t_prev) / step.size
-        else:
-            x = (time - self.t_prev + moved) / step.dt.to(moved)[0]
-        return self._combine(step.formulas.dense(x), step.y, step.ks, step.dt)
 
     def _begin(self, f: Tensor, first_step: float | None = None) -> None:
         """Starts at order 1, with f at the present time and state."""
@@ -184,37 +150,41 @@ class AdamsLoop:
                 size, self._t1 = left / 2, self.t + sign * left / 2
         self._size = sign * size
 
-    def _step(self) -> bool:
-        """Tries the step; returns whether it was accurate enough."""
-        k, size, fs, y = self._order, self._size, self._fs, self.y
+    def _step(self) -> AdamsSegment | None:
+        """Tries the step; returns it if it was accurate enough."""
+        k, size, fs, y, hooks = self._order, self._size, self._fs, self.y, self.hooks
+        if hooks.step is not None:
+            hooks.step(self.t, y, abs(size))
         formulas = self.method.formulas(tuple([h / size for h in self._sizes[:k]]), k)
         if not self._sizes or size != self._sizes[0]:
             self._dt = torch.full((1,), size, dtype=torch.float64, device=self.layout.device)
-        step = Step(y, [], size, self._dt, formulas, self._shift)
+        step = AdamsSegment(self.layout, self.t, self._t1, size, y, [], self._dt, formulas, self._shift)
         time = self._end_of(step)
         predicted = self._combine(step.formulas.predictor, y, fs, step.dt)
         ks = [self.dynamics(time, predicted), *fs]
         error, *lower = self._norms((formulas.error, *formulas.lower), predicted, ks, self._dt)
         if not self._tolerates(error):
             self._reject(error * formulas.constant, lower)
-            return False
+            return None
         y1 = self._combine(step.formulas.corrector, y, ks, step.dt)
         f1 = self.dynamics(time, y1)
         (higher,) = self._norms((formulas.higher,), y1, [f1, *fs], self._dt)
         if not math.isfinite(higher):
             self._reject(higher, lower)
-            return False
+            return None
         step.ks = [f1, *ks[: k + 1]]
-        self._last, self.t_prev, self.t, self.y = step, self.t, self._t1, y1
+        self.t, self.y = self._t1, y1
         self.n_accepted, self.n_steps, self._failures = self.n_accepted + 1, self.n_steps + 1, 0
         self._choose(error * formulas.constant, lower, higher if len(self._sizes) >= k else math.inf)
         most = self.method.max_order
         self._fs, self._sizes = [f1, *fs][:most], [size, *self._sizes][: most - 1]
-        return True
+        if hooks.accept is not None:
+            hooks.accept(step.t0, y, abs(size))
+        return step
 
-    def _end_of(self, step: Step) -> Tensor:
-        """The time of a step's end, as func is to see it; fixes the step's formulas where they depend on the start."""
-        time = self._time(self._t1)
+    def _end_of(self, step: AdamsSegment) -> Tensor:
+        """The time of a step's end, as func is to see it; sets the step's formulas where they depend on the start."""
+        time = self._time(step.t1)
         if self._on_jump:
             if step.shift is not None:  # the step's end does not move with its start
                 step.dt = self._dt.to(step.shift) - step.shift
@@ -226,7 +196,9 @@ class AdamsLoop:
         return error <= 1 or (abs(self._size) <= self.policy.min_step and math.isfinite(error))
 
     def _reject(self, error: float, lower: list[float]) -> None:
-        """Plans the next attempt at a step: smaller, of a lower order if that is better, of order 1 after the third."""
+        """Plans the next attempt at the step: smaller, of a lower order if that is better, of order 1 after three."""
+        if self.hooks.reject is not None:
+            self.hooks.reject(self.t, self.y, abs(self._size))
         self.n_rejected, self.n_steps, self._failures = self.n_rejected + 1, self.n_steps + 1, self._failures + 1
         self._non_finite = not math.isfinite(error)
         if self._non_finite and abs(self._size) <= self.policy.min_step:
@@ -275,7 +247,7 @@ class AdamsLoop:
         """The norm of the scaled error for each row of weights."""
         layout, norm, y, rtol, atol = self.layout, self.norm, self.y, self.rtol, self.atol
         if norm is None:
-            return self.ops.error_norms(layout, rows, y, y1, ks, dt, rtol, atol)  # type: ignore[no-any-return]
+            return [math.sqrt(x) for x in self.ops.mean_square_errors(layout, rows, y, y1, ks, dt, rtol, atol)]
         with torch.no_grad():
             return [
                 float(norm(reference.scaled_step_error(layout, row, y, y1, ks, dt, rtol, atol), [])) for row in rows
@@ -284,8 +256,7 @@ class AdamsLoop:
     def _combine(self, weights: Weights, y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
         """Returns y + dt sum_j w_j k_j; where the weights are a tensor, with the gradients of these and of dt."""
         if isinstance(weights, Tensor):
-            scaled = (dt.to(weights) * weights).to(y.device, self.layout.real_dtype)
-            return sum((w * k for w, k in zip(scaled.unbind(), ks)), y)
+            return weighted(self.layout, weights, y, ks, dt)
         if torch.is_grad_enabled():
             return autograd.stage_combine(self.ops, self.layout, weights, y, ks, dt)
         return self.ops.stage_combine(self.layout, weights, y, ks, dt)  # type: ignore[no-any-return]

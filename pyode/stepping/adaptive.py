@@ -21,7 +21,9 @@ from ..control import Times
 from ..errors import SolveError, Status
 from ..methods import Tableau
 from ..solution import Stats
+from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
+from .segment import RungeKuttaSegment
 
 Norm = Callable[[Tensor, list[Tensor]], Any]
 
@@ -68,6 +70,7 @@ class AdaptiveLoop:
         norm: of the scaled error of the state and those of the integrals, instead of the largest RMS over the segments.
         quadrature: integrals that are carried along and have a share in the norm.
         at_jump: called at each discontinuity with its time and the state; returns the state behind it.
+        hooks: what else is called.
     """
 
     def __init__(
@@ -83,10 +86,11 @@ class AdaptiveLoop:
         norm: Norm | None = None,
         quadrature: Quadrature | None = None,
         at_jump: Callable[[float, Tensor], Tensor] | None = None,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
         self.dynamics, self.tableau, self.layout = dynamics, tableau, layout
         self.rtol, self.atol, self.grid, self.times = rtol, atol, grid, times
-        self.norm, self.quadrature, self.at_jump = norm, quadrature, at_jump
+        self.norm, self.quadrature, self.at_jump, self.hooks = norm, quadrature, at_jump, hooks
         self.ops = ops = backend_of(layout)
         layouts = [layout] if quadrature is None else [layout, *quadrature.layouts]
         self.controller = ops.Controller(layouts, policy, grid, tableau.abscissae)
@@ -98,7 +102,7 @@ class AdaptiveLoop:
         Raises:
             SolveError: says why and where the solve could not go on.
         """
-        controller, dynamics, quadrature = self.controller, self.dynamics, self.quadrature
+        controller, dynamics, quadrature, hooks = self.controller, self.dynamics, self.quadrature, self.hooks
         layout, rows = self.layout, self.tableau.rows
         recording = torch.is_grad_enabled()
         shift = self._shift() if recording else None
@@ -113,13 +117,20 @@ class AdaptiveLoop:
         y, ks[0] = y0, dynamics(self._at_start(y0), y0)
         flags = self._first_step(y, ks[0], first_step)
         while flags & _RUNNING:
-            dt = controller.dt.clone() if recording else controller.dt  # the backward pass needs this step's
+            if hooks.step is not None:
+                hooks.step(self._field("t"), y, abs(self._field("dt_whole")))
+            lasting = recording or hooks.watch is not None  # dt is needed after the next step is planned
+            dt = controller.dt.clone() if lasting else controller.dt
             times = controller.stage_times
             if shift is not None:
                 times, dt = self._moved(times, dt, shift)
             y1 = stages(layout, rows, y, ks, dt, times.unbind(), dynamics)
             self._measure(y, y1, ks)
             flags = controller.run(Phase.JUDGE)
+            if hooks.after_step:
+                end = self._call_hooks(bool(flags & _ACCEPTED), y, ks, dt, shift)
+                if end is not None:
+                    return torch.stack([y0, end])
             if flags & _OUTPUT:
                 output.add(y, ks, dt, shift)
                 if quadrature is not None:
@@ -140,12 +151,36 @@ class AdaptiveLoop:
                 shift = None  # what comes behind a discontinuity does not move with the start
                 y, ks[0] = self._behind_jump(y, ks[0])
         if flags & _FAILED:
-            raise self._error(y, ks[0])
+            hooks.fail(self._error(y, ks[0]))
+            output.repeat(y)
         if quadrature is not None:
             quadrature.finish()
         if not recording:
             _ballast.put(ks)
         return output.collect(y0)
+
+    def segment(
+        self, polynomial: Any, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None
+    ) -> RungeKuttaSegment:
+        """The step just accepted, from y."""
+        t0, t1, size = (self._field(name) for name in ("t_prev", "t", "dt_prev"))
+        return RungeKuttaSegment(self.layout, polynomial, t0, t1, size, y, list(ks), dt, shift)
+
+    def _call_hooks(
+        self, accepted: bool, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None
+    ) -> Tensor | None:
+        """Tells of the step just judged; returns the state at which the solve is to end, if it is."""
+        hooks = self.hooks
+        callback = hooks.accept if accepted else hooks.reject
+        if callback is not None:
+            callback(self._field("t_prev"), y, abs(self._field("dt_prev")))
+        if not accepted or hooks.watch is None:
+            return None
+        return hooks.watch(self.segment(_dense_output_of(self.tableau), y, ks, dt, shift))
+
+    def _field(self, name: str) -> float:
+        """A number of the only sample's step state."""
+        return float(self.controller.field(name))
 
     @property
     def last_step(self) -> float | None:
@@ -246,6 +281,11 @@ def interpolant_of(ops: ModuleType, tableau: Tableau) -> Any:
     return ops.Interpolant(tableau.interpolant, tableau.end)
 
 
+@lru_cache(maxsize=64)
+def _dense_output_of(tableau: Tableau) -> reference.Interpolant:
+    return reference.Interpolant(tableau.dense, tableau.end)
+
+
 class Output:
     """The states at the output times, written in place as steps pass them."""
 
@@ -259,6 +299,10 @@ class Output:
         loop = self.loop
         loop.ops.interpolate(loop.layout, loop.interpolant, loop.controller, y, ks, self.out)
 
+    def repeat(self, y: Tensor) -> None:
+        """Writes a state to all the places that are left."""
+        self.out[int(self.loop.controller.field("output_end")) :] = y
+
     def collect(self, y0: Tensor) -> Tensor:
         """All of them, [T, ...]."""
         return self.out
@@ -270,23 +314,17 @@ class RecordedOutput:
     def __init__(self, loop: AdaptiveLoop) -> None:
         self.loop = loop
         self.rows: list[Tensor] = []
-        self.polynomial = interpolant_of(reference, loop.tableau)
 
     def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""
         loop, t, values = self.loop, self.loop.times.tensor, self.loop.times.values
-        now, start, size = (float(loop.controller.field(name)) for name in ("t", "t_prev", "dt_prev"))
-        begin, end = (int(loop.controller.field(name)) for name in ("output_begin", "output_end"))
-        for i in range(begin, end):
-            if t.requires_grad:
-                moved = t[i] - t[i].detach() - (0.0 if shift is None else shift)
-                step = dt.reshape(())
-                position = (values[i] - start + moved.to(step)) / step
-                x, step = (v.to(device=y.device, dtype=loop.layout.real_dtype) for v in (position, step))
-                self.rows.append(reference.interpolate_at(self.polynomial, x, y, ks, step))
-            else:
-                weights = self.polynomial.weights_at(1.0 if values[i] == now else (values[i] - start) / size)
-                self.rows.append(autograd.stage_combine(loop.ops, loop.layout, weights, y, ks, dt))
+        segment = loop.segment(interpolant_of(reference, loop.tableau), y, ks, dt, shift)
+        for i in range(*(int(loop.controller.field(name)) for name in ("output_begin", "output_end"))):
+            self.rows.append(segment.at(values[i], t[i] - t[i].detach() if t.requires_grad else None))
+
+    def repeat(self, y: Tensor) -> None:
+        """Puts a state in all the places that are left."""
+        self.rows += [y] * (len(self.loop.times.values) - 1 - len(self.rows))
 
     def collect(self, y0: Tensor) -> Tensor:
         """All of them, [T, ...]."""

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._ops import autograd, backend_of
+from .._ops import backend_of, reference
 from .._ops.contract import Layout, RightHandSide
 from ..control import Times, number_from
 from ..errors import InvalidType, InvalidValue
 from ..methods import Method, Tableau
+from ..methods.multistep import FixedAdams
 from ..solution import Stats
+from .course import Course, ExplicitSteps, Increment
+from .hooks import NO_HOOKS, Hooks
+from .multistep import AdamsSteps
 from .quadrature import Quadrature
+from .segment import RungeKuttaSegment
 
 INTERPOLATIONS = ("linear", "cubic")
+MOST_STEPS = 20_000  # to an event, as in torchdiffeq
 
 
 def check_interp(options: dict[str, Any]) -> None:
@@ -48,91 +53,28 @@ def grid_of(options: dict[str, Any], times: Times, func: Callable[..., Any], y0:
         if ends != [times.values[0], times.values[-1]]:
             raise InvalidValue(f"options['grid_constructor'] must return times from t[0] to t[-1]; it returned {grid}")
         return grid
+    endless = math.isinf(times.values[-1])
+    if step_size is None and endless:
+        raise InvalidValue(
+            "options['step_size'] must be given with event_fn to a method that does not choose its steps"
+        )
     if step_size is None or len(t) == 1:
         return t
     size = number_from(options, "step_size", 0.0, -math.inf)
     if not 0 < size < math.inf:
         raise InvalidValue(f"options['step_size'] must be positive and finite, not {step_size!r}")
+    if endless:
+        return t[0] + torch.arange(MOST_STEPS + 1, dtype=t.dtype, device=t.device) * (times.sign * size)
     # As torchdiffeq counts: the last step is the shorter one.
     n = int(torch.ceil((t[-1] - t[0]).detach().abs() / size + 1).item())
     steps = torch.arange(n, dtype=t.dtype, device=t.device) * (times.sign * size)
     return torch.cat([(steps + t[0])[:-1], t[-1:]])
 
 
-class Increment(NamedTuple):
-    """A step: y1 = y + dt sum_j weights_j ks_j, and with slope = f(t0, y) what dense output needs."""
-
-    weights: tuple[float, ...]
-    ks: list[Tensor]
-    slope: Tensor
-
-
-@dataclass
-class Course:
-    """A fixed grid under way: what a method needs to take its steps.
-
-    Attributes:
-        dynamics, layout, ops, quadrature: as AdaptiveLoop's.
-        grid: [N] float64 times of the steps' ends, on the state's device; with a graph where times carry a gradient.
-        sizes: N - 1 step sizes, each [1] float64.
-        sign: +1 where time runs forwards, -1 where backwards.
-        perturb: whether func sees a step's start just behind it and its end just before it.
-        options: the user's.
-    """
-
-    dynamics: RightHandSide
-    layout: Layout
-    ops: ModuleType
-    quadrature: Quadrature | None
-    grid: Tensor
-    sizes: Sequence[Tensor]
-    sign: float
-    perturb: bool
-    options: dict[str, Any]
-
-    def stage_times(self, abscissae: tuple[float, ...]) -> Tensor:
-        """The times at which a step's stages lie, for all steps: [N - 1, stages], in the dtype that func sees."""
-        grid = self.grid
-        c = torch.tensor(abscissae, dtype=torch.float64, device=grid.device)
-        times = grid[:-1, None] + c * (grid[1:] - grid[:-1])[:, None]
-        last = c == 1
-        times = torch.where(last, grid[1:, None], times).to(self.layout.real_dtype)
-        if self.perturb:
-            ahead = torch.nextafter(times, times + self.sign).detach()
-            behind = torch.nextafter(times, times - self.sign).detach()
-            exact = times
-            times = torch.where(last, behind, torch.where(c == 0, ahead, times.detach()))
-            times = times + (exact - exact.detach())
-        return times
-
-    def combine(self, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
-        """Returns y + dt sum_j w_j k_j, with a graph behind it where gradients are enabled."""
-        if torch.is_grad_enabled():
-            return autograd.stage_combine(self.ops, self.layout, weights, y, ks, dt)
-        return self.ops.stage_combine(self.layout, weights, y, ks, dt)  # type: ignore[no-any-return]
-
-
-class ExplicitSteps:
-    """The steps of an explicit Runge-Kutta method."""
-
-    def __init__(self, tableau: Tableau, course: Course) -> None:
-        self.tableau, self.course = tableau, course
-        self.times = course.stage_times((0.0, *tableau.abscissae))
-        ops = course.ops
-        self.stages = partial(autograd.stages, ops) if torch.is_grad_enabled() else ops.stages
-
-    def __call__(self, n: int, y: Tensor) -> Increment:
-        """Step n, from y."""
-        course, rows = self.course, self.tableau.rows
-        first, *times = self.times[n].unbind()
-        ks = [course.dynamics(first, y)] * (len(rows) + 1)
-        if rows:
-            self.stages(course.layout, rows, y, ks, course.sizes[n], tuple(times), course.dynamics)
-        return Increment(self.tableau.weights, ks, ks[0])
-
-
 def steps_of(method: Method, course: Course) -> Callable[[int, Tensor], Increment]:
     """What takes a method's steps: a function of a step's number and the state at its start."""
+    if isinstance(method, FixedAdams):
+        return AdamsSteps(method, course)
     assert isinstance(method, Tableau)
     return ExplicitSteps(method, course)
 
@@ -141,7 +83,7 @@ class FixedGridLoop:
     """A solve with the steps of a given grid.
 
     Args:
-        dynamics, layout, times, quadrature: as AdaptiveLoop's.
+        dynamics, layout, times, rtol, atol, quadrature, hooks: as AdaptiveLoop's.
         method: one without an error estimate.
         grid: [N] times of the steps' ends.
         options: the user's: interp, "linear" or "cubic", between the grid's times; perturb, whether func sees a step's
@@ -156,10 +98,14 @@ class FixedGridLoop:
         times: Times,
         grid: Tensor,
         options: dict[str, Any],
+        rtol: float | Tensor,
+        atol: float | Tensor,
         quadrature: Quadrature | None = None,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
         self.dynamics, self.method, self.layout, self.times = dynamics, method, layout, times
-        self.grid, self.options, self.quadrature = grid, options, quadrature
+        self.grid, self.options, self.quadrature, self.hooks = grid, options, quadrature, hooks
+        self.rtol, self.atol = rtol, atol
         self.cubic = options.get("interp", "linear") == "cubic"
         self.ops = backend_of(layout)
         self.n_steps = 0
@@ -174,19 +120,32 @@ class FixedGridLoop:
         steps = steps_of(self.method, course)
         ends, sizes = self.grid.tolist(), course.sizes
         outputs = Outputs(self.ops, self.layout, len(self.times.values), y0, recording)
+        hooks, t = self.hooks, self.times.tensor
         values, sign, i, y = self.times.values, self.times.sign, 1, y0
-        for n, dt in enumerate(sizes):
+        for n in range(len(sizes)):
+            dt = sizes[n]
+            if hooks.step is not None:
+                hooks.step(ends[n], y, abs(ends[n + 1] - ends[n]))
             step = steps(n, y)
             y1 = course.combine(step.weights, y, step.ks, dt)
             self.n_steps += 1
             if self.quadrature is not None:
                 self.quadrature.finish_fixed_step(step.weights, dt)
+            segment = None
+            if hooks.watch is not None:
+                segment = self._segment(course, n, ends, y, y1, step, moving)
+                end = hooks.watch(segment)
+                if end is not None:
+                    return torch.stack([y0, end])
             while i < len(values) and sign * (values[i] - ends[n + 1]) <= 0:
-                at_end = values[i] == ends[n + 1] and not moving
-                outputs.add(y1 if at_end else self._between(course, i, n, ends, y, y1, step, moving))
+                if values[i] == ends[n + 1] and not moving:
+                    outputs.add(y1)
+                else:
+                    segment = segment or self._segment(course, n, ends, y, y1, step, moving)
+                    outputs.add(segment.at(values[i], t[i] - t[i].detach() if moving and t.requires_grad else None))
                 i += 1
             y = y1
-            del step  # its derivatives are not to be kept through the next one
+            del step, segment  # the derivatives are not to be kept through the next one
         return outputs.collect()
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
@@ -205,35 +164,39 @@ class FixedGridLoop:
             self.ops,
             self.quadrature,
             grid,
-            sizes.unsqueeze(1).unbind() if len(sizes) else (),
+            sizes.unsqueeze(1).unbind() if 0 < len(sizes) < MOST_STEPS else sizes.unsqueeze(1),
             self.times.sign,
             bool(self.options.get("perturb", False)),
             self.options,
+            self.rtol,
+            self.atol,
         )
 
-    def _between(
-        self, course: Course, i: int, n: int, ends: list[float], y: Tensor, y1: Tensor, step: Increment, moving: bool
-    ) -> Tensor:
-        """The state at output time i, which step n has passed."""
-        dt = course.sizes[n]
-        x: Any = (self.times.values[i] - ends[n]) / (ends[n + 1] - ends[n])
-        if moving:
-            grid, t = self.grid, self.times.tensor
-            x = ((t[i] - grid[n]) / (grid[n + 1] - grid[n])).to(device=y.device, dtype=self.layout.real_dtype)
-        if not self.cubic:
-            if moving:
-                between: Tensor = y + x * (y1 - y)
-                return between
-            return course.combine(tuple(w * x for w in step.weights), y, step.ks, dt)
-        t1 = (self.grid if moving else self.grid.detach())[n + 1].to(device=y.device, dtype=self.layout.real_dtype)
-        slope1 = self.dynamics(t1, y1)
-        if moving:
-            h = dt.to(self.layout.real_dtype)
-            cubic: Tensor = y + (3 - 2 * x) * x * x * (y1 - y) + h * x * (1 - x) * ((1 - x) * step.slope - x * slope1)
-            return cubic
-        rise = (3 - 2 * x) * x * x
-        weights = (*(w * rise for w in step.weights), x * (1 - x) ** 2, -x * x * (1 - x))
-        return course.combine(weights, y, [*step.ks[: len(step.weights)], step.slope, slope1], dt)
+    def _segment(
+        self, course: Course, n: int, ends: list[float], y: Tensor, y1: Tensor, step: Increment, moving: bool
+    ) -> RungeKuttaSegment:
+        """Step n, from y to y1, with what lies between."""
+        ks = step.ks[: len(step.weights)]
+        if self.cubic:
+            t1 = (self.grid if moving else self.grid.detach())[n + 1].to(y.device, self.layout.real_dtype)
+            ks = [*ks, step.slope, self.dynamics(t1, y1)]
+        shift = course.grid[n] - course.grid[n].detach() if moving else None
+        size = ends[n + 1] - ends[n]
+        polynomial = _cubic(step.weights) if self.cubic else _linear(step.weights)
+        return RungeKuttaSegment(self.layout, polynomial, ends[n], ends[n + 1], size, y, ks, course.sizes[n], shift)
+
+
+@lru_cache(maxsize=64)
+def _linear(weights: tuple[float, ...]) -> reference.Interpolant:
+    """The line between a step's ends."""
+    return reference.Interpolant(tuple((w,) for w in weights), weights)
+
+
+@lru_cache(maxsize=64)
+def _cubic(weights: tuple[float, ...]) -> reference.Interpolant:
+    """The cubic through a step's ends and with their slopes, which come behind the step's own derivatives."""
+    rows = (*((0.0, 3 * w, -2 * w) for w in weights), (1.0, -2.0, 1.0), (0.0, -1.0, 1.0))
+    return reference.Interpolant(rows, (*weights, 0.0, 0.0))
 
 
 class Outputs:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from .._ops.contract import Grid, Layout, Policy, RightHandSide
-from ..control import Times
+from ..control import Times, number_from
 from ..methods import Method, Tableau
 from ..methods.adams import VariableAdams
+from ..methods.external import ScipySolver
 from ..solution import Stats
 from .adams import AdamsLoop
 from .adaptive import AdaptiveLoop, Norm
+from .external import ScipyLoop
 from .fixed_grid import FixedGridLoop
+from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
 
 
@@ -46,18 +50,26 @@ def loop_for(
     norm: Norm | None = None,
     quadrature: Quadrature | None = None,
     at_jump: Callable[[float, Tensor], Tensor] | None = None,
+    hooks: Hooks = NO_HOOKS,
 ) -> Loop:
     """The loop for a solve by a method.
 
     Args:
         method: of any kind.
-        dynamics, layout, times, rtol, atol, policy, prescribed, norm, quadrature, at_jump: as AdaptiveLoop's.
+        dynamics, layout, times, rtol, atol, policy, prescribed, norm, quadrature, at_jump, hooks: as AdaptiveLoop's.
         options: the user's.
         grid: returns the times of the steps of a method that does not choose them.
     """
     if not method.adaptive:
-        return FixedGridLoop(dynamics, method, layout, times, grid(), options, quadrature)
+        return FixedGridLoop(dynamics, method, layout, times, grid(), options, rtol, atol, quadrature, hooks)
     if isinstance(method, VariableAdams):
-        return AdamsLoop(dynamics, method, layout, rtol, atol, policy, prescribed, times, norm)
+        most = int(number_from(options, "max_order", method.max_order, 1, method.max_order))
+        method = replace(method, max_order=most)
+        return AdamsLoop(dynamics, method, layout, rtol, atol, policy, prescribed, times, norm, hooks)
+    if isinstance(method, ScipySolver):
+        solver = options.get("solver", "LSODA")
+        return ScipyLoop(dynamics, layout, times, rtol, atol, policy, solver, hooks)
     assert isinstance(method, Tableau)
-    return AdaptiveLoop(dynamics, method, layout, rtol, atol, policy, prescribed, times, norm, quadrature, at_jump)
+    return AdaptiveLoop(
+        dynamics, method, layout, rtol, atol, policy, prescribed, times, norm, quadrature, at_jump, hooks
+    )

@@ -1,0 +1,93 @@
+"""odeint_dense: the solution as a function of time."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidValue
+from .odeint import pose, solve
+from .state import Form, Func, State
+from .stepping.segment import Segment
+
+
+class DenseOutput:
+    """The solution between two times.
+
+    Attributes:
+        t0, t1: its ends.
+    """
+
+    def __init__(self, form: Form, segments: list[Segment], t0: float, t1: float, y0: Tensor) -> None:
+        self.t0, self.t1 = t0, t1
+        self._form, self._segments, self._y0 = form, segments, y0
+        self._sign = math.copysign(1.0, t1 - t0)
+        self._ends = [self._sign * segment.t1 for segment in segments]
+
+    def __repr__(self) -> str:
+        """Its range and number of steps."""
+        return f"DenseOutput(t from {self.t0:g} to {self.t1:g}, {len(self._segments)} steps)"
+
+    def __call__(self, t: Tensor | float) -> Any:
+        """Returns the states at times of any shape: [*t.shape, *y0.shape], or a tuple of such tensors.
+
+        Gradients reach what the solve's own do, and t.
+
+        Raises:
+            InvalidValue: a time lies outside.
+        """
+        t = torch.as_tensor(t, dtype=torch.float64) if not isinstance(t, Tensor) else t
+        times = t.reshape(-1)
+        values = times.detach().to("cpu", torch.float64).tolist()
+        low, high = min(self.t0, self.t1), max(self.t0, self.t1)
+        if not all(low <= value <= high for value in values):
+            raise InvalidValue(f"t must lie between {low:g} and {high:g}, where the solution is known; it is {t}")
+        places = [min(bisect_left(self._ends, self._sign * value), len(self._ends) - 1) for value in values]
+        order = sorted(range(len(values)), key=places.__getitem__)
+        rows, i = [self._y0[None][:0]], 0
+        while i < len(order):
+            j = i
+            while j < len(order) and places[order[j]] == places[order[i]]:
+                j += 1
+            rows.append(self._segments[places[order[i]]].sample(times[order[i:j]].to(self._y0.device, torch.float64)))
+            i = j
+        back = torch.empty(len(order), dtype=torch.long)
+        back[order] = torch.arange(len(order))
+        states = torch.cat(rows)[back.to(self._y0.device)]
+        return self._form.unpack(states.reshape(*t.shape, *self._y0.shape), tuple(t.shape))
+
+
+def odeint_dense(
+    func: Func,
+    y0: State,
+    t0: Tensor | float,
+    t1: Tensor | float,
+    *,
+    rtol: float | Tensor = 1e-7,
+    atol: float | Tensor = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> DenseOutput:
+    """Solves dy/dt = func(t, y) from y(t0) = y0 to t1 and returns the solution as a function of time.
+
+    Args:
+        func, y0, rtol, atol, method, options: as `odeint`'s. A method that does not choose its steps takes one, or
+            those that options' step_size or grid_constructor prescribe, with a line or a cubic (interp) on each.
+        t0, t1: numbers, or tensors of one number.
+
+    Returns:
+        A `DenseOutput`, a function of times between t0 and t1.
+
+    Raises:
+        What `odeint` raises.
+    """
+    ends = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in (t0, t1)]
+    problem = pose(func, y0, torch.stack([x.reshape(()) for x in ends]), rtol, atol, method, options)
+    segments: list[Segment] = []
+    solve(problem, segments.append)
+    start, end = problem.times.values
+    return DenseOutput(problem.form, segments, start, end, problem.y0)

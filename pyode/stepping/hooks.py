@@ -1,0 +1,46 @@
+"""What is done beside a solve: the user's callbacks, a look at every accepted step, what happens after a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import SolveError
+from .segment import Segment
+
+Callback = Callable[[float, Any, float], None]
+
+
+def raise_it(error: SolveError) -> None:
+    """Raises the error."""
+    raise error
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a loop calls beside func.
+
+    Attributes:
+        step, accept, reject: called with the time and the packed state at a step's start and its size, not signed:
+            before the step, after it was accepted, after it was rejected.
+        watch: called with every accepted step. What it returns, if not None, is the state at which the solve ends.
+        fail: called with the error of a solve that can't go on; where it returns, the last state stands for the rest.
+    """
+
+    step: Callback | None = None
+    accept: Callback | None = None
+    reject: Callback | None = None
+    watch: Callable[[Segment], Tensor | None] | None = None
+    fail: Callable[[SolveError], None] = raise_it
+
+    @cached_property
+    def after_step(self) -> bool:
+        """Whether there is something to be called after a step."""
+        return self.accept is not None or self.reject is not None or self.watch is not None
+
+
+NO_HOOKS = Hooks()

@@ -1,0 +1,68 @@
+"""The steps of Adams methods of fixed step size."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._ops import reference
+from ..control import number_from
+from ..methods import TABLEAUS
+from ..methods.multistep import HIGHEST_ORDER, LOWEST_ORDER, FixedAdams, bashforth, moulton
+from .course import Course, ExplicitSteps, Increment
+
+
+class AdamsSteps:
+    """The steps of an Adams method; the first ones are rk4's."""
+
+    def __init__(self, method: FixedAdams, course: Course) -> None:
+        self.course, self.implicit = course, method.implicit
+        self.times = course.stage_times((0.0, 1.0))
+        self.start = ExplicitSteps(TABLEAUS["rk4"], course)
+        max_order = int(number_from(course.options, "max_order", HIGHEST_ORDER, 1, HIGHEST_ORDER))
+        if max_order < LOWEST_ORDER:
+            warnings.warn(f"max_order is below {LOWEST_ORDER}, so the solver reduces to `rk4`.", stacklevel=2)
+        self.most = max_order - 1
+        self.max_iters = int(number_from(course.options, "max_iters", 4, 1))
+        self.slopes: list[Tensor] = []  # the newest first
+
+    def __call__(self, n: int, y: Tensor) -> Increment:
+        """Step n, from y."""
+        if len(self.slopes) + 1 < LOWEST_ORDER - 1 or self.most < LOWEST_ORDER - 1:
+            step = self.start(n, y)
+            self.slopes = [step.slope, *self.slopes][: self.most]
+            return step
+        first, last = self.times[n].unbind()
+        slope = self.course.dynamics(first, y)
+        self.slopes = [slope, *self.slopes][: self.most]
+        step = Increment(bashforth(len(self.slopes)), self.slopes, slope)
+        return self._correct(y, step, self.course.sizes[n], last) if self.implicit else step
+
+    def _correct(self, y: Tensor, step: Increment, dt: Tensor, last: Tensor) -> Increment:
+        """Solves the implicit formula by functional iteration from the predicted step."""
+        course, past = self.course, self.slopes
+        weights = moulton(len(past) + 1)
+        for _ in range(self.max_iters):
+            predicted = step
+            f = course.dynamics(last, course.combine(predicted.weights, y, predicted.ks, dt))
+            step = Increment(weights, [f, *past], past[0])
+            if self._agree(predicted, step, dt):
+                return step
+        warnings.warn("Functional iteration did not converge. Solution may be incorrect.", stacklevel=2)
+        self.slopes = past[:-1]  # a lower order is more stable
+        return step
+
+    def _agree(self, a: Increment, b: Increment, dt: Tensor) -> bool:
+        """Whether every number of two increments agrees within the tolerances, relative to the increments."""
+        course = self.course
+        with torch.no_grad():
+            zero = torch.zeros_like(a.slope)
+            x, z = (course.ops.stage_combine(course.layout, s.weights, zero, s.ks, dt.detach()) for s in (a, b))
+            change: Any = (x, z, [z, x], torch.ones_like(dt), course.rtol, course.atol)
+            (mean,) = course.ops.mean_square_errors(course.layout, ((1.0, -1.0),), *change)
+            if mean >= 1 or mean * x.numel() < 1:  # then the largest square is, too
+                return bool(mean < 1)
+            return bool(reference.scaled_step_error(course.layout, (1.0, -1.0), *change).abs().max() < 1)

@@ -1,0 +1,122 @@
+"""Dense output: an accepted step, and the solution within it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .._ops import autograd, backend_of, reference
+from .._ops.contract import Layout
+from ..methods.adams import Formulas
+
+
+class Segment(Protocol):
+    """An accepted step, from t0 to t1, and the solution within it."""
+
+    t0: float
+    t1: float
+
+    def at(self, t: float) -> Tensor:
+        """The state at a time within the step, packed; with a graph behind it where gradients are enabled."""
+
+    def sample(self, t: Tensor) -> Tensor:
+        """The states at some times, [m] float64, which may carry a gradient: [m, *state]."""
+
+
+class RungeKuttaSegment:
+    """One whose dense output is y + dt sum_j p_j(x) k_j, with a polynomial in the position x for each stage.
+
+    Args:
+        layout: the state's.
+        polynomial: the method's dense output.
+        t0, t1: the step's ends.
+        size: the step's size, signed, as it was used.
+        y, ks: the state at t0 and the derivatives.
+        dt: `size` as a tensor, [1]; with a graph if the step size has a gradient.
+        shift: how far the step has moved: 0, with the gradient of the solve's start; None if it hasn't one.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        polynomial: reference.Interpolant,
+        t0: float,
+        t1: float,
+        size: float,
+        y: Tensor,
+        ks: list[Tensor],
+        dt: Tensor,
+        shift: Tensor | None = None,
+    ) -> None:
+        self.layout, self.polynomial = layout, polynomial
+        self.t0, self.t1, self.size = t0, t1, size
+        self.y, self.ks, self.dt, self.shift = y, ks, dt, shift
+
+    def at(self, t: float, moved: Tensor | None = None) -> Tensor:
+        """See Segment; `moved` is 0, with the gradient of this time."""
+        if moved is None and self.shift is None:
+            weights = self.polynomial.weights_at(1.0 if t == self.t1 else (t - self.t0) / self.size)
+            return autograd.stage_combine(backend_of(self.layout), self.layout, weights, self.y, self.ks, self.dt)
+        elapsed = torch.tensor(t - self.t0, dtype=torch.float64, device=self.dt.device)
+        if moved is not None:
+            elapsed = elapsed + moved.to(elapsed)
+        return self._at_position(elapsed if self.shift is None else elapsed - self.shift.to(elapsed))
+
+    def sample(self, t: Tensor) -> Tensor:
+        """See Segment."""
+        elapsed = (t - self.t0).to(self.dt).reshape(-1, *[1] * self.y.dim())
+        return self._at_position(elapsed if self.shift is None else elapsed - self.shift.to(elapsed))
+
+    def _at_position(self, elapsed: Tensor) -> Tensor:
+        dt, device, dtype = self.dt.reshape(()), self.y.device, self.layout.real_dtype
+        x = (elapsed / dt).to(device, dtype)
+        return reference.interpolate_at(self.polynomial, x, self.y, self.ks, dt.to(device, dtype))
+
+
+class AdamsSegment:
+    """One of the variable-coefficient Adams method.
+
+    Args:
+        layout, t0, t1, size, y, dt, shift: as RungeKuttaSegment's; dt and shift, if they have a gradient, on the CPU.
+        ks: f at t1, f as predicted there, f at t0 and where the steps before began.
+        formulas: the step's.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        t0: float,
+        t1: float,
+        size: float,
+        y: Tensor,
+        ks: list[Tensor],
+        dt: Tensor,
+        formulas: Formulas,
+        shift: Tensor | None = None,
+    ) -> None:
+        self.layout, self.formulas = layout, formulas
+        self.t0, self.t1, self.size = t0, t1, size
+        self.y, self.ks, self.dt, self.shift = y, ks, dt, shift
+
+    def at(self, t: float, moved: Tensor | None = None) -> Tensor:
+        """See RungeKuttaSegment."""
+        if moved is None and self.shift is None:
+            weights = self.formulas.dense(1.0 if t == self.t1 else (t - self.t0) / self.size)
+            return autograd.stage_combine(backend_of(self.layout), self.layout, weights, self.y, self.ks, self.dt)
+        elapsed = torch.tensor(t, dtype=torch.float64)
+        return self.sample(elapsed if moved is None else elapsed + moved.to(elapsed))
+
+    def sample(self, t: Tensor) -> Tensor:
+        """See Segment; of t's shape, then the state's."""
+        elapsed = t.to("cpu", torch.float64) - self.t0
+        dt = self.dt.to(elapsed)
+        weights = self.formulas.dense_at((elapsed if self.shift is None else elapsed - self.shift) / dt.reshape(()))
+        return weighted(self.layout, weights, self.y, self.ks, dt)
+
+
+def weighted(layout: Layout, weights: Tensor, y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
+    """Returns y + dt sum_j w_j k_j for weights [..., n], with their gradients and dt's: [..., *state]."""
+    each = (dt.to(weights) * weights).to(y.device, layout.real_dtype).unbind(-1)
+    return sum((w.reshape(*w.shape, *[1] * y.dim()) * k for w, k in zip(each, ks)), y)
