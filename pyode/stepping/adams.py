@@ -25,8 +25,8 @@ from .fixed_grid import Outputs
 from .hooks import NO_HOOKS, Hooks
 from .segment import AdamsSegment, weighted
 
-# The error at which a step of safety times its size would have an error of AIM tolerances is aimed at. Shampine and
-# Gordon have half a tolerance in the Euclidean norm: for three numbers that is this in the root mean square.
+# Tolerances: the error of a step that is 1 / safety times as long as the one chosen. Shampine and Gordon choose half a
+# tolerance in the Euclidean norm, which in the root mean square of three numbers is this.
 AIM = 0.3
 GROWTH = 2.0  # of a step; with more the formulas of high orders are not stable
 KEPT = 2  # steps with an order before a higher one is considered
@@ -65,6 +65,7 @@ class AdamsLoop:
         self._stops = sorted((times.sign * t, is_jump) for ts, is_jump in ((step_t, False), (jump_t, True)) for t in ts)
         self._unit = torch.ones(1, dtype=torch.float64, device=layout.device)
         self.t = times.values[0]
+        self._status = Status.RUNNING
         self.n_accepted = self.n_rejected = self.n_steps = 0  # the last since the last output
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
@@ -79,26 +80,24 @@ class AdamsLoop:
         self._shift = (t[0] - t[0].detach()).to("cpu", torch.float64) if moving else None
         outputs, passed = Outputs(self.ops, self.layout, len(values), y0, recording), 1
         self.y = y0
-        try:
-            self._begin(self.dynamics(t[0].to(device=y0.device, dtype=self.layout.real_dtype), y0), first_step)
-            while passed < len(values):
-                self._plan()
-                segment = self._step()
-                if segment is None:
-                    continue
-                if hooks.watch is not None and (end := hooks.watch(segment)) is not None:
-                    return torch.stack([y0, end])
-                while passed < len(values) and sign * (values[passed] - self.t) <= 0:
-                    outputs.add(segment.at(values[passed], t[passed] - t[passed].detach() if moving else None))
-                    passed, self.n_steps = passed + 1, 0
-                if self._on_jump and passed < len(values):
-                    self._shift = None  # what comes behind a discontinuity does not move with the start
-                    now = self._time(self.t)
-                    self._begin(self.dynamics(torch.nextafter(now, now + sign), self.y))
-        except SolveError as error:
-            hooks.fail(error)
-            for _ in values[passed:]:
-                outputs.add(self.y)
+        self._begin(self.dynamics(t[0].to(device=y0.device, dtype=self.layout.real_dtype), y0), first_step)
+        while passed < len(values) and self._plan():
+            segment = self._step()
+            if segment is None:
+                continue
+            if hooks.watch is not None and (end := hooks.watch(segment)) is not None:
+                return torch.stack([y0, end])
+            while passed < len(values) and sign * (values[passed] - self.t) <= 0:
+                outputs.add(segment.at(values[passed], t[passed] - t[passed].detach() if moving else None))
+                passed, self.n_steps = passed + 1, 0
+            if self._on_jump and passed < len(values):
+                self._shift = None  # what comes behind a discontinuity does not move with the start
+                now = self._time(self.t)
+                self._begin(self.dynamics(torch.nextafter(now, now + sign), self.y))
+        if passed < len(values):
+            hooks.fail(SolveError(self._status, self.t, self._size, self.n_accepted + self.n_rejected))
+        for _ in values[passed:]:
+            outputs.add(self.y)
         return outputs.collect()
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
@@ -110,7 +109,7 @@ class AdamsLoop:
 
     def _begin(self, f: Tensor, first_step: float | None = None) -> None:
         """Starts at order 1, with f at the present time and state."""
-        self._fs, self._sizes, self._dt = [f], list[float](), self._unit  # both latest first
+        self._fs, self._sizes = [f], list[float]()  # of the last steps' ends, and of the steps; the latest first
         self._order, self._climbing, self._kept, self._failures, self._non_finite = 1, True, 0, 0, False
         self._size = self.times.sign * (self._first_step(f) if first_step is None else first_step)
 
@@ -120,7 +119,8 @@ class AdamsLoop:
         size, slope = self._norms(((1.0,), (0.0, 1.0)), y, [y, f], one)
         if not math.isfinite(size + slope):
             finite = bool((y.isfinite() & f.isfinite()).all())  # if so, a tolerance is 0 where y is 0
-            raise self._error(Status.STEP_TOO_SMALL if finite else Status.NON_FINITE)
+            self._status = Status.STEP_TOO_SMALL if finite else Status.NON_FINITE
+            return 0.0
         h0 = 1e-6 if size < 1e-5 or slope < 1e-5 else 0.01 * size / slope
         with torch.no_grad():
             trial = self.ops.stage_combine(self.layout, (self.times.sign * h0,), y, [f], one)
@@ -131,15 +131,15 @@ class AdamsLoop:
         steepest = max(slope, curvature)
         return min(100 * h0, max(1e-6, 1e-3 * h0) if steepest <= 1e-15 else math.sqrt(0.01 / steepest))
 
-    def _plan(self) -> None:
-        """Fixes the step to take: within its bounds, not across a prescribed time, not too small to move t."""
+    def _plan(self) -> bool:
+        """Fixes the step to take: within its bounds, not across a prescribed time; returns whether there is one."""
         policy, sign = self.policy, self.times.sign
-        if self.n_steps >= policy.max_num_steps:
-            raise self._error(Status.TOO_MANY_STEPS)
         size = min(max(abs(self._size), policy.min_step), policy.max_step)
         self._t1, self._on_jump = self.t + sign * size, False
-        if not sign * (self._t1 - self.t) > 0:
-            raise self._error(Status.NON_FINITE if self._non_finite else Status.STEP_TOO_SMALL)
+        if self._status is Status.RUNNING and self.n_steps >= policy.max_num_steps:
+            self._status = Status.TOO_MANY_STEPS
+        if self._status is Status.RUNNING and not sign * (self._t1 - self.t) > 0:
+            self._status = Status.NON_FINITE if self._non_finite else Status.STEP_TOO_SMALL
         i = bisect_right(self._stops, (sign * self.t, True))
         if i < len(self._stops):
             stop, is_jump = self._stops[i]
@@ -149,6 +149,7 @@ class AdamsLoop:
             elif left < 2 * size and not is_jump:  # two equal steps: formulas do not like a tiny one in their past
                 size, self._t1 = left / 2, self.t + sign * left / 2
         self._size = sign * size
+        return self._status is Status.RUNNING
 
     def _step(self) -> AdamsSegment | None:
         """Tries the step; returns it if it was accurate enough."""
@@ -156,19 +157,18 @@ class AdamsLoop:
         if hooks.step is not None:
             hooks.step(self.t, y, abs(size))
         formulas = self.method.formulas(tuple([h / size for h in self._sizes[:k]]), k)
-        if not self._sizes or size != self._sizes[0]:
-            self._dt = torch.full((1,), size, dtype=torch.float64, device=self.layout.device)
-        step = AdamsSegment(self.layout, self.t, self._t1, size, y, [], self._dt, formulas, self._shift)
+        dt = torch.full((1,), size, dtype=torch.float64, device=self.layout.device)
+        step = AdamsSegment(self.layout, self.t, self._t1, size, y, [], dt, formulas, self._shift)
         time = self._end_of(step)
         predicted = self._combine(step.formulas.predictor, y, fs, step.dt)
         ks = [self.dynamics(time, predicted), *fs]
-        error, *lower = self._norms((formulas.error, *formulas.lower), predicted, ks, self._dt)
+        error, *lower = self._norms((formulas.error, *formulas.lower), predicted, ks, dt)
         if not self._tolerates(error):
             self._reject(error * formulas.constant, lower)
             return None
         y1 = self._combine(step.formulas.corrector, y, ks, step.dt)
         f1 = self.dynamics(time, y1)
-        (higher,) = self._norms((formulas.higher,), y1, [f1, *fs], self._dt)
+        (higher,) = self._norms((formulas.higher,), y1, [f1, *fs], dt)
         if not math.isfinite(higher):
             self._reject(higher, lower)
             return None
@@ -187,7 +187,7 @@ class AdamsLoop:
         time = self._time(step.t1)
         if self._on_jump:
             if step.shift is not None:  # the step's end does not move with its start
-                step.dt = self._dt.to(step.shift) - step.shift
+                step.dt = step.dt.to(step.shift) - step.shift
                 step.formulas = step.formulas.stretched(step.dt[0] / step.size)
             return torch.nextafter(time, time - self.times.sign)  # f is as before the discontinuity
         return time if step.shift is None else time + step.shift.to(time)
@@ -202,7 +202,7 @@ class AdamsLoop:
         self.n_rejected, self.n_steps, self._failures = self.n_rejected + 1, self.n_steps + 1, self._failures + 1
         self._non_finite = not math.isfinite(error)
         if self._non_finite and abs(self._size) <= self.policy.min_step:
-            raise self._error(Status.NON_FINITE)
+            self._status = Status.NON_FINITE
         self._climbing, self._kept = False, 0
         if self._wants_lower(error, lower):
             self._order, error = self._order - 1, lower[0]
@@ -260,6 +260,3 @@ class AdamsLoop:
         if torch.is_grad_enabled():
             return autograd.stage_combine(self.ops, self.layout, weights, y, ks, dt)
         return self.ops.stage_combine(self.layout, weights, y, ks, dt)  # type: ignore[no-any-return]
-
-    def _error(self, status: Status) -> SolveError:
-        return SolveError(status, self.t, self._size, self.n_accepted + self.n_rejected)
