@@ -281,6 +281,20 @@ def test_a_user_norm_is_given_what_torchdiffeq_gives_it():
     assert seen[pyode] == seen[torchdiffeq]
 
 
+@METHODS
+def test_a_user_norm_of_a_tuple_with_a_first_step_takes_torchdiffeqs_steps(method):
+    calls = {pyode: 0, torchdiffeq: 0}
+    for module in calls:
+
+        def f(t, parts, module=module):
+            calls[module] += 1
+            return coupled(t, parts)
+
+        options = {"first_step": 0.05, "max_num_steps": 1000, "norm": lambda e: max(part.abs().max() for part in e)}
+        module.odeint(f, PARTS, tensor(0.0, 2.0), rtol=1e-3, atol=1e-4, method=method, options=options)
+    assert calls[pyode] == calls[torchdiffeq]
+
+
 def test_defaults_are_torchdiffeqs():
     y, expected = (module.odeint(van_der_pol, tensor(2.0, 0.0), tensor(0.0, 1.0)) for module in (pyode, torchdiffeq))
     assert torch.allclose(y, expected, rtol=1e-11)

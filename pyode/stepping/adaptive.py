@@ -6,6 +6,7 @@ for the whole state (B = 1) and one for each sample.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -217,8 +218,11 @@ class AdaptiveLoop:
             y, k = y.detach(), k.detach()
         n = sum(part.n_segments for part in controller.layouts)
         if first_step is not None:  # the state and slope have to be finite, no more
-            controller.error_norm((1.0,), y, y, [y], dt, 0.0, 1.0, 0)
-            controller.error_norm((1.0,), y, y, [k], dt, 0.0, 1.0, n)
+            for x, slot in ((y, 0), (k, n)):
+                if self.norm is None:
+                    controller.error_norm((1.0,), y, y, [x], dt, 0.0, 1.0, slot)
+                else:  # the user's norm is the only one: those of the segments stay 0
+                    controller.put_norm(0.0 if bool(x.isfinite().all()) else math.nan, slot)
             return int(controller.run(Phase.GIVEN_FIRST, first_step))
         self._note_norm((1.0,), y, y, [y], dt, 0)
         self._note_norm((1.0,), y, y, [k], dt, n)
