@@ -8,6 +8,7 @@ by one where the error estimates of its neighbours say so, and double the step s
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -138,7 +139,8 @@ class AdamsLoop:
         self._t1, self._on_jump = self.t + sign * size, False
         if self._status is Status.RUNNING and self.n_steps >= policy.max_num_steps:
             self._status = Status.TOO_MANY_STEPS
-        if self._status is Status.RUNNING and not sign * (self._t1 - self.t) > 0:
+        least = policy.least_ulps * sys.float_info.epsilon * abs(self.t)
+        if self._status is Status.RUNNING and (not sign * (self._t1 - self.t) > 0 or size < least):
             self._status = Status.NON_FINITE if self._non_finite else Status.STEP_TOO_SMALL
         i = bisect_right(self._stops, (sign * self.t, True))
         if i < len(self._stops):
