@@ -101,7 +101,7 @@ class TestFormulas:
         assert torch.allclose(slopes, expected, atol=1e-9)
 
     def test_the_error_constants_are_the_literatures(self):
-        # Hairer, Norsett, Wanner I, table III.1.2
+        # Hairer, Norsett, Wanner I, section III.1
         assert GAMMA[:7] == pytest.approx((1, 1 / 2, 1 / 12, 1 / 24, 19 / 720, 3 / 160, 863 / 60480), rel=1e-15)
 
     @pytest.mark.parametrize("order", [1, 2, 3, 4, 6, 8])

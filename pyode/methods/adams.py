@@ -117,7 +117,7 @@ class Formulas:
 
 
 def moulton_constants(n: int) -> tuple[Fraction, ...]:
-    """The error constants |gamma*_j| of the implicit Adams methods, j = 0 to n (Hairer I, III.1, eq. 1.9)."""
+    """The error constants |gamma*_j| of the implicit Adams methods, j = 0 to n (Hairer, Norsett, Wanner I, III.1)."""
     constants = [Fraction(1)]
     for m in range(1, n + 1):
         constants.append(-sum((constants[m - j] / (j + 1) for j in range(1, m + 1)), Fraction(0)))
@@ -196,5 +196,5 @@ def gauss(n: int) -> tuple[Numbers, Numbers]:
 variable_adams = VariableAdams(
     name="adams",
     max_order=12,
-    source="Shampine, Gordon, Computer Solution of Ordinary Differential Equations, 1975; Hairer I, III.5",
+    source="Shampine, Gordon, Computer Solution of Ordinary Differential Equations, 1975; Hairer, Norsett, Wanner I, III.5",
 )
