@@ -196,5 +196,5 @@ def gauss(n: int) -> tuple[Numbers, Numbers]:
 variable_adams = VariableAdams(
     name="adams",
     max_order=12,
-    source="Shampine, Gordon, Computer Solution of Ordinary Differential Equations, 1975; Hairer, Norsett, Wanner I, III.5",
+    source="Shampine, Gordon, Computer Solution of Ordinary Differential Equations, 1975; Hairer et al. I, III.5",
 )
