@@ -32,7 +32,16 @@ ADAPTIVE_OPTIONS = frozenset(
     ]
 )
 FIXED_STEP_OPTIONS = frozenset(["step_size", "grid_constructor", "interp", "perturb", "norm"])
-COMMON_OPTIONS = frozenset(["stats", "params", "on_failure", "event_t_max", "skip_initial_event"])
+COMMON_OPTIONS = frozenset(["stats", "on_failure", "event_t_max", "skip_initial_event", "params", "control"])
+CONTROLS = ("joint", "per_sample")
+# Exponents of the last errors, in units of 1 / order, and of the last ratios of step sizes: I is elementary control; PI
+# is PI.4.2, H211b has b = 4 (Soderlind 2003 and 2006); PID is SUNDIALS' (Hindmarsh et al. 2005).
+CONTROLLERS = {
+    "I": ((1.0, 0.0, 0.0), (0.0, 0.0)),
+    "PI": ((0.6, -0.2, 0.0), (0.0, 0.0)),
+    "PID": ((0.58, -0.21, 0.1), (0.0, 0.0)),
+    "H211b": ((0.25, 0.25, 0.0), (0.25, 0.0)),
+}
 STEPS_TO_EVENT = 100_000  # at most so many, by default
 
 
@@ -91,6 +100,41 @@ def check_times(t: Any) -> Times:
     if not all(map(math.isfinite, values)):
         raise InvalidValue("t must be finite")
     return times
+
+
+def check_sample_times(t: Any, samples: int) -> Times:
+    """The same for each sample's own times, [T, B]: each column strictly monotonic, but for repetitions of its last."""
+    if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() != 2 or t.shape[1] != samples or not len(t):
+        what = f"{tuple(t.shape)}, {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+        raise InvalidValue(f"t must be [T] or, with control='per_sample', [T, {samples}] floating; it is {what}")
+    values = t.detach().to(torch.float64)
+    if not bool(values.isfinite().all()):
+        raise InvalidValue("t must be finite")
+    steps = values.diff(dim=0) * torch.sign(values[-1] - values[0])
+    padding = values[1:] == values[-1]
+    wrong = ((steps <= 0) & ~(padding & (steps == 0))).nonzero()
+    if len(wrong):
+        i, b = wrong[0].tolist()
+        raise InvalidValue(
+            f"each column of t must be strictly monotonic, but for repetitions of its last time; t[{i}, {b}] = "
+            f"{values[i, b]:g} is followed by t[{i + 1}, {b}] = {values[i + 1, b]:g}"
+        )
+    return Times(t, values[:, 0].tolist() if samples else [0.0] * len(t))
+
+
+def filter_from(controller: Any) -> tuple[tuple[float, float, float], tuple[float, float]]:
+    """The exponents of a controller, given by name or as (beta1, beta2, beta3, alpha2, alpha3).
+
+    Source:
+        Soderlind, Digital filters in adaptive time-stepping, 2003.
+    """
+    if isinstance(controller, str) and controller in CONTROLLERS:
+        return CONTROLLERS[controller]
+    if isinstance(controller, (tuple, list)) and 1 <= len(controller) <= 5:
+        b1, b2, b3, a2, a3 = (*map(float, controller), *[0.0] * (5 - len(controller)))
+        return (b1, b2, b3), (a2, a3)
+    names = ", ".join(map(repr, CONTROLLERS))
+    raise InvalidValue(f"controller must be one of {names}, or a tuple of one to five exponents, not {controller!r}")
 
 
 def times_until_event(times: Times, options: dict[str, Any]) -> Times:

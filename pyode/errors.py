@@ -72,11 +72,13 @@ class SolveError(PyodeError, AssertionError, RuntimeError):
         t: where it stopped.
         dt: the last step that was tried.
         n_steps: how many steps had been tried.
+        sample: which one of several, None where there is one controller for all.
     """
 
-    def __init__(self, status: Status, t: float, dt: float, n_steps: int) -> None:
-        super().__init__(status, t, dt, n_steps)
-        self.status, self.t, self.dt, self.n_steps = Status(status), t, dt, n_steps
+    def __init__(self, status: Status, t: float, dt: float, n_steps: int, sample: int | None = None) -> None:
+        super().__init__(status, t, dt, n_steps, sample)
+        self.status, self.t, self.dt, self.n_steps, self.sample = Status(status), t, dt, n_steps, sample
 
     def __str__(self) -> str:
-        return f"at t = {self.t:.9g}, with dt = {self.dt:.3g}, after {self.n_steps} steps: {self.status.sentence}"
+        who = "" if self.sample is None else f"sample {self.sample} "
+        return f"{who}at t = {self.t:.9g}, with dt = {self.dt:.3g}, after {self.n_steps} steps: {self.status.sentence}"

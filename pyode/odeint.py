@@ -18,10 +18,12 @@ from ._ops import backend_for
 from ._ops.contract import Grid, Policy
 from .callbacks import callbacks_of
 from .control import (
+    CONTROLS,
     STEPS_TO_EVENT,
     Times,
     check_dict,
     check_options,
+    check_sample_times,
     check_times,
     check_tolerance,
     first_step_from,
@@ -29,8 +31,8 @@ from .control import (
     policy_from,
     times_until_event,
 )
-from .errors import DynamicsError, InvalidType, SolveError, Status
-from .methods import Method
+from .errors import DynamicsError, InvalidType, InvalidValue, SolveError, Status
+from .methods import TABLEAUS, Method, Tableau
 from .solution import Stats
 from .state import Dynamics, Form, Func, State, check_y0, with_args
 from .stepping.event import EventSearch
@@ -159,26 +161,28 @@ def pose(
     if not callable(func):
         raise InvalidType(f"func must be callable as func(t, y), not a {type(func).__name__}")
     check_y0(y0)
-    times = check_times(t)
     found = methods.find(method)
     options = {} if options is None else check_dict(options, "options")
     check_options(options, found)
     check_interp(options)
+    form = Form(y0, per_sample=is_per_sample(options, found))
+    times = check_sample_times(t, form.samples) if getattr(t, "ndim", 1) == 2 and form.per_sample else check_times(t)
     if event_fn is not None:
+        if form.per_sample:
+            raise InvalidValue("odeint has one event for all samples; solve_ivp(event_fn=) has one for each")
         times = times_until_event(times, options)
         options = {"max_num_steps": STEPS_TO_EVENT, **options} if found.adaptive else options
-    form = Form(y0)
     packed = form.pack(y0)
     if t.device != packed.device:
         warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)
     return Problem(
-        func=with_args(func, args),
+        func=_for_one_sample(with_args(func, args), form),
         form=form,
         y0=packed,
         times=times,
         method=found,
-        rtol=check_tolerance(rtol, "rtol", form, packed),
-        atol=check_tolerance(atol, "atol", form, packed),
+        rtol=check_tolerance(rtol, "rtol", form, packed[0] if form.per_sample else packed),
+        atol=check_tolerance(atol, "atol", form, packed[0] if form.per_sample else packed),
         options=options,
         policy=policy_from(options, found),
         grid=grid_from(options, times, packed.device),
@@ -186,6 +190,26 @@ def pose(
         callbacks=callbacks_of(func, found, times.tensor, form.unpack),
         event=None if event_fn is None else event_of(event_fn, args, form, packed.device),
     )
+
+
+def is_per_sample(options: dict[str, Any], method: Method) -> bool:
+    """Whether every sample is to have a step-size controller of its own.
+
+    Raises:
+        InvalidValue: the method has no such thing.
+    """
+    control = options.get("control", "joint")
+    if control not in CONTROLS:
+        raise InvalidValue(f"control must be one of {', '.join(map(repr, CONTROLS))}, not {control!r}")
+    if control == "per_sample" and not (method.adaptive and isinstance(method, Tableau)):
+        able = ", ".join(name for name, tableau in TABLEAUS.items() if tableau.adaptive)
+        raise InvalidValue(f"control='per_sample' is for methods that choose their steps: {able}; not {method.name}")
+    return bool(control == "per_sample")
+
+
+def _for_one_sample(func: Func, form: Form) -> Func:
+    """A single sample's func is given its time as [1], like that of several."""
+    return (lambda t, y: func(t.reshape(1), y)) if form.per_sample and form.samples == 1 else func
 
 
 def event_of(event_fn: Any, args: Any, form: Form, device: torch.device) -> Callable[[float, Tensor], Tensor]:
@@ -228,7 +252,7 @@ def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = N
 
     with torch.cuda.device(y0.device) if y0.device.type == "cuda" else nullcontext():
         ops = backend_for(y0)
-        layout = ops.Layout(1, y0.numel(), form.segments, y0.dtype, y0.device)
+        layout = ops.Layout(form.samples, form.segments[-1], form.segments, y0.dtype, y0.device)
         dynamics = Dynamics(problem.func, form, y0, partial(ops.copy, layout))
         norm = options.get("norm")
         loop = loop_for(
@@ -243,7 +267,7 @@ def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = N
             options,
             lambda: grid_of(options, times, problem.func, form.unpack(y0)),
             None if norm is None else lambda error, _: norm(form.unpack(error)),
-            hooks=Hooks(watch=watch, fail=fail, **problem.callbacks),
+            hooks=Hooks(watch=watch, fail=fail, **problem.callbacks),  # type: ignore[arg-type]
         )
         try:
             solved.ys, solved.last_step = loop.solve(y0, problem.first_step), loop.last_step

@@ -117,19 +117,38 @@ def _kind(value: object) -> str:
 class Form:
     """The shape of the user's state, and the way to and from the tensor that the loops work on.
 
+    Args:
+        y0: the state at the start.
+        per_sample: whether the first axis of every part counts the samples, and the packed state is [samples, ...] too.
+
     Attributes:
         is_tensor: whether the state is one, and keeps its shape.
         is_tuple: whether it is a flat tuple, named or not; func may return any tuple or list for it.
+        samples: how many; 1 if all of the state is one sample.
+        segments: where the parts of one sample lie.
     """
 
-    def __init__(self, y0: State) -> None:
+    def __init__(self, y0: State, per_sample: bool = False) -> None:
         self.is_tensor = isinstance(y0, Tensor)
         self.is_tuple = isinstance(y0, tuple) and all(isinstance(part, Tensor) for part in y0)
         self.tree = None if self.is_tensor or (self.is_tuple and type(y0) is tuple) else Tree(y0)
         parts = self.parts(y0)
         self.shapes = [part.shape for part in parts]
-        self.sizes = [part.numel() for part in parts]
+        self.per_sample = per_sample
+        if per_sample:
+            self._check_samples()
+        self.samples = self.shapes[0][0] if per_sample else 1
+        self.sizes = [part.numel() // max(self.samples, 1) for part in parts]
         self.segments = (0, *accumulate(self.sizes))
+
+    def _check_samples(self) -> None:
+        """Raises InvalidValue unless the first axis of all parts is of one length."""
+        for shape, name in zip(self.shapes, self.names("y0")):
+            if not shape or shape[0] != self.shapes[0][0]:
+                first = f"{self.names('y0')[0]} has {tuple(self.shapes[0])}"
+                raise InvalidValue(
+                    f"the first axis of every part of y0 counts the samples; {name} has shape {tuple(shape)}, {first}"
+                )
 
     def parts(self, state: State) -> Sequence[Any]:
         """The tensors of a state.
@@ -149,7 +168,11 @@ class Form:
 
     def pack(self, state: State) -> Tensor:
         """One contiguous tensor; parts of different dtypes are promoted."""
-        return plain(state) if self.is_tensor else torch.cat([part.reshape(-1) for part in self.parts(state)])
+        return plain(state) if self.is_tensor else self.join(self.parts(state))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The parts of a structure, packed."""
+        return torch.cat([part.reshape(*([self.samples] if self.per_sample else []), -1) for part in parts], -1)
 
     def at(self, states: State, i: int) -> State:
         """The state at the i-th of the output times whose states these are."""
@@ -160,6 +183,8 @@ class Form:
         if self.is_tensor:
             return y
         flat = zip(torch.split(y, self.sizes, -1), self.shapes)
+        if self.per_sample:  # the parts lie apart
+            return self._build(part.reshape((*leading, *shape)) for part, shape in flat)
         return self._build(part.view((*leading, *shape)) for part, shape in flat)
 
     def _build(self, parts: Iterator[Tensor]) -> State:
@@ -266,7 +291,7 @@ class Dynamics:
         if form.is_tensor:
             return self._checked(k, self.shape, "func")
         parts = zip(self._parts(k), form.shapes, self._names)
-        return torch.cat([self._checked(part, shape, name).reshape(-1) for part, shape, name in parts])
+        return form.join([self._checked(part, shape, name) for part, shape, name in parts])
 
     def _parts(self, k: Any) -> Sequence[Any]:
         form = self.form

@@ -77,6 +77,7 @@ class Layout(contract.Layout):
         self.spares: list[Tensor] | None = [] if big and _CAN_RECYCLE else None
 
 
+_RUNNING = 1  # kRunning
 _BIG = 1 << 20  # bytes; malloc gives smaller memory out again without a page fault
 _MAX_SPARES = 4
 
@@ -259,6 +260,17 @@ class Controller:
             first = N_FIELDS * self.layouts[0].samples
             flags = self._words[first : first + 2].view(torch.int64).tolist()[self.handle.turn]
         return flags
+
+    @property
+    def running(self) -> bool:
+        """Whether a sample still runs."""
+        return bool((self.field("status") == _RUNNING).any())
+
+    def finish(self, which: Tensor, status: int) -> None:
+        """Ends the solve of some samples: `which` is [B] bool."""
+        which = which.to(self._words.device)
+        self.field("status").masked_fill_(which, status)
+        self.dt.masked_fill_(which, 0.0)
 
     def field(self, name: str) -> Tensor:
         """A field of the step state, [B]: a view."""

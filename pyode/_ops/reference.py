@@ -247,6 +247,18 @@ class Controller:
         """See native.Controller.put_norm."""
         self._means[slot] = [float(norm) * float(norm)]
 
+    @property
+    def running(self) -> bool:
+        """See native.Controller.running."""
+        return any(sample.status == _RUNNING for sample in self._samples)
+
+    def finish(self, which: Tensor, status: int) -> None:
+        """See native.Controller.finish."""
+        for sample, one in zip(self._samples, which.tolist()):
+            if one:
+                sample.status, sample.dt = status, 0.0
+        self.dt = torch.tensor([sample.dt for sample in self._samples], dtype=torch.float64)
+
     def field(self, name: str) -> Tensor:
         """See native.Controller.field; a copy."""
         dtype = torch.float64 if name in REAL_FIELDS else torch.int64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -73,6 +73,47 @@ class RungeKuttaSegment:
         dt, device, dtype = self.dt.reshape(()), self.y.device, self.layout.real_dtype
         x = (elapsed / dt).to(device, dtype)
         return reference.interpolate_at(self.polynomial, x, self.y, self.ks, dt.to(device, dtype))
+
+
+class BatchSegment:
+    """A step of B samples, some of which have accepted it; states are [B, D] here.
+
+    Args:
+        layout, polynomial, y, ks: as RungeKuttaSegment's.
+        controller: of all samples, which has just judged the step.
+        dt: [B] the step sizes as they were used, with a graph if they have a gradient.
+        shift: [B] how far each step has moved; None if that has no gradient.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        polynomial: reference.Interpolant,
+        controller: Any,
+        y: Tensor,
+        ks: list[Tensor],
+        dt: Tensor,
+        shift: Tensor | None,
+    ) -> None:
+        self.layout, self.polynomial, self.controller = layout, polynomial, controller
+        self.y, *self.ks = (x.reshape(layout.samples, layout.size) for x in (y, *ks))
+        self.shift = shift
+        # Copies: the next step's take their places.
+        self.t0, self.t1, self.size = (controller.field(name).clone() for name in ("t_prev", "t", "dt_prev"))
+        self.accepted = controller.field("accepted") != 0
+        self.dt = dt if dt.requires_grad else self.size
+
+    def at(self, t: Tensor) -> Tensor:
+        """The states at a time for each sample, [B] or [m, B] float64: [B, D] or [m, B, D].
+
+        Samples that stood still are given their state.
+        """
+        elapsed = t.to(self.t0) - self.t0 - (0.0 if self.shift is None else self.shift.to(self.t0))
+        x = elapsed / torch.where(self.dt.detach() == 0, torch.ones_like(self.dt), self.dt)
+        x = torch.where(t.to(self.t1) == self.t1, x - (x - 1).detach(), x)  # exactly 1 at the end
+        where = (self.y.device, self.layout.real_dtype)
+        x, dt = (v.unsqueeze(-1).to(*where) for v in (x, self.dt))
+        return reference.interpolate_at(self.polynomial, x, self.y, self.ks, dt)
 
 
 class AdamsSegment:
