@@ -69,8 +69,9 @@ def odeint(
         rtol, atol: the error estimate of a step is kept below atol + rtol |y|, in the root-mean-square sense; for a
             structure, in each part. Numbers, tensors that broadcast to y0, or for a structure one for each part, in a
             like structure or in a row.
-        method: "dopri5" (default), "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun" choose their steps;
-            "euler", "midpoint", "heun2", "heun3", "rk4" take those that t or the options prescribe.
+        method: "dopri5" (default), "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun" choose their steps,
+            "adams" its orders too; "euler", "midpoint", "heun2", "heun3", "rk4" take those that t or the options
+            prescribe.
         options: for methods that choose their steps: first_step, min_step, max_step, safety (0.9), ifactor (10),
             dfactor (0.2), max_num_steps (between two output times), norm (of the scaled error, a function of the
             state), step_t and jump_t (times at which steps end, and at which func is discontinuous), dtype (accepted;

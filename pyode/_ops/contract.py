@@ -5,6 +5,7 @@ The compiled counterparts are the structs of csrc/ops.h and csrc/core/controller
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any, Protocol
@@ -112,6 +113,11 @@ class Grid:
     times: Tensor
     step_t: Tensor | None = None
     jump_t: Tensor | None = None
+
+
+def largest(means: list[float]) -> float:
+    """The largest of the mean squares over the segments; nan if one of them is."""
+    return math.nan if any(map(math.isnan, means)) else max(means)
 
 
 class Phase(IntEnum):

@@ -6,6 +6,7 @@ A tensor handed to an op is contiguous, and of the layout's dtype and device.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .. import _C
 from . import contract
-from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy, RightHandSide
+from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy, RightHandSide, largest
 
 
 class Interpolant(_C.Interpolant):
@@ -154,21 +155,26 @@ def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor)
     return out
 
 
-def mean_square_error(
+def mean_square_errors(
     layout: Layout,
-    weights: tuple[float, ...],
+    rows: Sequence[tuple[float, ...]],
     y0: Tensor,
     y1: Tensor,
     ks: list[Tensor],
     dt: Tensor,
     rtol: float | Tensor,
     atol: float | Tensor,
-) -> float:
-    """The largest mean square over the segments, as Controller.error_norm notes them. On CUDA this waits."""
+) -> list[float]:
+    """For each row of weights the largest mean square over the segments, as Controller.error_norm notes them.
+
+    Of a joint state. On CUDA this waits, once for all rows.
+    """
     parts = layout.handle.error_parts
-    means = torch.empty((layout.n_segments, parts), dtype=torch.float64, device=layout.device)
-    _C.error_norm(layout.handle, weights, y0, y1, ks, dt, rtol, atol, means.data_ptr(), parts)
-    return max(map(sum, means.tolist()))
+    means = torch.empty((len(rows), layout.n_segments, parts), dtype=torch.float64, device=layout.device)
+    address, stride = means.data_ptr(), 8 * parts * layout.n_segments
+    for i, weights in enumerate(rows):
+        _C.error_norm(layout.handle, weights, y0, y1, ks, dt, rtol, atol, address + i * stride, parts)
+    return [largest([sum(parts) for parts in segments]) for segments in means.tolist()]
 
 
 @lru_cache(maxsize=64)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import sys
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy, RightHandSide
+from .contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy, RightHandSide, largest
 
 __all__ = [
     "Controller",
@@ -130,20 +130,30 @@ def scaled_step_error(
     return scaled_error(error, wide, _widened(y1), rtol, atol)
 
 
-def mean_square_error(
+def mean_square_errors(
     layout: Layout,
-    weights: tuple[float, ...],
+    rows: Sequence[tuple[float, ...]],
     y0: Tensor,
     y1: Tensor,
     ks: list[Tensor],
     dt: Tensor,
     rtol: float | Tensor,
     atol: float | Tensor,
-) -> float:
-    """See native.mean_square_error."""
-    error = scaled_step_error(layout, weights, y0, y1, ks, dt, rtol, atol).detach().abs().reshape(-1)
-    parts = [error[begin:end].to(_wide_float(error)) for begin, end in zip(layout.segments, layout.segments[1:])]
-    return max((float(part.square().mean()) for part in parts if part.numel()), default=0.0)
+) -> list[float]:
+    """See native.mean_square_errors."""
+    with torch.no_grad():
+        ratios = [scaled_step_error(layout, weights, y0, y1, ks, dt, rtol, atol) for weights in rows]
+        return [largest([mean for (mean,) in _means(layout, ratio)]) for ratio in ratios]
+
+
+def _means(layout: Layout, ratio: Tensor) -> list[list[float]]:
+    """The mean squares over each segment, of every sample; 0 over an empty one."""
+    flat = ratio.detach().abs().reshape(layout.samples, layout.size)
+    flat = flat.to(_wide_float(flat)).square()
+    return [
+        flat[:, begin:end].mean(1).tolist() if end > begin and layout.samples else [0.0] * layout.samples
+        for begin, end in zip(layout.segments, layout.segments[1:])
+    ]
 
 
 _LEAST_ERROR = 1e-10  # as kLeastError
@@ -230,10 +240,8 @@ class Controller:
         """See native.Controller.error_norm."""
         layout = layout or self.layouts[0]
         ratio = scaled_step_error(layout, weights, y0, y1, ks, dt, rtol, atol)
-        flat = ratio.detach().abs().reshape(layout.samples, layout.size)
-        for i, (begin, end) in enumerate(zip(layout.segments, layout.segments[1:])):
-            if end > begin and layout.samples:
-                self._means[slot + i] = flat[:, begin:end].to(_wide_float(flat)).square().mean(1).tolist()
+        for i, mean in enumerate(_means(layout, ratio)):
+            self._means[slot + i] = mean
 
     def put_norm(self, norm: Tensor | float, slot: int = 0) -> None:
         """See native.Controller.put_norm."""
@@ -263,7 +271,9 @@ class Controller:
         if phase in (Phase.TRY_FIRST, Phase.GIVEN_FIRST):
             self._samples = [times.start() for times in self._times]
         for b, (sample, times) in enumerate(zip(self._samples, self._times)):
-            norm, slope = (_root_of_largest(means, b) for means in (self._means[:first], self._means[first:]))
+            norm, slope = (
+                math.sqrt(largest([mean[b] for mean in means])) for means in (self._means[:first], self._means[first:])
+            )
             if phase in (Phase.TRY_FIRST, Phase.GIVEN_FIRST):
                 self._try_first_step(sample, times, norm, slope)
             if phase is Phase.TRY_FIRST:
@@ -401,11 +411,6 @@ class Controller:
 def _wide_float(x: Tensor) -> torch.dtype:
     """Norms are summed in float64 where the device has it."""
     return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-def _root_of_largest(means: list[list[float]], b: int) -> float:
-    values = [mean[b] for mean in means]
-    return math.nan if any(math.isnan(value) for value in values) else math.sqrt(max(values))
 
 
 class Interpolant:

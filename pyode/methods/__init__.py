@@ -9,6 +9,7 @@ import difflib
 from typing import Protocol
 
 from ..errors import InvalidValue
+from .adams import variable_adams
 from .dormand_prince import dopri5, dopri8
 from .external import scipy_solver
 from .low_order import adaptive_heun, bosh3, euler, fehlberg2, heun2, heun3, midpoint, rk4
@@ -49,6 +50,7 @@ TABLEAUS: dict[str, Tableau] = {
 }  # fmt: skip
 METHODS: dict[str, Method] = {
     **TABLEAUS,
+    "adams": variable_adams,
     "explicit_adams": explicit_adams,
     "implicit_adams": implicit_adams,
     "fixed_adams": implicit_adams,  # its old name

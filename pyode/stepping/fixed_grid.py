@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class FixedGridLoop:
         course = self._course(y0, moving)
         steps = steps_of(self.method, course)
         ends, sizes = self.grid.tolist(), course.sizes
-        outputs = Outputs(self, y0, recording)
+        outputs = Outputs(self.ops, self.layout, len(self.times.values), y0, recording)
         hooks, t = self.hooks, self.times.tensor
         values, sign, i, y = self.times.values, self.times.sign, 1, y0
         for n in range(len(sizes)):
@@ -201,11 +202,10 @@ def _cubic(weights: tuple[float, ...]) -> reference.Interpolant:
 class Outputs:
     """The states at the output times: copied to their place, or with a graph behind them, kept until the end."""
 
-    def __init__(self, loop: FixedGridLoop, y0: Tensor, recording: bool) -> None:
-        self.loop = loop
+    def __init__(self, ops: ModuleType, layout: Layout, n: int, y0: Tensor, recording: bool) -> None:
+        self.ops, self.layout = ops, layout
         self.states = [y0]
-        shape = (len(loop.times.values), *y0.shape)
-        self.out = None if recording else torch.empty(shape, dtype=y0.dtype, device=y0.device)
+        self.out = None if recording else torch.empty((n, *y0.shape), dtype=y0.dtype, device=y0.device)
         self.places = iter(() if self.out is None else self.out.unbind())
         if self.out is not None:
             self.add(y0)
@@ -215,7 +215,7 @@ class Outputs:
         if self.out is None:
             self.states.append(y)
         else:
-            self.loop.ops.copy(self.loop.layout, y, next(self.places))
+            self.ops.copy(self.layout, y, next(self.places))
 
     def collect(self) -> Tensor:
         """All of them, [T, ...]."""
