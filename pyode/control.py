@@ -49,7 +49,7 @@ def check_options(options: dict[str, Any], method: Method) -> None:
     norm = options.get("norm")
     if norm is not None and not callable(norm):
         raise InvalidType(f"options['norm'] must be callable as norm(state), not a {type(norm).__name__}")
-    known = ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS
+    known = method.own_options | (ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS)
     unknown = {name: value for name, value in options.items() if name not in known}
     if unknown:
         warnings.warn(

@@ -10,13 +10,14 @@ from enum import IntEnum
 
 
 class Status(IntEnum):
-    """How a solve, or one sample of it, stands. The numbers are those of csrc/core/controller.h."""
+    """How a solve, or one sample of it, stands. The first five are those of csrc/core/controller.h."""
 
     SUCCESS = 0
     RUNNING = 1
     STEP_TOO_SMALL = 2
     TOO_MANY_STEPS = 3
     NON_FINITE = 4
+    NOT_CONVERGED = 5
 
     @property
     def sentence(self) -> str:
@@ -39,6 +40,11 @@ _SENTENCES = {
     Status.NON_FINITE: (
         "func or the state became inf or nan, and smaller steps did not help. The solution may blow up here; check "
         "func at this time and state, shorten the time span, or scale the problem."
+    ),
+    Status.NOT_CONVERGED: (
+        "The equations of an implicit step were not solved: Newton's iteration, or GMRES within it or in the backward "
+        "pass, did not converge. Take smaller steps, check that func is smooth, solve in float64, or loosen "
+        "options['newton_tol'] or raise options['max_iters']."
     ),
 }
 

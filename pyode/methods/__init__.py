@@ -10,6 +10,18 @@ from typing import Protocol
 
 from ..errors import InvalidValue
 from .dormand_prince import dopri5, dopri8
+from .implicit import (
+    ImplicitTableau,
+    gl4,
+    gl6,
+    implicit_euler,
+    implicit_midpoint,
+    radau_iia3,
+    radau_iia5,
+    sdirk2,
+    trapezoid,
+    trbdf2,
+)
 from .low_order import adaptive_heun, bosh3, euler, fehlberg2, heun2, heun3, midpoint, rk4
 from .tableau import Tableau
 from .tsitouras import tsit5
@@ -22,6 +34,7 @@ class Method(Protocol):
         name: what users call it.
         order: of the solution; the highest, where it varies.
         adaptive: whether it chooses its steps.
+        own_options: names of options that it knows beside those of all methods that choose their steps or do not.
     """
 
     @property
@@ -30,6 +43,8 @@ class Method(Protocol):
     def order(self) -> int: ...  # noqa: D102
     @property
     def adaptive(self) -> bool: ...  # noqa: D102
+    @property
+    def own_options(self) -> frozenset[str]: ...  # noqa: D102
 
 
 TABLEAUS: dict[str, Tableau] = {
@@ -39,7 +54,13 @@ TABLEAUS: dict[str, Tableau] = {
         euler, midpoint, heun2, heun3, rk4,
     )
 }  # fmt: skip
-METHODS: dict[str, Method] = {**TABLEAUS}
+IMPLICIT: dict[str, ImplicitTableau] = {
+    tableau.name: tableau
+    for tableau in (
+        implicit_euler, implicit_midpoint, trapezoid, radau_iia3, gl4, radau_iia5, gl6, sdirk2, trbdf2,
+    )
+}  # fmt: skip
+METHODS: dict[str, Method] = {**TABLEAUS, **IMPLICIT}
 DEFAULT = dopri5.name
 
 
@@ -58,4 +79,4 @@ def find(name: str | None, argument: str = "method") -> Method:
     raise InvalidValue(f"{argument} must be one of {', '.join(METHODS)}, not {name!r}{hint}")
 
 
-__all__ = ["DEFAULT", "METHODS", "TABLEAUS", "Method", "Tableau", "find"]
+__all__ = ["DEFAULT", "IMPLICIT", "METHODS", "TABLEAUS", "ImplicitTableau", "Method", "Tableau", "find"]

@@ -64,6 +64,8 @@ class Tableau:
     mid: Row | None = None
     polynomial: tuple[Row, ...] | None = None
 
+    own_options = frozenset[str]()
+
     def __post_init__(self) -> None:
         """Checks what can be checked without the order conditions, which the tests do."""
         stages = len(self.b)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +14,10 @@ from .._ops import autograd, backend_of
 from .._ops.contract import Layout, RightHandSide
 from ..control import Times, number_from
 from ..errors import InvalidType, InvalidValue
-from ..methods import Method, Tableau
+from ..methods import ImplicitTableau, Method, Tableau
 from ..solution import Stats
+from .course import Course, Increment
+from .implicit import ImplicitSteps
 from .quadrature import Quadrature
 
 INTERPOLATIONS = ("linear", "cubic")
@@ -59,59 +59,6 @@ def grid_of(options: dict[str, Any], times: Times, func: Callable[..., Any], y0:
     return torch.cat([(steps + t[0])[:-1], t[-1:]])
 
 
-class Increment(NamedTuple):
-    """A step: y1 = y + dt sum_j weights_j ks_j, and with slope = f(t0, y) what dense output needs."""
-
-    weights: tuple[float, ...]
-    ks: list[Tensor]
-    slope: Tensor
-
-
-@dataclass
-class Course:
-    """A fixed grid under way: what a method needs to take its steps.
-
-    Attributes:
-        dynamics, layout, ops, quadrature: as AdaptiveLoop's.
-        grid: [N] float64 times of the steps' ends, on the state's device; with a graph where times carry a gradient.
-        sizes: N - 1 step sizes, each [1] float64.
-        sign: +1 where time runs forwards, -1 where backwards.
-        perturb: whether func sees a step's start just behind it and its end just before it.
-        options: the user's.
-    """
-
-    dynamics: RightHandSide
-    layout: Layout
-    ops: ModuleType
-    quadrature: Quadrature | None
-    grid: Tensor
-    sizes: Sequence[Tensor]
-    sign: float
-    perturb: bool
-    options: dict[str, Any]
-
-    def stage_times(self, abscissae: tuple[float, ...]) -> Tensor:
-        """The times at which a step's stages lie, for all steps: [N - 1, stages], in the dtype that func sees."""
-        grid = self.grid
-        c = torch.tensor(abscissae, dtype=torch.float64, device=grid.device)
-        times = grid[:-1, None] + c * (grid[1:] - grid[:-1])[:, None]
-        last = c == 1
-        times = torch.where(last, grid[1:, None], times).to(self.layout.real_dtype)
-        if self.perturb:
-            ahead = torch.nextafter(times, times + self.sign).detach()
-            behind = torch.nextafter(times, times - self.sign).detach()
-            exact = times
-            times = torch.where(last, behind, torch.where(c == 0, ahead, times.detach()))
-            times = times + (exact - exact.detach())
-        return times
-
-    def combine(self, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
-        """Returns y + dt sum_j w_j k_j, with a graph behind it where gradients are enabled."""
-        if torch.is_grad_enabled():
-            return autograd.stage_combine(self.ops, self.layout, weights, y, ks, dt)
-        return self.ops.stage_combine(self.layout, weights, y, ks, dt)  # type: ignore[no-any-return]
-
-
 class ExplicitSteps:
     """The steps of an explicit Runge-Kutta method."""
 
@@ -133,6 +80,8 @@ class ExplicitSteps:
 
 def steps_of(method: Method, course: Course) -> Callable[[int, Tensor], Increment]:
     """What takes a method's steps: a function of a step's number and the state at its start."""
+    if isinstance(method, ImplicitTableau):
+        return ImplicitSteps(method, course)
     assert isinstance(method, Tableau)
     return ExplicitSteps(method, course)
 
@@ -162,7 +111,7 @@ class FixedGridLoop:
         self.grid, self.options, self.quadrature = grid, options, quadrature
         self.cubic = options.get("interp", "linear") == "cubic"
         self.ops = backend_of(layout)
-        self.n_steps = 0
+        self.counts = Stats()
         self.last_step = None
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
@@ -178,7 +127,7 @@ class FixedGridLoop:
         for n, dt in enumerate(sizes):
             step = steps(n, y)
             y1 = course.combine(step.weights, y, step.ks, dt)
-            self.n_steps += 1
+            self.counts.n_accepted += 1
             if self.quadrature is not None:
                 self.quadrature.finish_fixed_step(step.weights, dt)
             while i < len(values) and sign * (values[i] - ends[n + 1]) <= 0:
@@ -192,8 +141,8 @@ class FixedGridLoop:
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
         """Adds the solve's counts."""
         if stats is not None:
-            stats.n_f_evals += self.dynamics.n_evals - evals_before
-            stats.n_accepted += self.n_steps
+            self.counts.n_f_evals = self.dynamics.n_evals - evals_before
+            stats.add(self.counts)
 
     def _course(self, y0: Tensor, moving: bool) -> Course:
         grid = self.grid if moving else self.grid.detach()
@@ -209,6 +158,7 @@ class FixedGridLoop:
             self.times.sign,
             bool(self.options.get("perturb", False)),
             self.options,
+            self.counts,
         )
 
     def _between(

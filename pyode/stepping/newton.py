@@ -1,0 +1,282 @@
+"""Newton's method for x = phi(x), and the derivative of its solution.
+
+phi is any function of a vector that torch can differentiate; for an implicit Runge-Kutta method it maps the derivatives at
+the stages to f at the states that they make. Jacobians are never asked of the user: with phi's graph at hand a product
+J'v is a backward pass, and J u the derivative of J'v, which is linear in v.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..solution import Stats
+from .krylov import gmres
+
+Map = Callable[[Tensor], Tensor]
+
+# Up to so many unknowns the Jacobian is made and factorised. Measured with a tanh network on two cores: at 256 a dense step
+# takes .. of GMRES' time, at 512 ...
+DIRECT_UNKNOWNS = 256
+SLOW = 0.1  # a held Jacobian is made anew if a correction is more than this share of the one before
+REDUCTION = 1e-3  # of the residual by GMRES in one iteration of Newton
+MAX_KRYLOV = 1000  # iterations of GMRES in one of Newton
+LEAST_DAMPING = 2.0**-10
+
+
+class Linearization:
+    """phi near x.
+
+    Args:
+        phi: [N] to [N], real.
+        x: [N].
+    """
+
+    def __init__(self, phi: Map, x: Tensor) -> None:
+        with torch.enable_grad():
+            self.x = x.detach().requires_grad_()
+            self.value = phi(self.x)
+
+    @property
+    def residual(self) -> Tensor:
+        """phi(x) - x."""
+        return self.value.detach() - self.x.detach()
+
+    def vjp(self, v: Tensor, create_graph: bool = False) -> Tensor:
+        """J'v."""
+        return transposed_product(self.value, self.x, v, create_graph)
+
+    @cached_property
+    def _linear(self) -> tuple[Tensor, Tensor]:
+        """Some v, and J'v with a graph."""
+        with torch.enable_grad():
+            v = torch.zeros_like(self.x, requires_grad=True)
+            return v, self.vjp(v, create_graph=True)
+
+    def jvp(self, u: Tensor) -> Tensor:
+        """J u."""
+        v, product = self._linear
+        return transposed_product(product, v, u)
+
+    def matrix(self) -> Tensor:
+        """J, [N, N]."""
+        rows = torch.eye(len(self.x), dtype=self.x.dtype, device=self.x.device)
+        if not self.value.requires_grad:
+            return torch.zeros_like(rows)
+        try:
+            (found,) = torch.autograd.grad(
+                self.value, self.x, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        except RuntimeError:  # a backward pass that vmap can't enter
+            found = torch.stack([self.vjp(row) for row in rows])
+        return torch.zeros_like(rows) if found is None else found.detach()
+
+
+def transposed_product(value: Tensor, x: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
+    """v' d(value)/dx, from the graph between them, which is kept."""
+    found = None
+    if value.requires_grad:
+        (found,) = torch.autograd.grad(value, x, v, retain_graph=True, allow_unused=True, create_graph=create_graph)
+    return torch.zeros_like(x) if found is None else found
+
+
+class LinearSolver(Protocol):
+    """Solves systems with I - J."""
+
+    precision: float
+    """What is left of a residual."""
+
+    def solve(self, at: Linearization, residual: Tensor, scale: Tensor) -> Tensor:
+        """Returns d with (I - J) d = residual; `scale` is the size of each number of x."""
+
+    def solve_transposed(self, at: Linearization, g: Tensor, scale: Tensor, tolerance: float) -> tuple[Tensor, bool]:
+        """Returns u with (I - J') u = g, and whether it is as exact as asked for."""
+
+    def renew(self, at: Linearization) -> bool:
+        """Takes the Jacobian at this point from now on; False if it was taken already."""
+
+
+class Direct:
+    """By the LU factors of a dense matrix, kept from one system to the next as long as Newton converges with them."""
+
+    precision = 0.0
+
+    def __init__(self) -> None:
+        self._factors: tuple[Tensor, Tensor] | None = None
+        self._at: Linearization | None = None
+
+    def solve(self, at: Linearization, residual: Tensor, scale: Tensor) -> Tensor:
+        if self._factors is None:
+            self.renew(at)
+        assert self._factors is not None
+        return torch.linalg.lu_solve(*self._factors, residual[:, None])[:, 0]
+
+    def solve_transposed(self, at: Linearization, g: Tensor, scale: Tensor, tolerance: float) -> tuple[Tensor, bool]:
+        u = torch.linalg.lu_solve(*_factors(at), g[:, None], adjoint=True)[:, 0]
+        return u, bool(torch.isfinite(u).all())
+
+    def renew(self, at: Linearization) -> bool:
+        if self._at is at:
+            return False
+        self._factors, self._at = _factors(at), at
+        return True
+
+
+def _factors(at: Linearization) -> tuple[Tensor, Tensor]:
+    matrix = at.matrix().neg_()
+    matrix.diagonal().add_(1)
+    factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)  # of a singular one: its solutions are not finite
+    return factors, pivots
+
+
+class Krylov:
+    """By GMRES, always with the Jacobian where Newton stands.
+
+    Args:
+        tolerance: Newton's; a residual far below it is not reduced further.
+        counts: n_krylov is added to.
+    """
+
+    precision = REDUCTION
+
+    def __init__(self, tolerance: float, counts: Stats) -> None:
+        self.tolerance, self.counts = tolerance, counts
+
+    def solve(self, at: Linearization, residual: Tensor, scale: Tensor) -> Tensor:
+        floor = 0.1 * self.tolerance * math.sqrt(residual.numel())
+
+        def operator(u: Tensor) -> Tensor:
+            return u - at.jvp(u * scale) / scale
+
+        d, _, n = gmres(operator, residual / scale, REDUCTION, floor, MAX_KRYLOV)
+        self.counts.n_krylov += n
+        return d * scale
+
+    def solve_transposed(self, at: Linearization, g: Tensor, scale: Tensor, tolerance: float) -> tuple[Tensor, bool]:
+        def operator(u: Tensor) -> Tensor:
+            return u - at.vjp(u / scale) * scale
+
+        u, left, _ = gmres(operator, g * scale, tolerance, 0.0, 10 * MAX_KRYLOV)
+        return u / scale, left <= STAGNATED * tolerance
+
+    def renew(self, at: Linearization) -> bool:
+        return False
+
+
+STAGNATED = 100.0  # so many times the tolerance is accepted where rounding lets a correction shrink no more
+
+
+class Newton:
+    """Solves x = phi(x), one such equation after the other.
+
+    The corrections d solve (I - J) d = phi(x) - x, with the Jacobian J of an earlier x or an earlier equation as long as
+    each is much shorter than the one before; a correction that does not shorten the next one is halved (Deuflhard's
+    natural monotonicity test).
+
+    Args:
+        n: unknowns.
+        dtype: of the numbers that phi computes with; x may be wider.
+        options: of the user's: max_iters, newton_tol.
+        counts: n_newton and n_krylov are added to.
+
+    Source:
+        Hairer, Wanner II, IV.8, for the estimate of the error and the reuse of the Jacobian; Deuflhard, Newton Methods for
+        Nonlinear Problems (2004), section 3.3, for the damping.
+    """
+
+    def __init__(self, n: int, tolerance: float, max_iters: int, counts: Stats) -> None:
+        self.tolerance, self.max_iters, self.counts = tolerance, max_iters, counts
+        self.linear: LinearSolver = Direct() if n <= DIRECT_UNKNOWNS else Krylov(tolerance, counts)
+
+    def solve(self, phi: Map, guess: Tensor, size: Map) -> Tensor | None:
+        """Returns x; None if it was not found.
+
+        Args:
+            phi: [N] to [N].
+            guess: [N]. Where it is further from a solution than zero, by its residual, zero takes its place.
+            size: from x to what its numbers' errors are measured by, positive, 0-dim or [N].
+        """
+        linear = self.linear
+        at = Linearization(phi, guess)
+        if not _norm(at.residual) <= _norm(guess):
+            at = Linearization(phi, torch.zeros_like(guess))
+        correction, damping = linear.solve(at, at.residual, size(at.value.detach())), 1.0
+        if not torch.isfinite(correction).all() and linear.renew(at):
+            correction = linear.solve(at, at.residual, size(at.value.detach()))
+        for _ in range(self.max_iters):
+            self.counts.n_newton += 1
+            trial = Linearization(phi, at.x.detach() + damping * correction)
+            scale = size(trial.x.detach())
+            length = _largest(correction, scale)
+            after = linear.solve(trial, trial.residual, scale)
+            rate = _largest(after, scale) / length if length else 0.0
+            if not rate < 1:
+                if length <= STAGNATED * self.tolerance:
+                    return trial.x.detach()
+                if linear.renew(at):
+                    correction, damping = linear.solve(at, at.residual, scale), 1.0
+                else:
+                    damping /= 2
+                if damping < LEAST_DAMPING or not math.isfinite(length):
+                    return None
+                continue
+            if rate > SLOW and linear.renew(trial):
+                after = linear.solve(trial, trial.residual, scale)
+            at, correction = trial, after
+            if damping == 1 and max(rate, linear.precision) * _largest(correction, scale) <= self.tolerance:
+                return at.x.detach() + correction
+            damping = min(1.0, 2 * damping)
+        return None
+
+    def differentiable(self, phi: Map, x: Tensor, size: Map, failure: Callable[[], Exception]) -> Tensor:
+        """x, which solves x = phi(x), with a graph to all that phi uses besides x, by the implicit function theorem.
+
+        It can be differentiated any number of times. Where a backward pass does not converge it raises the failure.
+        """
+        value = phi(x)
+        if not value.requires_grad:
+            return x
+        return _Solution.apply(self, phi, size, failure, x, value)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Solution(torch.autograd.Function):
+    """x = phi(x): with u = (I - J')^-1 g a gradient g of x is u as a gradient of phi's value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, newton: Newton, phi: Map, size: Map, failure: Callable[[], Exception], x: Tensor, value: Tensor
+    ) -> Tensor:
+        ctx.newton, ctx.phi, ctx.size, ctx.failure = newton, phi, size, failure
+        solution = x.clone()
+        ctx.save_for_backward(solution)
+        return solution
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (g,), (x,) = gradients, ctx.saved_tensors
+        newton, phi, size, failure = ctx.newton, ctx.phi, ctx.size, ctx.failure
+        scale = size(x.detach())
+        u, found = newton.linear.solve_transposed(Linearization(phi, x), g.detach(), scale, newton.tolerance)
+        if not found:
+            raise failure()
+        if torch.is_grad_enabled():
+            # u solves u = g + J'u: an equation of the same kind, whose solution depends on g and on x.
+            value = phi(x)
+            u = newton.differentiable(
+                lambda u: g + transposed_product(value, x, u, create_graph=True), u, lambda u: 1 / scale, failure
+            )
+        return None, None, None, None, None, u
+
+
+def _largest(x: Tensor, scale: Tensor) -> float:
+    """The largest number of x, each measured by its scale."""
+    return float((x / scale).abs().max())
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x))
