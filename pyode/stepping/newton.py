@@ -47,21 +47,21 @@ class Linearization:
         """phi(x) - x."""
         return self.value.detach() - self.x.detach()
 
-    def vjp(self, v: Tensor, create_graph: bool = False) -> Tensor:
+    def vjp(self, v: Tensor) -> Tensor:
         """J'v."""
-        return transposed_product(self.value, self.x, v, create_graph)
+        return _product(self.value, self.x, v)
 
     @cached_property
     def _linear(self) -> tuple[Tensor, Tensor]:
         """Some v, and J'v with a graph."""
         with torch.enable_grad():
             v = torch.zeros_like(self.x, requires_grad=True)
-            return v, self.vjp(v, create_graph=True)
+            return v, _product(self.value, self.x, v, create_graph=True)
 
     def jvp(self, u: Tensor) -> Tensor:
         """J u."""
         v, product = self._linear
-        return transposed_product(product, v, u)
+        return _product(product, v, u)
 
     def matrix(self) -> Tensor:
         """J, [N, N]."""
@@ -77,7 +77,7 @@ class Linearization:
         return torch.zeros_like(rows) if found is None else found.detach()
 
 
-def transposed_product(value: Tensor, x: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
+def _product(value: Tensor, x: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
     """v' d(value)/dx, from the graph between them, which is kept."""
     found = None
     if value.requires_grad:
@@ -236,7 +236,7 @@ class Newton:
     def differentiable(self, phi: Map, x: Tensor, size: Map, failure: Callable[[], Exception]) -> Tensor:
         """x, which solves x = phi(x), with a graph to all that phi uses besides x, by the implicit function theorem.
 
-        It can be differentiated any number of times. Where a backward pass does not converge it raises the failure.
+        The graph can be differentiated once. Where its backward pass does not converge it raises the failure.
         """
         value = phi(x)
         if not value.requires_grad:
@@ -245,31 +245,24 @@ class Newton:
 
 
 class _Solution(torch.autograd.Function):
-    """x = phi(x): with u = (I - J')^-1 g a gradient g of x is u as a gradient of phi's value."""
+    """x = phi(x): a gradient g of x is u = (I - J')^-1 g as a gradient of phi's value."""
 
     @staticmethod
     def forward(
         ctx: Any, newton: Newton, phi: Map, size: Map, failure: Callable[[], Exception], x: Tensor, value: Tensor
     ) -> Tensor:
         ctx.newton, ctx.phi, ctx.size, ctx.failure = newton, phi, size, failure
-        solution = x.clone()
-        ctx.save_for_backward(solution)
-        return solution
+        ctx.save_for_backward(x)
+        return x.clone()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        (g,), (x,) = gradients, ctx.saved_tensors
-        newton, phi, size, failure = ctx.newton, ctx.phi, ctx.size, ctx.failure
-        scale = size(x.detach())
-        u, found = newton.linear.solve_transposed(Linearization(phi, x), g.detach(), scale, newton.tolerance)
+        (g,), (x,), newton = gradients, ctx.saved_tensors, ctx.newton
+        at = Linearization(ctx.phi, x)
+        u, found = newton.linear.solve_transposed(at, g, ctx.size(x), newton.tolerance)
         if not found:
-            raise failure()
-        if torch.is_grad_enabled():
-            # u solves u = g + J'u: an equation of the same kind, whose solution depends on g and on x.
-            value = phi(x)
-            u = newton.differentiable(
-                lambda u: g + transposed_product(value, x, u, create_graph=True), u, lambda u: 1 / scale, failure
-            )
+            raise ctx.failure()
         return None, None, None, None, None, u
 
 
