@@ -24,7 +24,7 @@ class ImplicitSteps:
     Args:
         tableau: the method.
         course: see there. Of its options max_iters (100) bounds the iterations of Newton, and newton_tol (1e-12, but
-            no less than ten rounding units of the state's dtype) the error of a stage's state in relation to the
+            no less than two rounding units of the state's dtype) the error of a stage's state in relation to the
             largest number of the state, or of its part of a tuple.
     """
 
@@ -34,7 +34,7 @@ class ImplicitSteps:
         self.dtype = torch.promote_types(layout.real_dtype, torch.float32)
         width = 2 if layout.dtype.is_complex else 1
         self.parts = [width * (end - begin) for begin, end in zip(layout.segments, layout.segments[1:])]
-        rounding = 10 * torch.finfo(layout.real_dtype).eps
+        rounding = 2 * torch.finfo(layout.real_dtype).eps
         self.newton = Newton(
             width * layout.size * len(tableau.blocks[0]),
             number_from(options, "newton_tol", max(1e-12, rounding), 0, 1),
