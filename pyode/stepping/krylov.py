@@ -23,28 +23,28 @@ def gmres(
         max_iters: at most so many products, and one more for each restart.
 
     Returns:
-        x, the ratio of its residual's norm to b's, and the number of iterations. The ratio is larger than asked for where
-        max_iters are used up or rounding lets it shrink no more.
+        x, its residual's norm, and the number of iterations. The norm is larger than asked for where max_iters are used
+        up or rounding lets it shrink no more.
 
     Source:
         Saad, Schultz, SIAM J. Sci. Stat. Comput. 7 (1986). Two passes of classical Gram-Schmidt keep the basis
         orthogonal to rounding: Giraud, Langou, Rozloznik, van den Eshof, Numer. Math. 101 (2005).
     """
     x, residual = torch.zeros_like(b), b
-    size = norm = _norm(b)
-    target = max(reduction * size, floor)
+    norm = norm_of(b)
+    target = max(reduction * norm, floor)
     n = 0
     while norm > target and n < max_iters:
         change, n_more = _cycle(operator, residual, norm, target, min(RESTART, max_iters - n))
         n += n_more
         moved = x + change
         residual = b - operator(moved)
-        before, norm = norm, _norm(residual)
+        before, norm = norm, norm_of(residual)
         if not norm < before:
             norm = before
             break
         x = moved
-    return x, norm / size if size else 0.0, n
+    return x, norm, n
 
 
 def _cycle(
@@ -88,5 +88,5 @@ def _cycle(
     return b.new_tensor(coefficients) @ basis[: len(coefficients)], len(columns)
 
 
-def _norm(x: Tensor) -> float:
+def norm_of(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x))

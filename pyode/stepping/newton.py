@@ -10,20 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..solution import Stats
-from .krylov import gmres
+from .krylov import gmres, norm_of
 
 Map = Callable[[Tensor], Tensor]
 
 # Up to so many unknowns the Jacobian is made and factorised. Measured at 512, a step of trbdf2: the heat equation, stiff, 28 ms
 # with factors and 229 ms with GMRES; a tanh network, not stiff, 75 ms and 74 ms. Who takes an implicit method has the first.
 DIRECT_UNKNOWNS = 512
-SLOW = 1e-3  # a held Jacobian is made anew if a correction is more than this share of the one before: as RADAU5 has it
 REDUCTION = 1e-3  # of the residual by GMRES in one iteration of Newton
 MAX_KRYLOV = 1000  # iterations of GMRES in one of Newton
 LEAST_DAMPING = 2.0**-10
@@ -85,46 +84,33 @@ def _product(value: Tensor, x: Tensor, v: Tensor, create_graph: bool = False) ->
     return torch.zeros_like(x) if found is None else found
 
 
-class LinearSolver(Protocol):
-    """Solves systems with I - J."""
-
-    precision: float
-    """What is left of a residual."""
-
-    def solve(self, at: Linearization, residual: Tensor, scale: Tensor) -> Tensor:
-        """Returns d with (I - J) d = residual; `scale` is the size of each number of x."""
-
-    def solve_transposed(self, at: Linearization, g: Tensor, scale: Tensor, tolerance: float) -> tuple[Tensor, bool]:
-        """Returns u with (I - J') u = g, and whether it is as exact as asked for."""
-
-    def renew(self, at: Linearization) -> bool:
-        """Takes the Jacobian at this point from now on; False if it was taken already."""
-
-
 class Direct:
-    """By the LU factors of a dense matrix, kept from one system to the next as long as Newton converges with them."""
+    """Systems with I - J by the LU factors of a dense matrix."""
 
+    slow = 1e-3  # RADAU5's default
     precision = 0.0
 
     def __init__(self) -> None:
-        self._factors: tuple[Tensor, Tensor] | None = None
         self._at: Linearization | None = None
+        self._factors: tuple[Tensor, Tensor] | None = None
 
-    def solve(self, at: Linearization, residual: Tensor, scale: Tensor) -> Tensor:
-        if self._factors is None:
-            self.renew(at)
+    def renew(self, at: Linearization) -> bool:
+        """Takes the Jacobian at this point from now on; False if it is the one held."""
+        if self._at is at:
+            return False
+        self._at, self._factors = at, _factors(at)
+        return True
+
+    def solve(self, residual: Tensor, scale: Tensor) -> Tensor:
+        """Returns d with (I - J) d = residual, for the Jacobian held; `scale` is the size of each number of x."""
         assert self._factors is not None
         return torch.linalg.lu_solve(*self._factors, residual[:, None])[:, 0]
 
-    def solve_transposed(self, at: Linearization, g: Tensor, scale: Tensor, tolerance: float) -> tuple[Tensor, bool]:
+    @staticmethod
+    def solve_transposed(at: Linearization, g: Tensor, scale: Tensor, tolerance: float) -> Tensor | None:
+        """Returns u with (I - J') u = g; None if there is none."""
         u = torch.linalg.lu_solve(*_factors(at), g[:, None], adjoint=True)[:, 0]
-        return u, bool(torch.isfinite(u).all())
-
-    def renew(self, at: Linearization) -> bool:
-        if self._at is at:
-            return False
-        self._factors, self._at = _factors(at), at
-        return True
+        return u if torch.isfinite(u).all() else None
 
 
 def _factors(at: Linearization) -> tuple[Tensor, Tensor]:
@@ -135,37 +121,40 @@ def _factors(at: Linearization) -> tuple[Tensor, Tensor]:
 
 
 class Krylov:
-    """By GMRES, always with the Jacobian where Newton stands.
+    """The same by GMRES.
 
     Args:
         tolerance: Newton's; a residual far below it is not reduced further.
         counts: n_krylov is added to.
     """
 
+    slow = 1e-2  # a new Jacobian costs nothing, but all of GMRES comes behind it
     precision = REDUCTION
 
     def __init__(self, tolerance: float, counts: Stats) -> None:
         self.tolerance, self.counts = tolerance, counts
-
-    def solve(self, at: Linearization, residual: Tensor, scale: Tensor) -> Tensor:
-        floor = 0.1 * self.tolerance * math.sqrt(residual.numel())
-
-        def operator(u: Tensor) -> Tensor:
-            return u - at.jvp(u * scale) / scale
-
-        d, left, n = gmres(operator, residual / scale, REDUCTION, floor, MAX_KRYLOV)
-        self.counts.n_krylov += n
-        return d * scale if left < 0.5 else torch.full_like(d, math.nan)
-
-    def solve_transposed(self, at: Linearization, g: Tensor, scale: Tensor, tolerance: float) -> tuple[Tensor, bool]:
-        def operator(u: Tensor) -> Tensor:
-            return u - at.vjp(u / scale) * scale
-
-        u, left, _ = gmres(operator, g * scale, tolerance, 0.0, 10 * MAX_KRYLOV)
-        return u / scale, left <= STAGNATED * tolerance
+        self._at: Linearization | None = None
 
     def renew(self, at: Linearization) -> bool:
-        return False
+        """As Direct's."""
+        renewed, self._at = self._at is not at, at
+        return renewed
+
+    def solve(self, residual: Tensor, scale: Tensor) -> Tensor:
+        """As Direct's; nan where not even half the residual goes away."""
+        at, b = self._at, residual / scale
+        assert at is not None
+        floor = 0.1 * self.tolerance * math.sqrt(b.numel())
+        d, left, n = gmres(lambda u: u - at.jvp(u * scale) / scale, b, REDUCTION, floor, MAX_KRYLOV)
+        self.counts.n_krylov += n
+        return d * scale if left <= max(floor, 0.5 * norm_of(b)) else torch.full_like(d, math.nan)
+
+    @staticmethod
+    def solve_transposed(at: Linearization, g: Tensor, scale: Tensor, tolerance: float) -> Tensor | None:
+        """As Direct's, to within the tolerance in relation to g; what rounding costs is allowed for."""
+        b = g * scale
+        u, left, _ = gmres(lambda u: u - at.vjp(u / scale) * scale, b, tolerance, 0.0, 10 * MAX_KRYLOV)
+        return u / scale if left <= STAGNATED * tolerance * norm_of(b) else None
 
 
 STAGNATED = 100.0  # so many times the tolerance is accepted where rounding lets a correction shrink no more
@@ -191,7 +180,8 @@ class Newton:
 
     def __init__(self, n: int, tolerance: float, max_iters: int, counts: Stats) -> None:
         self.tolerance, self.max_iters, self.counts = tolerance, max_iters, counts
-        self.linear: LinearSolver = Direct() if n <= DIRECT_UNKNOWNS else Krylov(tolerance, counts)
+        self._begun = False
+        self.linear = Direct() if n <= DIRECT_UNKNOWNS else Krylov(tolerance, counts)
 
     def solve(self, phi: Map, guess: Tensor, size: Map) -> Tensor | None:
         """Returns x; None if it was not found.
@@ -203,30 +193,30 @@ class Newton:
         """
         linear = self.linear
         at = Linearization(phi, guess)
-        if not _norm(at.residual) <= _norm(guess):
+        if not norm_of(at.residual) <= norm_of(guess):
             at = Linearization(phi, torch.zeros_like(guess))
-        correction, damping = linear.solve(at, at.residual, size(at.value.detach())), 1.0
-        if not torch.isfinite(correction).all() and linear.renew(at):
-            correction = linear.solve(at, at.residual, size(at.value.detach()))
+        if not self._begun:
+            self._begun = linear.renew(at)
+        correction, damping = linear.solve(at.residual, size(at.value.detach())), 1.0
         for _ in range(self.max_iters):
             self.counts.n_newton += 1
             trial = Linearization(phi, at.x.detach() + damping * correction)
             scale = size(trial.x.detach())
             length = _largest(correction, scale)
-            after = linear.solve(trial, trial.residual, scale)
+            after = linear.solve(trial.residual, scale)
             rate = _largest(after, scale) / length if length else 0.0
             if not rate < 1:
                 if length <= STAGNATED * self.tolerance:
                     return trial.x.detach()
                 if linear.renew(at):
-                    correction, damping = linear.solve(at, at.residual, scale), 1.0
+                    correction, damping = linear.solve(at.residual, scale), 1.0
                 else:
                     damping /= 2
-                if damping < LEAST_DAMPING or not math.isfinite(length):
+                if damping < LEAST_DAMPING:
                     return None
                 continue
-            if rate > SLOW and linear.renew(trial):
-                after = linear.solve(trial, trial.residual, scale)
+            if rate > linear.slow and linear.renew(trial):
+                after = linear.solve(trial.residual, scale)
             at, correction = trial, after
             if damping == 1 and max(rate, linear.precision) * _largest(correction, scale) <= self.tolerance:
                 return at.x.detach() + correction
@@ -260,8 +250,8 @@ class _Solution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (g,), (x,), newton = gradients, ctx.saved_tensors, ctx.newton
         at = Linearization(ctx.phi, x)
-        u, found = newton.linear.solve_transposed(at, g, ctx.size(x), newton.tolerance)
-        if not found:
+        u = newton.linear.solve_transposed(at, g, ctx.size(x), newton.tolerance)
+        if u is None:
             raise ctx.failure()
         return None, None, None, None, None, u
 
@@ -269,7 +259,3 @@ class _Solution(torch.autograd.Function):
 def _largest(x: Tensor, scale: Tensor) -> float:
     """The largest number of x, each measured by its scale."""
     return float((x / scale).abs().max())
-
-
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x))
