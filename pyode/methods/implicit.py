@@ -51,7 +51,9 @@ class ImplicitTableau:
         """Checks what can be checked without the order conditions, which the tests do."""
         stages = len(self.b)
         if [len(row) for row in self.a] != [stages] * stages or len(self.c) != stages:
-            raise ValueError(f"{self.name}: an implicit method of {stages} stages has {stages} rows of {stages} entries")
+            raise ValueError(
+                f"{self.name}: an implicit method of {stages} stages has {stages} rows of {stages} entries"
+            )
         sums = [sum(row, Fraction(0)) for row in (*self.a, self.b)]
         if any(abs(s - c) > Fraction(10, _DIGITS) for s, c in zip(sums, [*self.c, Fraction(1)])):
             raise ValueError(f"{self.name}: rows of a sum to c, and b to 1")

@@ -89,4 +89,5 @@ def _cycle(
 
 
 def norm_of(x: Tensor) -> float:
+    """The 2-norm."""
     return float(torch.linalg.vector_norm(x))

@@ -1,8 +1,8 @@
 """Newton's method for x = phi(x), and the derivative of its solution.
 
-phi is any function of a vector that torch can differentiate; for an implicit Runge-Kutta method it maps the derivatives at
-the stages to f at the states that they make. Jacobians are never asked of the user: with phi's graph at hand a product
-J'v is a backward pass, and J u the derivative of J'v, which is linear in v.
+phi is any function of a vector that torch can differentiate; for an implicit Runge-Kutta method it maps the stages'
+derivatives to f at the states that they make. Jacobians are never asked of the user: with phi's graph at hand a product
+J'v is a backward pass, and J u the derivative of J'v, which is linear in v. Neither evaluates phi again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from .krylov import gmres, norm_of
 
 Map = Callable[[Tensor], Tensor]
 
-# Up to so many unknowns the Jacobian is made and factorised. Measured at 512, a step of trbdf2: the heat equation, stiff, 28 ms
-# with factors and 229 ms with GMRES; a tanh network, not stiff, 75 ms and 74 ms. Who takes an implicit method has the first.
+# Up to so many unknowns the Jacobian is made and factorised. Measured at 512, a step of trbdf2: the heat equation, which
+# is stiff, 28 ms with factors and 229 ms with GMRES; a tanh network, which is not, 75 ms and 74 ms.
 DIRECT_UNKNOWNS = 512
 REDUCTION = 1e-3  # of the residual by GMRES in one iteration of Newton
 MAX_KRYLOV = 1000  # iterations of GMRES in one of Newton
 LEAST_DAMPING = 2.0**-10
+STAGNATED = 100.0  # so many times the tolerance is accepted where rounding lets a correction shrink no more
 
 
 class Linearization:
@@ -104,7 +105,8 @@ class Direct:
     def solve(self, residual: Tensor, scale: Tensor) -> Tensor:
         """Returns d with (I - J) d = residual, for the Jacobian held; `scale` is the size of each number of x."""
         assert self._factors is not None
-        return torch.linalg.lu_solve(*self._factors, residual[:, None])[:, 0]
+        d: Tensor = torch.linalg.lu_solve(*self._factors, residual[:, None])[:, 0]
+        return d
 
     @staticmethod
     def solve_transposed(at: Linearization, g: Tensor, scale: Tensor, tolerance: float) -> Tensor | None:
@@ -114,9 +116,8 @@ class Direct:
 
 
 def _factors(at: Linearization) -> tuple[Tensor, Tensor]:
-    matrix = at.matrix().neg_()
-    matrix.diagonal().add_(1)
-    factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)  # of a singular one: its solutions are not finite
+    eye = torch.eye(len(at.x), dtype=at.x.dtype, device=at.x.device)
+    factors, pivots, _ = torch.linalg.lu_factor_ex(eye - at.matrix())  # of a singular one: its solutions are not finite
     return factors, pivots
 
 
@@ -157,31 +158,28 @@ class Krylov:
         return u / scale if left <= STAGNATED * tolerance * norm_of(b) else None
 
 
-STAGNATED = 100.0  # so many times the tolerance is accepted where rounding lets a correction shrink no more
-
-
 class Newton:
     """Solves x = phi(x), one such equation after the other.
 
-    The corrections d solve (I - J) d = phi(x) - x, with the Jacobian J of an earlier x or an earlier equation as long as
-    each is much shorter than the one before; a correction that does not shorten the next one is halved (Deuflhard's
-    natural monotonicity test).
+    The corrections d solve (I - J) d = phi(x) - x, with the Jacobian J of an earlier x or an earlier equation as long
+    as each is much shorter than the one before. A correction behind which the next one is no shorter is halved: the
+    natural monotonicity test.
 
     Args:
-        n: unknowns.
-        dtype: of the numbers that phi computes with; x may be wider.
-        options: of the user's: max_iters, newton_tol.
+        n: unknowns of each equation.
+        tolerance: of x, in relation to its size.
+        max_iters: iterations for one equation.
         counts: n_newton and n_krylov are added to.
 
     Source:
-        Hairer, Wanner II, IV.8, for the estimate of the error and the reuse of the Jacobian; Deuflhard, Newton Methods for
-        Nonlinear Problems (2004), section 3.3, for the damping.
+        Hairer, Wanner II, IV.8, for the estimate of the error and the reuse of the Jacobian; Deuflhard, Newton Methods
+        for Nonlinear Problems (2004), section 3.3, for the damping.
     """
 
     def __init__(self, n: int, tolerance: float, max_iters: int, counts: Stats) -> None:
         self.tolerance, self.max_iters, self.counts = tolerance, max_iters, counts
-        self._begun = False
         self.linear = Direct() if n <= DIRECT_UNKNOWNS else Krylov(tolerance, counts)
+        self._begun = False
 
     def solve(self, phi: Map, guess: Tensor, size: Map) -> Tensor | None:
         """Returns x; None if it was not found.
