@@ -10,15 +10,16 @@ from enum import IntEnum
 
 
 class Status(IntEnum):
-    """How a solve, or one sample of it, stands. The numbers are those of csrc/core/controller.h."""
+    """How a solve, or one sample of it, stands. The first five are those of csrc/core/controller.h."""
 
     SUCCESS = 0
     RUNNING = 1
     STEP_TOO_SMALL = 2
     TOO_MANY_STEPS = 3
     NON_FINITE = 4
-    NO_EVENT = 5
-    EVENT = 6
+    NOT_CONVERGED = 5
+    NO_EVENT = 6
+    EVENT = 7
 
     @property
     def sentence(self) -> str:
@@ -46,6 +47,11 @@ _SENTENCES = {
     Status.NO_EVENT: (
         "There was no event: event_fn did not change its sign. Check its sign at the start and to which side time "
         "runs, or search further: options['event_t_max'], options['max_num_steps']."
+    ),
+    Status.NOT_CONVERGED: (
+        "The equations of an implicit step were not solved: Newton's iteration, or GMRES within it or in the backward "
+        "pass, did not converge. Take smaller steps, check that func is smooth, solve in float64, or loosen "
+        "options['newton_tol'] or raise options['max_iters']."
     ),
 }
 

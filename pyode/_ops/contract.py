@@ -40,6 +40,9 @@ class RightHandSide(Protocol):
     def __call__(self, t: Tensor, y: Tensor, /) -> Tensor:
         """Returns dy/dt, contiguous, of y's shape, dtype and device."""
 
+    def trial(self, t: Tensor, y: Tensor, /) -> Tensor:
+        """The same where y need not become a stage's state: nothing is noted of it, and dy/dt has a graph back to y."""
+
 
 @dataclass
 class Layout:

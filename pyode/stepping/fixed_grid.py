@@ -15,11 +15,12 @@ from .._ops import backend_of, reference
 from .._ops.contract import Layout, RightHandSide
 from ..control import Times, number_from
 from ..errors import InvalidType, InvalidValue
-from ..methods import Method, Tableau
+from ..methods import ImplicitTableau, Method, Tableau
 from ..methods.multistep import FixedAdams
 from ..solution import Stats
 from .course import Course, ExplicitSteps, Increment
 from .hooks import NO_HOOKS, Hooks
+from .implicit import ImplicitSteps
 from .multistep import AdamsSteps
 from .quadrature import Quadrature
 from .segment import RungeKuttaSegment
@@ -75,6 +76,8 @@ def steps_of(method: Method, course: Course) -> Callable[[int, Tensor], Incremen
     """What takes a method's steps: a function of a step's number and the state at its start."""
     if isinstance(method, FixedAdams):
         return AdamsSteps(method, course)
+    if isinstance(method, ImplicitTableau):
+        return ImplicitSteps(method, course)
     assert isinstance(method, Tableau)
     return ExplicitSteps(method, course)
 
@@ -108,7 +111,7 @@ class FixedGridLoop:
         self.rtol, self.atol = rtol, atol
         self.cubic = options.get("interp", "linear") == "cubic"
         self.ops = backend_of(layout)
-        self.n_steps = 0
+        self.counts = Stats()
         self.last_step = None
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
@@ -128,7 +131,7 @@ class FixedGridLoop:
                 hooks.step(ends[n], y, abs(ends[n + 1] - ends[n]))
             step = steps(n, y)
             y1 = course.combine(step.weights, y, step.ks, dt)
-            self.n_steps += 1
+            self.counts.n_accepted += 1
             if self.quadrature is not None:
                 self.quadrature.finish_fixed_step(step.weights, dt)
             segment = None
@@ -151,8 +154,8 @@ class FixedGridLoop:
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
         """Adds the solve's counts."""
         if stats is not None:
-            stats.n_f_evals += self.dynamics.n_evals - evals_before
-            stats.n_accepted += self.n_steps
+            self.counts.n_f_evals = self.dynamics.n_evals - evals_before
+            stats.add(self.counts)
 
     def _course(self, y0: Tensor, moving: bool) -> Course:
         grid = self.grid if moving else self.grid.detach()
@@ -170,6 +173,7 @@ class FixedGridLoop:
             self.options,
             self.rtol,
             self.atol,
+            self.counts,
         )
 
     def _segment(
