@@ -109,13 +109,13 @@ def _parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args: Any) 
         if not isinstance(param, Tensor):
             raise InvalidType(f"adjoint_params[{i}] must be a tensor, not a {type(param).__name__}")
     known = set(map(id, params))
-    params = [*params, *(x for x in reachable(args, "args").values() if x.requires_grad and id(x) not in known)]
+    params = [*params, *(x for _, x in reachable(args, "args") if x.requires_grad and id(x) not in known)]
     is_module = isinstance(func, nn.Module)
     if given is None and not params and not is_module:
         raise InvalidValue(
             "func must be an instance of nn.Module to specify the adjoint parameters; alternatively they can be "
             "specified explicitly via the `adjoint_params` argument. If there are no parameters then it is allowable "
-            "to set `adjoint_params=()`. (func is none, and no tensor that requires gradient was found in it.)"
+            "to set `adjoint_params=()`. (This func is not one, and no tensor that requires gradient was found in it.)"
         )
     # What was found in a func that is no module is all there is, and () says that no gradient is wanted.
     if torch.is_grad_enabled() and (given or (given is None and is_module)):

@@ -25,7 +25,7 @@ def find_parameters(func: Any) -> list[Tensor]:
     Those of a module are its parameters, as in torchdiffeq; of any other callable all that `reachable` finds.
     """
     if not isinstance(func, nn.Module):
-        return list(reachable(func).values())
+        return [tensor for _, tensor in reachable(func)]
     if not getattr(func, "_is_replica", False):
         return list(func.parameters())
     # A DataParallel replica's parameters are plain attributes.
@@ -37,7 +37,7 @@ def lost_gradient(func: Any, listed: Iterable[Tensor]) -> str | None:
     """The name of a tensor that func can reach and that wants a gradient, but gets none from those listed."""
     known = {id(tensor) for tensor in listed}
     known_nodes = {tensor.grad_fn for tensor in listed if tensor.grad_fn is not None}
-    for name, tensor in reachable(func).items():
+    for name, tensor in reachable(func):
         if not tensor.requires_grad or id(tensor) in known:
             continue
         # A tensor computed from those listed passes its gradient on to them.
@@ -53,13 +53,13 @@ def lost_gradient(func: Any, listed: Iterable[Tensor]) -> str | None:
     return None
 
 
-def reachable(root: Any, name: str = "func") -> dict[str, Tensor]:
-    """Every tensor that requires gradient, and every module's parameter, to be reached from an object, by name.
+def reachable(root: Any, name: str = "func") -> list[tuple[str, Tensor]]:
+    """Every tensor that requires gradient, and every module's parameter, to be reached from an object, with names.
 
     The ways: items, attributes, what a bound method or functools.partial holds, a function's closure, its defaults and
     the globals it names. Functions and objects of torch and other libraries are not looked into.
     """
-    found: dict[str, Tensor] = {}
+    found: list[tuple[str, Tensor]] = []
     seen: dict[int, Any] = {}  # keeps the objects, whose ids would be given out again
     waiting = [(name, root, 0)]
     while waiting:
@@ -69,7 +69,7 @@ def reachable(root: Any, name: str = "func") -> dict[str, Tensor]:
         seen[id(value)] = value
         if isinstance(value, Tensor):
             if value.requires_grad or isinstance(value, nn.Parameter):
-                found[name] = value
+                found.append((name, value))
         else:
             waiting.extend(reversed(list(_inside(name, value, hops))))
     return found

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torchdiffeq
 from problems import tensor
-from torch import nn
 
 import pyode
 from pyode import DynamicsError, InvalidType, InvalidValue, PyodeError, SolveError, Status
@@ -103,6 +102,10 @@ OPTIONS = [
     option("max_step", math.nan, InvalidValue, ["max_step", "nan"]),
     option("first_step", math.nan, InvalidValue, ["first_step", "nan"]),
     option("max_num_steps", math.inf, InvalidValue, ["max_num_steps", "inf"], RuntimeError),
+    option("dtype", "float32", InvalidType, ["dtype", "torch.dtype", "str"], TypeError),
+    option("dtype", 5, InvalidType, ["dtype", "torch.dtype", "int"], TypeError),
+    option("dtype", torch.complex64, InvalidValue, ["dtype", "real and floating", "complex64"], RuntimeError),
+    option("dtype", LONG, InvalidValue, ["dtype", "real and floating", "int64"]),
     option("norm", 3, InvalidType, ["norm", "callable", "int"], TypeError),
     option("step_t", tensor(0.5, 0.5), InvalidValue, ["step_t", "repeated", "0.5"], ValueError),
     option("step_t", tensor(math.nan), InvalidValue, ["step_t", "finite"]),
@@ -232,16 +235,6 @@ def test_options_are_not_changed():
     before = dict(options)
     pyode.odeint(decay, Y0, T, options=options)
     assert options == before
-
-
-def test_what_is_not_there_yet_says_so():
-    with pytest.raises(NotImplementedError, match="event_fn"):
-        pyode.odeint(decay, Y0, T, event_fn=lambda t, y: y[0])
-    for name in ("callback_step", "callback_accept_step", "callback_reject_step"):
-        func = nn.Identity()
-        setattr(func, name, lambda t, y, dt: None)
-        with pytest.raises(NotImplementedError, match=name):
-            pyode.odeint(func, Y0, T)
 
 
 def test_backend_takes_only_its_two_names():
