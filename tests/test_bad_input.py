@@ -11,7 +11,6 @@ import pytest
 import torch
 import torchdiffeq
 from problems import tensor
-from torch import nn
 
 import pyode
 from pyode import DynamicsError, InvalidType, InvalidValue, PyodeError, SolveError, Status
@@ -231,16 +230,6 @@ def test_options_are_not_changed():
     before = dict(options)
     pyode.odeint(decay, Y0, T, options=options)
     assert options == before
-
-
-def test_what_is_not_there_yet_says_so():
-    with pytest.raises(NotImplementedError, match="event_fn"):
-        pyode.odeint(decay, Y0, T, event_fn=lambda t, y: y[0])
-    for name in ("callback_step", "callback_accept_step", "callback_reject_step"):
-        func = nn.Identity()
-        setattr(func, name, lambda t, y, dt: None)
-        with pytest.raises(NotImplementedError, match=name):
-            pyode.odeint(func, Y0, T)
 
 
 def test_backend_takes_only_its_two_names():
