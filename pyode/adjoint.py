@@ -188,7 +188,9 @@ class _OdeintAdjoint(torch.autograd.Function):
         ctx.problem, ctx.config, ctx.end, ctx.n_reached = problem, config, solved.end, solved.n_reached
         ctx.adjoint_options = {**config.options, "norm": config.norm}  # where torchdiffeq's users find and replace it
         ctx.save_for_backward(t, solved.ys, *params)
-        return problem.event_time(solved), solved.ys
+        end = problem.event_time(solved)
+        ctx.mark_non_differentiable(end)
+        return end, solved.ys
 
     @staticmethod
     @torch.autograd.function.once_differentiable

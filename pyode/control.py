@@ -43,6 +43,7 @@ CONTROLLERS = {
     "H211b": ((0.25, 0.25, 0.0), (0.25, 0.0)),
 }
 STEPS_TO_EVENT = 100_000  # at most so many, by default
+ENDLESS = 1e30  # the time up to which is searched: finite, so that a solve at rest, whose steps only grow, gets there
 
 
 def check_dict(options: Any, name: str) -> dict[str, Any]:
@@ -145,11 +146,11 @@ def filter_from(controller: Any) -> tuple[tuple[float, float, float], tuple[floa
 
 
 def times_until_event(times: Times, options: dict[str, Any]) -> Times:
-    """The start, and the end of the search for an event: options' event_t_max, or never."""
+    """The start, and the end of the search for an event: options' event_t_max, or ENDLESS."""
     if len(times.values) != 2:
         raise InvalidValue(f"t must have two entries where event_fn is given, not {len(times.values)}")
     start, sign = times.values[0], times.sign
-    last = number_from(options, "event_t_max", sign * math.inf, -math.inf)
+    last = sign * min(sign * number_from(options, "event_t_max", sign * ENDLESS, -math.inf), ENDLESS)
     if not sign * (last - start) > 0:
         raise InvalidValue(f"options['event_t_max'] = {last:g} must lie behind t[0] = {start:g}, on the side of t[1]")
     return Times(torch.cat([times.tensor[:1], times.tensor.new_tensor([last])]), [start, last])

@@ -46,6 +46,8 @@ class DenseOutput:
         low, high = min(self.t0, self.t1), max(self.t0, self.t1)
         if not all(low <= value <= high for value in values):
             raise InvalidValue(f"t must lie between {low:g} and {high:g}, where the solution is known; it is {t}")
+        if not self._segments:  # the solve has failed at its start, the only time that is left
+            return self._form.unpack(self._y0.expand(*t.shape, *self._y0.shape), tuple(t.shape))
         places = [min(bisect_left(self._ends, self._sign * value), len(self._ends) - 1) for value in values]
         order = sorted(range(len(values)), key=places.__getitem__)
         rows, i = [self._y0[None][:0]], 0
@@ -81,7 +83,8 @@ def odeint_dense(
         t0, t1: numbers, or tensors of one number.
 
     Returns:
-        A `DenseOutput`, a function of times between t0 and t1.
+        A `DenseOutput`, a function of times between t0 and t1, or where the solve failed if options' on_failure is
+        "return".
 
     Raises:
         What `odeint` raises.
@@ -89,6 +92,5 @@ def odeint_dense(
     ends = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in (t0, t1)]
     problem = pose(func, y0, torch.stack([x.reshape(()) for x in ends]), rtol, atol, method, options, args=args)
     segments: list[Segment] = []
-    solve(problem, segments.append)
-    start, end = problem.times.values
-    return DenseOutput(problem.form, segments, start, end, problem.y0)
+    solved = solve(problem, segments.append)
+    return DenseOutput(problem.form, segments, problem.times.values[0], solved.end, problem.y0)

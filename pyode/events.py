@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,8 @@ def odeint_event(
     """Solves dy/dt = func(t, y) from y(t0) = y0 until event_fn(t, y) changes its sign.
 
     The event's time and state carry gradients to y0, t0, and all that func and event_fn use, by the implicit function
-    theorem: where event_fn = 0 is shifted by e, the event moves by -e / (d event_fn / dt along the solution).
+    theorem: where event_fn = 0 is shifted by e, the event moves by -e / (d event_fn / dt along the solution). Where
+    that derivative is 0, the time has no gradient.
 
     Args:
         func, y0: as `odeint`'s.
@@ -58,17 +60,26 @@ def odeint_event(
 
     with torch.no_grad():
         slope = form.pack(func(event_t, form.unpack(flat), *args)).to(flat.dtype)
-        crossed = int(_crossed(event(t0[0], form.pack(y0)), event(event_t, flat)))
-    time, state = event_t.clone().requires_grad_(), flat.detach().requires_grad_()
-    rate = torch.autograd.grad(event(time, state)[crossed], (time, state), allow_unused=True)
-    along = sum(torch.sum((d.conj() * v).real) for d, v in zip(rate, (torch.ones_like(time), slope)) if d is not None)
-    here = event(event_t, flat)[crossed]
-    moved = (here.detach() - here) / along
+    if float(event_t) == float(t0.detach()):  # no step was taken, but the state at a fixed time moves with the start
+        flat = flat - slope * (t0 - t0.detach()).to(slope.real)
+    values = event(event_t, flat)
+    along = torch.stack(_rates(event, event_t, flat.detach(), slope))
+    # The event is that of the function which is closest to its zero, in time.
+    crossed = int(torch.argmin((values.detach() / along).abs())) if len(values) > 1 else 0
+    moved = (values[crossed].detach() - values[crossed]) / along[crossed]
     event_t = event_t + moved.to(event_t)
     start = form.pack(form.at(ys, 0))
     return event_t, form.unpack(torch.stack([start, flat + slope * moved.to(slope.real)]), (2,))
 
 
-def _crossed(before: Tensor, now: Tensor) -> Tensor:
-    """Which of several functions has changed its sign: the one furthest on its other side."""
-    return torch.argmin(now * torch.where(before == 0, torch.sign(now), torch.sign(before)))
+def _rates(event: Callable[[Tensor, Tensor], Tensor], t: Tensor, y: Tensor, slope: Tensor) -> list[Tensor]:
+    """How fast each of an event's functions changes along the solution; inf, for no gradient, if it does not."""
+    t, y = t.clone().requires_grad_(), y.clone().requires_grad_()
+    rates = []
+    for value in event(t, y):
+        of_t, of_y = torch.zeros_like(t), torch.zeros_like(y)
+        if value.requires_grad:
+            of_t, of_y = torch.autograd.grad(value, (t, y), retain_graph=True, materialize_grads=True)
+        rate = of_t + torch.sum((of_y.conj() * slope).real)
+        rates.append(torch.where(rate == 0, math.inf, rate))
+    return rates

@@ -275,7 +275,7 @@ def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = N
             return Solved(torch.stack([y0, y0]), None, search.time, 1)
 
     def fail(error: SolveError) -> None:
-        if problem.event is not None and (error.status is Status.TOO_MANY_STEPS or not math.isfinite(error.t)):
+        if problem.event is not None and error.status is Status.TOO_MANY_STEPS:
             error = SolveError(Status.NO_EVENT, error.t, error.dt, error.n_steps)
         if options.get("on_failure", "raise") == "raise":
             raise error

@@ -158,7 +158,7 @@ class AdaptiveLoop:
                 y, ks[0] = self._behind_jump(y, ks[0])
         if flags & _FAILED:
             hooks.fail(self._error(y, ks[0]))
-            output.repeat(y)
+            output.repeat(y, ks[0], shift)
         if quadrature is not None:
             quadrature.finish()
         if not recording:
@@ -361,8 +361,8 @@ class Output:
         loop = self.loop
         loop.ops.interpolate(loop.layout, loop.interpolant, loop.controller, y, ks, self.out)
 
-    def repeat(self, y: Tensor) -> None:
-        """Writes a state to all the places that are left."""
+    def repeat(self, y: Tensor, k: Tensor, shift: Tensor | None) -> None:
+        """Writes the state reached, y, to all the places that are left."""
         left = self.loop.left()
         self.out = torch.where(_column(left, self.out), y, self.out)
 
@@ -385,8 +385,10 @@ class RecordedOutput:
         for i in range(*(int(loop.controller.field(name)) for name in ("output_begin", "output_end"))):
             self.rows.append(segment.at(values[i], t[i] - t[i].detach() if t.requires_grad else None))
 
-    def repeat(self, y: Tensor) -> None:
-        """Puts a state in all the places that are left."""
+    def repeat(self, y: Tensor, k: Tensor, shift: Tensor | None) -> None:
+        """Puts the state reached, y with the slope k, in all the places that are left."""
+        if shift is not None and bool(k.isfinite().all()):
+            y = y - k * shift.reshape(()).to(y.real)  # y has moved with the start, and is wanted where it stands
         self.rows += [y] * (len(self.loop.times.values) - 1 - len(self.rows))
 
     def collect(self, y0: Tensor) -> Tensor:
@@ -416,8 +418,10 @@ class RecordedBatchOutput:
             self.rows.append(segment.at(when.double())[some].reshape(-1, *y.shape[1:]))
             self.places.append((which[some], some))
 
-    def repeat(self, y: Tensor) -> None:
-        """Puts a state in all the places that are left."""
+    def repeat(self, y: Tensor, k: Tensor, shift: Tensor | None) -> None:
+        """Puts the state reached, y with the slope k, in all the places that are left."""
+        if shift is not None:
+            y = y - torch.where(k.isfinite(), k, 0.0) * _column(shift, y).to(y.real)
         self.last = y
 
     def collect(self, y0: Tensor) -> Tensor:

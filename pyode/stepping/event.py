@@ -11,14 +11,13 @@ from torch import Tensor
 from ..errors import Status
 from .segment import BatchSegment, Segment
 
-LEAVING = tuple(2.0**-k for k in range(20, -1, -1))  # where in its first step a solve is taken to have left its start
+LEAVING = tuple(2.0**-k for k in range(20, -1, -1))  # where in a step functions are looked at that start at zero
 
 
 class EventSearch:
     """Watches a solve for the earliest change of sign of an event function.
 
-    Signs are compared with those at the start. Where there are several, each is multiplied with its own, so that the
-    earliest change is that of the least.
+    Signs are compared with those at the start; where there are several functions, one of them is enough.
 
     Args:
         event: of a time and a packed state; returns a tensor of any shape: one or several functions.
@@ -48,35 +47,39 @@ class EventSearch:
 
     def __call__(self, segment: Segment) -> Tensor | None:
         """Returns the state at the event if the step has one, else None."""
+        sign = math.copysign(1.0, segment.t1 - segment.t0)
+        end = sign * min(sign * segment.t1, sign * self.last)
+        begin = segment.t0
         with torch.no_grad():
-            begin = self._leave(segment) if self._staying else segment.t0
-            if begin is None:
-                return None
-            sign = math.copysign(1.0, segment.t1 - segment.t0)
-            end = sign * min(sign * segment.t1, sign * self.last)
-            if self._least(segment, end) > 0:
-                return None
-            halvings = math.ceil(math.log2(max(abs(end - begin) / max(self.tolerance, math.ulp(end)), 1.0)))
-            for _ in range(halvings):
-                middle = (begin + end) / 2
-                begin, end = (middle, end) if self._least(segment, middle) > 0 else (begin, middle)
-            self.time = (begin + end) / 2
-        return segment.at(self.time)
+            for x in LEAVING if self._staying else (1.0,):
+                t = end if x == 1 else segment.t0 + x * (end - segment.t0)
+                value = self._values(segment, t)
+                if self._crossed(value):
+                    self.time = self._locate(segment, begin, t)
+                    break
+                if self._staying:
+                    self.signs = torch.where(self.signs == 0, torch.sign(value), self.signs)
+                    self._staying = bool((self.signs == 0).any())
+                begin = t
+        return None if self.time is None else segment.at(self.time)
 
-    def _least(self, segment: Segment, t: float) -> float:
-        """Positive as long as no function has changed its sign."""
-        return float((self.event(t, segment.at(t)).reshape(-1) * self.signs).min())
+    def _values(self, segment: Segment, t: float) -> Tensor:
+        return self.event(t, segment.at(t)).reshape(-1)
 
-    def _leave(self, segment: Segment) -> float | None:
-        """Takes the signs of functions that were zero at the start just behind it; returns from where to search."""
-        for x in LEAVING:
-            t = segment.t0 + x * (segment.t1 - segment.t0) if x < 1 else segment.t1
-            now = torch.sign(self.event(t, segment.at(t))).reshape(-1)
-            self.signs = torch.where(self.signs == 0, now, self.signs)
-            self._staying = bool((self.signs == 0).any())
-            if not self._staying:
-                return t
-        return None
+    def _crossed(self, value: Tensor) -> bool:
+        """Whether one of the functions, of those that have left their start, has changed its sign."""
+        return not bool(((value * self.signs > 0) | (self.signs == 0)).all())
+
+    def _locate(self, segment: Segment, begin: float, end: float) -> float:
+        """Halves the time between one before the event and one behind it."""
+        tolerance = max(self.tolerance, math.ulp(end))
+        for _ in range(math.ceil(math.log2(max(abs(end - begin) / tolerance, 1.0)))):
+            middle = (begin + end) / 2
+            if self._crossed(self._values(segment, middle)):
+                end = middle
+            else:
+                begin = middle
+        return (begin + end) / 2
 
 
 class SampleEvents:
@@ -118,36 +121,36 @@ class SampleEvents:
         with torch.no_grad():
             candidates = segment.accepted.to(self.index.device) & (self.index < 0)
             begin, end = segment.t0.clone(), segment.t1.clone()
-            if bool((self.signs[candidates] == 0).any()):
-                begin = self._leave(segment, candidates)
-            met = candidates & (self._least(segment, end) <= 0) & (self.signs != 0).all(1)
+            staying = bool((self.signs[candidates] == 0).any())
+            met = torch.zeros_like(candidates)
+            for x in LEAVING if staying else (1.0,):
+                t = segment.t1 if x == 1 else segment.t0 + x * (segment.t1 - segment.t0)
+                value = self.event(t, segment.at(t))
+                crossed = candidates & ~met & self._crossed(value)
+                met |= crossed
+                end = torch.where(crossed, t, end)
+                begin = torch.where(met, begin, t)
+                if staying:
+                    self.signs = torch.where(candidates[:, None] & (self.signs == 0), torch.sign(value), self.signs)
             if not bool(met.any()):
                 return
+            begin = torch.where(met, begin, segment.t0)
             width = float((end - begin)[met].abs().max())
-            for _ in range(math.ceil(math.log2(max(width / max(self.tolerance, 1e-300), 1.0))) if width else 0):
+            for _ in range(math.ceil(math.log2(max(width / max(self.tolerance, 1e-300), 1.0)))):
                 middle = (begin + end) / 2
                 if bool(((middle == begin) | (middle == end))[met].all()):
                     break  # as near as numbers come
-                before = self._least(segment, middle) > 0
-                begin, end = torch.where(before, middle, begin), torch.where(before, end, middle)
+                crossed = self._crossed(self.event(middle, segment.at(middle)))
+                begin, end = torch.where(crossed, begin, middle), torch.where(crossed, middle, end)
             time = (begin + end) / 2
-            index = (self.event(end, segment.at(end)) * self.signs).argmin(1)
+            value = self.event(end, segment.at(end)) * self.signs
+            index = torch.where(self.signs == 0, math.inf, value.to(torch.float64)).argmin(1)
         self.time = torch.where(met, time, self.time)
         self.index = torch.where(met, index, self.index)
         self.state = torch.where(met[:, None], segment.at(time), self.state)
         segment.controller.finish(met, int(Status.SUCCESS))
 
-    def _least(self, segment: BatchSegment, t: Tensor) -> Tensor:
-        """[B], positive as long as no function has changed its sign."""
-        least: Tensor = (self.event(t, segment.at(t)) * self.signs).amin(1)
-        return least
-
-    def _leave(self, segment: BatchSegment, candidates: Tensor) -> Tensor:
-        """Takes the signs of functions that were zero at the start just behind it; returns from where to search."""
-        begin: Tensor = segment.t0.clone()
-        for x in LEAVING:
-            t = segment.t0 + x * (segment.t1 - segment.t0) if x < 1 else segment.t1
-            left = candidates[:, None] & (self.signs == 0)
-            self.signs = torch.where(left, torch.sign(self.event(t, segment.at(t))), self.signs)
-            begin = torch.where((left & (self.signs != 0)).any(1), t, begin)
-        return begin
+    def _crossed(self, value: Tensor) -> Tensor:
+        """[B], whether one of the functions, of those that have left their start, has changed its sign."""
+        crossed: Tensor = ((value * self.signs <= 0) & (self.signs != 0)).any(1)
+        return crossed

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .._ops import backend_of, reference
 from .._ops.contract import Layout, RightHandSide
-from ..control import Times, number_from
-from ..errors import InvalidType, InvalidValue
+from ..control import ENDLESS, Times, number_from
+from ..errors import InvalidType, InvalidValue, SolveError, Status
 from ..methods import ImplicitTableau, Method, Tableau
 from ..methods.multistep import FixedAdams
 from ..solution import Stats
@@ -54,7 +54,7 @@ def grid_of(options: dict[str, Any], times: Times, func: Callable[..., Any], y0:
         if ends != [times.values[0], times.values[-1]]:
             raise InvalidValue(f"options['grid_constructor'] must return times from t[0] to t[-1]; it returned {grid}")
         return grid
-    endless = math.isinf(times.values[-1])
+    endless = abs(times.values[-1]) == ENDLESS
     if step_size is None and endless:
         raise InvalidValue(
             "options['step_size'] must be given with event_fn to a method that does not choose its steps"
@@ -149,6 +149,9 @@ class FixedGridLoop:
                 i += 1
             y = y1
             del step, segment  # the derivatives are not to be kept through the next one
+        if i < len(values):  # there was no event
+            hooks.fail(SolveError(Status.TOO_MANY_STEPS, ends[-1], float(sizes[-1].detach()), self.counts.n_accepted))
+            outputs.add(y)
         return outputs.collect()
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
