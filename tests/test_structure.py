@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import importlib.util
 import re
 import subprocess
@@ -104,10 +105,9 @@ def test_imports_point_one_way(path):
             assert LAYERS[there] < LAYERS[here] or (here, there) in SAME_LEVEL, f"{here} imports {there}"
 
 
-def in_a_new_process(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, cwd=ROOT
-    )
+def in_a_new_process(code: str, **environment: str) -> str:
+    command, env = [sys.executable, "-c", code], {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, cwd=ROOT, env=env)
     return done.stdout.strip()
 
 
@@ -117,10 +117,12 @@ def test_importing_pyode_imports_no_extra():
     assert not extras & set(in_a_new_process(code).split())
 
 
-def test_importing_pyode_is_quick():
-    # Beside torch's own seconds: under 50 ms, of the process's own time and the best of three, for machines are busy.
+def test_importing_pyode_is_quick(tmp_path):
+    # Beside torch's own seconds: under 50 ms, of the process's own time and the best of four, for machines are busy. The
+    # first compiles the sources, which an installed package has done.
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     code = "import torch, time; t = time.process_time(); import pyode; print(time.process_time() - t)"
-    assert min(float(in_a_new_process(code)) for _ in range(3)) < 0.05
+    assert min(float(in_a_new_process(code, **compiled)) for _ in range(4)) < 0.05
 
 
 def test_importing_pyode_does_not_start_cuda_or_threads():
