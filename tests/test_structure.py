@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import os
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -118,8 +118,8 @@ def test_importing_pyode_imports_no_extra():
 
 
 def test_importing_pyode_is_quick(tmp_path):
-    # Beside torch's own seconds: under 50 ms, of the process's own time and the best of four, for machines are busy. The
-    # first compiles the sources, which an installed package has done.
+    # Beside torch's own seconds: under 50 ms, of the process's own time and the best of four, for machines are busy.
+    # The first compiles the sources, which an installed package has done.
     compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     code = "import torch, time; t = time.process_time(); import pyode; print(time.process_time() - t)"
     assert min(float(in_a_new_process(code, **compiled)) for _ in range(4)) < 0.05

@@ -27,6 +27,7 @@ from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment
 
 Norm = Callable[[Tensor, list[Tensor]], Any]
+AtJump = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _RUNNING, _ACCEPTED, _STAYED = int(Flag.RUNNING), int(Flag.ACCEPTED), int(Flag.STAYED)
 _OUTPUT, _JUMP, _FAILED = int(Flag.OUTPUT), int(Flag.JUMP), int(Flag.FAILED)
@@ -70,7 +71,8 @@ class AdaptiveLoop:
         times: the output times; grid.times holds their values on the device.
         norm: of the scaled error of the state and those of the integrals, instead of the largest RMS over the segments.
         quadrature: integrals that are carried along and have a share in the norm.
-        at_jump: called at each discontinuity with its time and the state; returns the state behind it.
+        at_jump: called at each discontinuity with the samples' times, [B], which of them are there, [B], and the state;
+            returns the state behind it.
         hooks: what else is called.
     """
 
@@ -86,7 +88,7 @@ class AdaptiveLoop:
         times: Times,
         norm: Norm | None = None,
         quadrature: Quadrature | None = None,
-        at_jump: Callable[[float, Tensor], Tensor] | None = None,
+        at_jump: AtJump | None = None,
         hooks: Hooks = NO_HOOKS,
     ) -> None:
         self.dynamics, self.tableau, self.layout = dynamics, tableau, layout
@@ -177,7 +179,9 @@ class AdaptiveLoop:
         """Which samples have just arrived at a discontinuity: [B]."""
         now, stops = self.controller.field("t"), self.grid.jump_t
         assert stops is not None
-        arrived: Tensor = (self.controller.field("accepted") != 0) & torch.isin(now, stops.to(now.device))
+        stops = stops.to(now.device)
+        there = torch.isin(now, stops) if stops.dim() == 1 else (now == stops).any(0)
+        arrived: Tensor = (self.controller.field("accepted") != 0) & there
         return arrived
 
     def batch_segment(
@@ -310,7 +314,7 @@ class AdaptiveLoop:
         """The state and its derivative just behind the discontinuity at which the solve, or a sample, has arrived."""
         now = self.controller.field("t")
         if self.at_jump is not None:
-            y = self.at_jump(float(now), y)
+            y = self.at_jump(now, self._on_jump(), y)
         t = now.to(device=y.device, dtype=self.layout.real_dtype)
         behind = torch.nextafter(t, t + self.controller.field("dt_prev").sign().to(t))
         if self.quadrature is not None:
