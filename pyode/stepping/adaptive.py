@@ -99,8 +99,8 @@ class AdaptiveLoop:
         self.controller = ops.Controller(layouts, policy, grid, tableau.abscissae)
         self.interpolant = interpolant_of(ops, tableau)
 
-    def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
-        """Returns the states at the output times, [T, *y0.shape].
+    def solve(self, y0: Tensor, first_step: float | Tensor | None = None) -> Tensor:
+        """Returns the states at the output times, [T, *y0.shape]. A first step is for all samples, or [B].
 
         Raises:
             SolveError: says why and where the solve could not go on.
@@ -265,7 +265,7 @@ class AdaptiveLoop:
             c = c[:, None]
         return stage_times + (1 - c * jumping) * shift.to(stage_times), dt - (jumping * shift).to(dt)
 
-    def _first_step(self, y: Tensor, k: Tensor, first_step: float | None) -> int:
+    def _first_step(self, y: Tensor, k: Tensor, first_step: float | Tensor | None) -> int:
         """Plans the first step; returns the flags (Hairer, Norsett, Wanner I, II.4)."""
         controller, ops, layout = self.controller, self.ops, self.layout
         dt = controller.dt.fill_(1.0)
@@ -278,6 +278,9 @@ class AdaptiveLoop:
                     controller.error_norm((1.0,), y, y, [x], dt, 0.0, 1.0, slot)
                 else:  # the user's norm is the only one: those of the segments stay 0
                     controller.put_norm(0.0 if bool(x.isfinite().all()) else math.nan, slot)
+            if isinstance(first_step, Tensor):
+                controller.dt.copy_(first_step)
+                first_step = math.nan
             return int(controller.run(Phase.GIVEN_FIRST, first_step))
         self._note_norm((1.0,), y, y, [y], dt, 0)
         self._note_norm((1.0,), y, y, [k], dt, n)
