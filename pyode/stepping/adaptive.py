@@ -160,6 +160,7 @@ class AdaptiveLoop:
                 y, ks[0] = self._behind_jump(y, ks[0])
         if flags & _FAILED:
             hooks.fail(self._error(y, ks[0]))
+        if flags & _FAILED or hooks.watch_batch is not None:  # some outputs may not have been reached
             output.repeat(y, ks[0], shift)
         if quadrature is not None:
             quadrature.finish()
