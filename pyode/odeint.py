@@ -44,7 +44,8 @@ def odeint(
 ) -> Any:
     """Solves dy/dt = func(t, y) with y(t[0]) = y0, and returns y at every time of t.
 
-    Gradients reach y0, t, and whatever func uses, by backpropagation through the steps taken, any number of times.
+    Gradients reach y0, t, and whatever func uses, by backpropagation through the steps taken, any number of times; of
+    implicit methods, whose steps are differentiated by the implicit function theorem, once.
     Step sizes count as constants; output times act through the interpolant, t[0] by shifting all steps.
 
     Args:
@@ -56,12 +57,14 @@ def odeint(
         rtol, atol: the error estimate of a step is kept below atol + rtol |y|, in the root-mean-square sense; for a
             tuple, in each part. Numbers, tensors that broadcast to y0, or for a tuple one for each part.
         method: "dopri5" (default), "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun" choose their steps;
-            "euler", "midpoint", "heun2", "heun3", "rk4" take those that t or the options prescribe.
+            "euler", "midpoint", "heun2", "heun3", "rk4", and for stiff problems the implicit "implicit_euler",
+            "implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2", take those
+            that t or the options prescribe.
         options: for methods that choose their steps: first_step, min_step, max_step, safety (0.9), ifactor (10),
             dfactor (0.2), max_num_steps (between two output times), norm (of the scaled error, a function of the
             state), step_t and jump_t (times at which steps end, and at which func is discontinuous), dtype (accepted;
             time is always float64). For the others: step_size or grid_constructor(func, y0, t), interp ("linear" or
-            "cubic"), perturb. For all: stats, a `pyode.Stats` that counts are added to.
+            "cubic"), perturb; for implicit ones max_iters (100) and newton_tol. For all: stats, a `pyode.Stats` that counts are added to.
         event_fn: not available yet.
 
     Returns:
@@ -70,7 +73,8 @@ def odeint(
     Raises:
         InvalidValue, InvalidType: an argument is wrong; nothing has been computed.
         DynamicsError: func returned something that is not dy/dt, or wrote into its input.
-        SolveError: the step size became too small, max_num_steps was reached, or func is not finite.
+        SolveError: the step size became too small, max_num_steps was reached, func is not finite, or the equations of
+            an implicit step were not solved.
 
     Source:
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, sections II.1 to II.6; the interface is
