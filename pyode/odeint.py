@@ -64,7 +64,8 @@ def odeint(
             dfactor (0.2), max_num_steps (between two output times), norm (of the scaled error, a function of the
             state), step_t and jump_t (times at which steps end, and at which func is discontinuous), dtype (accepted;
             time is always float64). For the others: step_size or grid_constructor(func, y0, t), interp ("linear" or
-            "cubic"), perturb; for implicit ones max_iters (100) and newton_tol. For all: stats, a `pyode.Stats` that counts are added to.
+            "cubic"), perturb; for implicit ones max_iters (100) and newton_tol. For all: stats, a `pyode.Stats` that
+            counts are added to.
         event_fn: not available yet.
 
     Returns:
