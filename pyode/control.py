@@ -14,6 +14,7 @@ from torch import Tensor
 from ._ops.contract import REAL, Grid, Policy
 from .errors import InvalidType, InvalidValue
 from .methods import Method
+from .methods.external import ScipySolver
 from .state import Form
 
 ADAPTIVE_OPTIONS = frozenset(
@@ -53,7 +54,9 @@ def check_options(options: dict[str, Any], method: Method) -> None:
         raise InvalidType(f"options['norm'] must be callable as norm(state), not a {type(norm).__name__}")
     if options.get("on_failure", "raise") not in ("raise", "return"):
         raise InvalidValue(f"options['on_failure'] must be 'raise' or 'return', not {options['on_failure']!r}")
-    known = COMMON_OPTIONS | method.options | (ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS)
+    known = COMMON_OPTIONS | method.options
+    if not isinstance(method, ScipySolver):
+        known |= ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS
     unknown = {name: value for name, value in options.items() if name not in known}
     if unknown:
         warnings.warn(
