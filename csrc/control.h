@@ -28,7 +28,7 @@ PYODE_HD int64_t control_sample(const Control& op, int64_t b) {
   const int64_t half = op.n_segments * op.parts * B;
   if (op.phase == Phase::try_first || op.phase == Phase::given_first) {
     s = start_sample(op.grid, b);
-    try_first_step(s, op.grid, b, norm, norm_of(op, op.means + half, b));
+    try_first_step(s, op.policy, op.grid, b, norm, norm_of(op, op.means + half, b));
   }
   if (op.phase == Phase::try_first) {
     stage_times[b] = round_and_nudge<T>(s.t + s.dt, 0);

@@ -7,7 +7,9 @@ from .dense import DenseOutput, odeint_dense
 from .errors import DynamicsError, InvalidType, InvalidValue, PyodeError, SolveError, Status
 from .events import odeint_event
 from .odeint import odeint
-from .solution import Stats
+from .patch import patch_torchdiffeq
+from .solution import Solution, Stats
+from .solve_ivp import solve_ivp
 
 __all__ = [
     "DenseOutput",
@@ -15,6 +17,7 @@ __all__ = [
     "InvalidType",
     "InvalidValue",
     "PyodeError",
+    "Solution",
     "SolveError",
     "Stats",
     "Status",
@@ -24,4 +27,6 @@ __all__ = [
     "odeint_adjoint",
     "odeint_dense",
     "odeint_event",
+    "patch_torchdiffeq",
+    "solve_ivp",
 ]

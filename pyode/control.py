@@ -33,7 +33,16 @@ ADAPTIVE_OPTIONS = frozenset(
     ]
 )
 FIXED_STEP_OPTIONS = frozenset(["step_size", "grid_constructor", "interp", "perturb", "norm"])
-COMMON_OPTIONS = frozenset(["stats", "on_failure", "event_t_max", "skip_initial_event"])
+COMMON_OPTIONS = frozenset(["stats", "on_failure", "event_t_max", "skip_initial_event", "params", "control"])
+CONTROLS = ("joint", "per_sample")
+# Exponents of the last errors, in units of 1 / order, and of the last ratios of step sizes: I is elementary control; PI
+# is PI.4.2, H211b has b = 4 (Soderlind 2003 and 2006); PID is SUNDIALS' (Hindmarsh et al. 2005).
+CONTROLLERS = {
+    "I": ((1.0, 0.0, 0.0), (0.0, 0.0)),
+    "PI": ((0.6, -0.2, 0.0), (0.0, 0.0)),
+    "PID": ((0.58, -0.21, 0.1), (0.0, 0.0)),
+    "H211b": ((0.25, 0.25, 0.0), (0.25, 0.0)),
+}
 STEPS_TO_EVENT = 100_000  # at most so many, by default
 ENDLESS = 1e30  # the time up to which is searched: finite, so that a solve at rest, whose steps only grow, gets there
 
@@ -45,8 +54,8 @@ def check_dict(options: Any, name: str) -> dict[str, Any]:
     return options
 
 
-def check_options(options: dict[str, Any], method: Method) -> None:
-    """Warns of options that the method does not know, as torchdiffeq does."""
+def check_options(options: dict[str, Any], method: Method, strict: bool = False) -> None:
+    """Warns of options that the method does not know, as torchdiffeq does; raises InvalidValue where `strict`."""
     if not options:
         return
     norm = options.get("norm")
@@ -54,10 +63,17 @@ def check_options(options: dict[str, Any], method: Method) -> None:
         raise InvalidType(f"options['norm'] must be callable as norm(state), not a {type(norm).__name__}")
     if options.get("on_failure", "raise") not in ("raise", "return"):
         raise InvalidValue(f"options['on_failure'] must be 'raise' or 'return', not {options['on_failure']!r}")
+    dtype = options.get("dtype", torch.float64)
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidType(f"options['dtype'] must be a torch.dtype, not a {type(dtype).__name__}")
+    if not dtype.is_floating_point:
+        raise InvalidValue(f"options['dtype'] must be real and floating, not {dtype}; it is that of time")
     known = COMMON_OPTIONS | method.options
     if not isinstance(method, ScipySolver):
         known |= ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS
     unknown = {name: value for name, value in options.items() if name not in known}
+    if unknown and strict:
+        raise InvalidValue(f"options has {', '.join(unknown)}; {method.name} knows {', '.join(sorted(known))}")
     if unknown:
         warnings.warn(
             f"{method.name}: Unexpected arguments {unknown}; it knows {', '.join(sorted(known))}", stacklevel=4
@@ -97,6 +113,41 @@ def check_times(t: Any) -> Times:
     return times
 
 
+def check_sample_times(t: Any, samples: int) -> Times:
+    """The same for each sample's own times, [T, B]: each column strictly monotonic, but for repetitions of its last."""
+    if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() != 2 or t.shape[1] != samples or not len(t):
+        what = f"{tuple(t.shape)}, {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+        raise InvalidValue(f"t must be [T] or, with control='per_sample', [T, {samples}] floating; it is {what}")
+    values = t.detach().to(torch.float64)
+    if not bool(values.isfinite().all()):
+        raise InvalidValue("t must be finite")
+    steps = values.diff(dim=0) * torch.sign(values[-1] - values[0])
+    padding = values[1:] == values[-1]
+    wrong = ((steps <= 0) & ~(padding & (steps == 0))).nonzero()
+    if len(wrong):
+        i, b = wrong[0].tolist()
+        raise InvalidValue(
+            f"each column of t must be strictly monotonic, but for repetitions of its last time; t[{i}, {b}] = "
+            f"{values[i, b]:g} is followed by t[{i + 1}, {b}] = {values[i + 1, b]:g}"
+        )
+    return Times(t, values[:, 0].tolist() if samples else [0.0] * len(t))
+
+
+def filter_from(controller: Any) -> tuple[tuple[float, float, float], tuple[float, float]]:
+    """The exponents of a controller, given by name or as (beta1, beta2, beta3, alpha2, alpha3).
+
+    Source:
+        Soderlind, Digital filters in adaptive time-stepping, 2003.
+    """
+    if isinstance(controller, str) and controller in CONTROLLERS:
+        return CONTROLLERS[controller]
+    if isinstance(controller, (tuple, list)) and 1 <= len(controller) <= 5:
+        b1, b2, b3, a2, a3 = (*map(float, controller), *[0.0] * (5 - len(controller)))
+        return (b1, b2, b3), (a2, a3)
+    names = ", ".join(map(repr, CONTROLLERS))
+    raise InvalidValue(f"controller must be one of {names}, or a tuple of one to five exponents, not {controller!r}")
+
+
 def times_until_event(times: Times, options: dict[str, Any]) -> Times:
     """The start, and the end of the search for an event: options' event_t_max, or ENDLESS."""
     if len(times.values) != 2:
@@ -117,8 +168,9 @@ def check_tolerance(tolerance: Any, name: str, form: Form, y0: Tensor) -> float 
         raise InvalidValue(f"{name} cannot require gradient; detach it")
     try:
         each = torch.as_tensor(tolerance, dtype=torch.float64, device=y0.device)
-    except (TypeError, ValueError) as error:
-        raise InvalidType(f"{name} must be a number or a tensor, not a {type(tolerance).__name__}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        parts = "" if form.is_tensor else ", or have one for each part of y0, in a structure like y0's"
+        raise InvalidType(f"{name} must be a number or a tensor{parts}, not a {type(tolerance).__name__}") from error
     if not bool(torch.all((each >= 0) & (each < math.inf))):
         raise InvalidValue(f"{name} must be finite and not negative, not {tolerance}")
     if each.numel() == 1:

@@ -10,14 +10,16 @@ from enum import IntEnum
 
 
 class Status(IntEnum):
-    """How a solve, or one sample of it, stands. The numbers are those of csrc/core/controller.h."""
+    """How a solve, or one sample of it, stands. The first five are those of csrc/core/controller.h."""
 
     SUCCESS = 0
     RUNNING = 1
     STEP_TOO_SMALL = 2
     TOO_MANY_STEPS = 3
     NON_FINITE = 4
-    NO_EVENT = 5
+    NOT_CONVERGED = 5
+    NO_EVENT = 6
+    EVENT = 7
 
     @property
     def sentence(self) -> str:
@@ -41,9 +43,15 @@ _SENTENCES = {
         "func or the state became inf or nan, and smaller steps did not help. The solution may blow up here; check "
         "func at this time and state, shorten the time span, or scale the problem."
     ),
+    Status.EVENT: "The solve ended at its event.",
     Status.NO_EVENT: (
         "There was no event: event_fn did not change its sign. Check its sign at the start and to which side time "
         "runs, or search further: options['event_t_max'], options['max_num_steps']."
+    ),
+    Status.NOT_CONVERGED: (
+        "The equations of an implicit step were not solved: Newton's iteration, or GMRES within it or in the backward "
+        "pass, did not converge. Take smaller steps, check that func is smooth, solve in float64, or loosen "
+        "options['newton_tol'] or raise options['max_iters']."
     ),
 }
 
@@ -72,11 +80,13 @@ class SolveError(PyodeError, AssertionError, RuntimeError):
         t: where it stopped.
         dt: the last step that was tried.
         n_steps: how many steps had been tried.
+        sample: which one of several, None where there is one controller for all.
     """
 
-    def __init__(self, status: Status, t: float, dt: float, n_steps: int) -> None:
-        super().__init__(status, t, dt, n_steps)
-        self.status, self.t, self.dt, self.n_steps = Status(status), t, dt, n_steps
+    def __init__(self, status: Status, t: float, dt: float, n_steps: int, sample: int | None = None) -> None:
+        super().__init__(status, t, dt, n_steps, sample)
+        self.status, self.t, self.dt, self.n_steps, self.sample = Status(status), t, dt, n_steps, sample
 
     def __str__(self) -> str:
-        return f"at t = {self.t:.9g}, with dt = {self.dt:.3g}, after {self.n_steps} steps: {self.status.sentence}"
+        who = "" if self.sample is None else f"sample {self.sample} "
+        return f"{who}at t = {self.t:.9g}, with dt = {self.dt:.3g}, after {self.n_steps} steps: {self.status.sentence}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,10 +18,12 @@ from ._ops import backend_for
 from ._ops.contract import Grid, Policy
 from .callbacks import callbacks_of
 from .control import (
+    CONTROLS,
     STEPS_TO_EVENT,
     Times,
     check_dict,
     check_options,
+    check_sample_times,
     check_times,
     check_tolerance,
     first_step_from,
@@ -29,14 +31,14 @@ from .control import (
     policy_from,
     times_until_event,
 )
-from .errors import DynamicsError, InvalidType, SolveError, Status
-from .methods import Method
+from .errors import DynamicsError, InvalidType, InvalidValue, SolveError, Status
+from .methods import TABLEAUS, Method, Tableau
 from .solution import Stats
-from .state import Dynamics, Form, Func, State, check_y0
+from .state import Dynamics, Form, Func, State, check_y0, with_args
 from .stepping.event import EventSearch
 from .stepping.fixed_grid import check_interp, grid_of
 from .stepping.hooks import Callback, Hooks
-from .stepping.loops import loop_for
+from .stepping.loops import Loop, loop_for
 from .stepping.segment import Segment
 
 
@@ -50,6 +52,7 @@ def odeint(
     options: dict[str, Any] | None = None,
     *,
     event_fn: Any = None,
+    args: tuple[Any, ...] = (),
 ) -> Any:
     """Solves dy/dt = func(t, y) with y(t[0]) = y0, and returns y at every time of t.
 
@@ -59,18 +62,22 @@ def odeint(
     Args:
         func: called as func(t, y) with t a 0-dim tensor of y's real dtype and device; returns dy/dt, of y's shape.
             It may keep what it gets, and must not write into y.
-        y0: a tensor of any shape, or a tuple of tensors; float32, float64, complex64, complex128, or bfloat16 and
+        y0: a tensor of any shape, or a tuple, list, dict, named tuple, dataclass ... of tensors, nested or not (torch's
+            pytrees), which func then gets and returns too; float32, float64, complex64, complex128, or bfloat16 and
             float16, which are computed with in float32.
         t: [T] floating, strictly increasing or decreasing.
         rtol, atol: the error estimate of a step is kept below atol + rtol |y|, in the root-mean-square sense; for a
-            tuple, in each part. Numbers, tensors that broadcast to y0, or for a tuple one for each part.
-        method: "dopri5" (default), "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun" choose their steps;
-            "euler", "midpoint", "heun2", "heun3", "rk4" take those that t or the options prescribe.
+            structure, in each part. Numbers, tensors that broadcast to y0, or for a structure one for each part, in a
+            like structure or in a row.
+        method: "dopri5" (default), "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun" choose their steps,
+            "adams" its orders too; "euler", "midpoint", "heun2", "heun3", "rk4" take those that t or the options
+            prescribe.
         options: for methods that choose their steps: first_step, min_step, max_step, safety (0.9), ifactor (10),
             dfactor (0.2), max_num_steps (between two output times), norm (of the scaled error, a function of the
             state), step_t and jump_t (times at which steps end, and at which func is discontinuous), dtype (accepted;
             time is always float64). For the others: step_size or grid_constructor(func, y0, t), interp ("linear" or
-            "cubic"), perturb. For all: stats, a `pyode.Stats` that counts are added to; on_failure, "raise" (default)
+            "cubic"), perturb. For all: stats, a `pyode.Stats` that counts are added to; params, the tensors
+            that func uses (accepted; backpropagation finds them by itself); on_failure, "raise" (default)
             or "return", which warns and repeats the last good state.
         event_fn: a function of (t, y) that returns a tensor of one or several numbers: the solve ends where the first
             of them changes its sign. t then has two entries: where the solve starts, and on which side it goes on. A
@@ -78,10 +85,11 @@ def odeint(
             has been left. options' event_t_max bounds the search; without it, max_num_steps does (100 000 by default),
             or 20 000 steps of a method that does not choose them and needs step_size here. The event's time carries no
             gradient: that of `odeint_event` does.
+        args: passed on, as func(t, y, *args) and event_fn(t, y, *args).
 
     Returns:
-        [T, *y0.shape], or a tuple of such tensors. With event_fn, the time of the event, a 0-dim tensor, and the states
-        at the start and at the event, [2, *y0.shape].
+        [T, *y0.shape], or for a structure one of such tensors. With event_fn, the time of the event, a 0-dim tensor,
+        and the states at the start and at the event, [2, *y0.shape].
 
     Raises:
         InvalidValue, InvalidType: an argument is wrong; nothing has been computed.
@@ -92,7 +100,7 @@ def odeint(
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, sections II.1 to II.6; the interface is
         torchdiffeq's.
     """
-    problem = pose(func, y0, t, rtol, atol, method, options, event_fn)
+    problem = pose(func, y0, t, rtol, atol, method, options, event_fn, args)
     solved = solve(problem)
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved), ys)
@@ -147,44 +155,74 @@ def pose(
     method: str | None,
     options: dict[str, Any] | None,
     event_fn: Any = None,
+    args: Any = (),
+    strict: bool = False,
 ) -> Problem:
-    """Checks everything that can be checked before func is called."""
+    """Checks everything that can be checked before func is called.
+
+    Where `strict`, unknown options and parts of several dtypes are errors.
+    """
     if not callable(func):
         raise InvalidType(f"func must be callable as func(t, y), not a {type(func).__name__}")
     check_y0(y0)
-    times = check_times(t)
     found = methods.find(method)
     options = {} if options is None else check_dict(options, "options")
-    check_options(options, found)
+    check_options(options, found, strict)
     check_interp(options)
+    form = Form(y0, per_sample=is_per_sample(options, found))
+    times = check_sample_times(t, form.samples) if getattr(t, "ndim", 1) == 2 and form.per_sample else check_times(t)
     if event_fn is not None:
+        if form.per_sample:
+            raise InvalidValue("odeint has one event for all samples; solve_ivp(event_fn=) has one for each")
         times = times_until_event(times, options)
         options = {"max_num_steps": STEPS_TO_EVENT, **options} if found.adaptive else options
-    form = Form(y0)
+    if strict and len(dtypes := {part.dtype for part in form.parts(y0)}) > 1:
+        raise InvalidType(f"all of y0 must be of one dtype; it has {', '.join(sorted(map(str, dtypes)))}")
     packed = form.pack(y0)
     if t.device != packed.device:
         warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)
     return Problem(
-        func=func,
+        func=_for_one_sample(with_args(func, args), form),
         form=form,
         y0=packed,
         times=times,
         method=found,
-        rtol=check_tolerance(rtol, "rtol", form, packed),
-        atol=check_tolerance(atol, "atol", form, packed),
+        rtol=check_tolerance(rtol, "rtol", form, packed[0] if form.per_sample else packed),
+        atol=check_tolerance(atol, "atol", form, packed[0] if form.per_sample else packed),
         options=options,
         policy=policy_from(options, found),
         grid=grid_from(options, times, packed.device),
         first_step=first_step_from(options),
         callbacks=callbacks_of(func, found, times.tensor, form.unpack),
-        event=None if event_fn is None else event_of(event_fn, form, packed.device),
+        event=None if event_fn is None else event_of(event_fn, args, form, packed.device),
     )
 
 
-def event_of(event_fn: Any, form: Form, device: torch.device) -> Callable[[float, Tensor], Tensor]:
+def is_per_sample(options: dict[str, Any], method: Method) -> bool:
+    """Whether every sample is to have a step-size controller of its own.
+
+    Raises:
+        InvalidValue: the method has no such thing.
+    """
+    control = options.get("control", "joint")
+    if control not in CONTROLS:
+        raise InvalidValue(f"control must be one of {', '.join(map(repr, CONTROLS))}, not {control!r}")
+    if control == "per_sample" and not (method.adaptive and isinstance(method, Tableau)):
+        able = ", ".join(name for name, tableau in TABLEAUS.items() if tableau.adaptive)
+        raise InvalidValue(f"control='per_sample' is for methods that choose their steps: {able}; not {method.name}")
+    return bool(control == "per_sample")
+
+
+def _for_one_sample(func: Func, form: Form) -> Func:
+    """A single sample's func is given its time as [1], like that of several."""
+    return (lambda t, y: func(t.reshape(1), y)) if form.per_sample and form.samples == 1 else func
+
+
+def event_of(event_fn: Any, args: Any, form: Form, device: torch.device) -> Callable[[float, Tensor], Tensor]:
     """A user's event function, on a time and a packed state."""
     if not callable(event_fn):
         raise InvalidType(f"event_fn must be callable as event_fn(t, y), not a {type(event_fn).__name__}")
+    event_fn = with_args(event_fn, args)
 
     def event(t: float, y: Tensor) -> Tensor:
         value = event_fn(torch.tensor(t, dtype=torch.float64, device=device), form.unpack(y))
@@ -195,13 +233,39 @@ def event_of(event_fn: Any, form: Form, device: torch.device) -> Callable[[float
     return event
 
 
+def on_device_of(y: Tensor) -> AbstractContextManager[Any]:
+    """Makes a state's CUDA device the current one."""
+    return torch.cuda.device(y.device) if y.device.type == "cuda" else nullcontext()
+
+
+def loop_of(problem: Problem, hooks: Hooks) -> Loop:
+    """The loop that carries out a solve."""
+    y0, form, options = problem.y0, problem.form, problem.options
+    ops = backend_for(y0)
+    layout = ops.Layout(form.samples, form.segments[-1], form.segments, y0.dtype, y0.device)
+    norm = options.get("norm")
+    return loop_for(
+        problem.method,
+        Dynamics(problem.func, form, y0, partial(ops.copy, layout)),
+        layout,
+        problem.times,
+        problem.rtol,
+        problem.atol,
+        problem.policy,
+        problem.grid,
+        options,
+        lambda: grid_of(options, problem.times, problem.func, form.unpack(y0)),
+        None if norm is None else lambda error, _: norm(form.unpack(error)),
+        hooks=hooks,
+    )
+
+
 def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = None) -> Solved:
     """Carries out a solve; `watch` is told every accepted step."""
-    y0, times, form, options = problem.y0, problem.times, problem.form, problem.options
-    solved = Solved(y0.unsqueeze(0), None, times.values[-1], len(times.values))
+    y0, times, options = problem.y0, problem.times, problem.options
     if len(times.values) == 1:
-        solved.ys = solved.ys.clone()
-        return solved
+        return Solved(y0.unsqueeze(0).clone(), None, times.values[0], 1)
+    solved = Solved(y0, None, times.values[-1], len(times.values))
     search = None
     if problem.event is not None:
         tolerance = problem.atol if isinstance(problem.atol, float) else float(problem.atol.min())
@@ -219,26 +283,8 @@ def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = N
         solved.end = error.t
         solved.n_reached = sum(times.sign * (t - error.t) <= 0 for t in times.values)
 
-    with torch.cuda.device(y0.device) if y0.device.type == "cuda" else nullcontext():
-        ops = backend_for(y0)
-        segments = form.segments if form.is_tuple else (0, y0.numel())
-        layout = ops.Layout(1, y0.numel(), segments, y0.dtype, y0.device)
-        dynamics = Dynamics(problem.func, form, y0, partial(ops.copy, layout))
-        norm = options.get("norm")
-        loop = loop_for(
-            problem.method,
-            dynamics,
-            layout,
-            times,
-            problem.rtol,
-            problem.atol,
-            problem.policy,
-            problem.grid,
-            options,
-            lambda: grid_of(options, times, problem.func, form.unpack(y0)),
-            None if norm is None else lambda error, _: norm(form.unpack(error)),
-            hooks=Hooks(watch=watch, fail=fail, **problem.callbacks),
-        )
+    with on_device_of(y0):
+        loop = loop_of(problem, Hooks(watch=watch, fail=fail, **problem.callbacks))  # type: ignore[arg-type]
         try:
             solved.ys, solved.last_step = loop.solve(y0, problem.first_step), loop.last_step
         finally:

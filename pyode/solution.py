@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import Status
 
 
 @dataclass
@@ -15,11 +24,17 @@ class Stats:
         n_f_evals: evaluations of func.
         n_accepted: steps that were accurate enough.
         n_rejected: steps that were not, and were tried again with a smaller size.
+        n_newton: iterations of Newton's method, of all stages of implicit methods; each evaluates func at one stage, or
+            at all stages that are solved for together.
+        n_krylov: iterations of GMRES in them, for large states: each is a product with the Jacobian, a derivative of an
+            evaluation that was made, and counts as none.
     """
 
     n_f_evals: int = 0
     n_accepted: int = 0
     n_rejected: int = 0
+    n_newton: int = 0
+    n_krylov: int = 0
 
     @property
     def n_steps(self) -> int:
@@ -29,3 +44,114 @@ class Stats:
     def __add__(self, other: Stats) -> Stats:
         """The sum of both."""
         return Stats(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def add(self, other: Stats) -> None:
+        """Adds the other's counts to these."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+@dataclass
+class SampleStats:
+    """What each sample of a solve has taken, as if it had been solved alone.
+
+    Attributes:
+        n_f_evals: [B] int64, evaluations of func.
+        n_accepted, n_rejected: [B] int64, steps.
+        last_dt: [B] float64, the size of the step accepted last, signed; 0 before there is one.
+    """
+
+    n_f_evals: Tensor
+    n_accepted: Tensor
+    n_rejected: Tensor
+    last_dt: Tensor
+
+    @property
+    def n_steps(self) -> Tensor:
+        """[B] int64, all steps, accepted and rejected."""
+        return self.n_accepted + self.n_rejected
+
+
+@dataclass
+class Solution:
+    """What `solve_ivp` returns. B is the number of samples, 1 where one step size serves the whole state.
+
+    Attributes:
+        ts: [T] or [T, B], the output times.
+        ys: [T, *y0.shape], or y0's structure of such: the states; nan behind a sample's failure or event.
+        status: [B] int64, a `Status` each.
+        stats: counts of each sample.
+        interpolant: of times, [m] or [m, B], the states there; None unless dense_output was asked for.
+        event_t: [B] float64, the time of each sample's event; nan where there is none.
+        event_index: [B] int64, which of several event functions it was; -1.
+        event_y: the states at the events, with B in front where it is not the first axis anyway; nan.
+    """
+
+    ts: Tensor
+    ys: Any
+    status: Tensor
+    stats: SampleStats
+    interpolant: Callable[[Tensor], Any] | None
+    event_t: Tensor
+    event_index: Tensor
+    event_y: Any
+
+    @property
+    def success(self) -> bool:
+        """Whether every sample has reached its last time or its event."""
+        return bool(((self.status == Status.SUCCESS) | (self.status == Status.EVENT)).all())
+
+    @property
+    def message(self) -> str:
+        """What happened, a sentence for each status that occurs."""
+        counts = Counter(map(Status, self.status.tolist()))
+        B = len(self.status)
+        return " ".join(s.sentence if B == 1 else f"{n} of {B} samples: {s.sentence}" for s, n in counts.items())
+
+    def __repr__(self) -> str:
+        """A short table."""
+        rows: list[tuple[str, Any]] = [("success", self.success), ("message", self.message)]
+        rows += [("ts", _shape(self.ts)), ("ys", pytree.tree_map(_shape, self.ys))]
+        stats = self.stats
+        counts = {name: getattr(stats, name) for name in ("n_f_evals", "n_accepted", "n_rejected", "last_dt")}
+        rows += [(name, _range(values)) for name, values in counts.items()]
+        if bool((self.event_index >= 0).any()):
+            rows.append(("event_t", _range(self.event_t[self.event_index >= 0])))
+        return "Solution\n" + "\n".join(f"  {name:>10}  {value}" for name, value in rows)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Solution:
+        def all_of(value: Any) -> Any:
+            return pytree.tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, value)
+
+        stats = SampleStats(*(change(getattr(self.stats, field.name)) for field in fields(self.stats)))
+        interpolant: Any = self.interpolant
+        parts = {field.name: all_of(getattr(self, field.name)) for field in fields(self) if field.name != "stats"}
+        parts["interpolant"] = interpolant._map(change) if hasattr(interpolant, "_map") else interpolant
+        return replace(self, **{**parts, "stats": stats})
+
+    def to(self, *args: Any, **kwargs: Any) -> Solution:
+        """The same with tensors moved to a device; as `Tensor.to`, floating ones also to a dtype."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, dtype if x.is_floating_point() or x.is_complex() else None, non_blocking)
+
+        return self._map(move)
+
+    def detach(self) -> Solution:
+        """The same without a graph behind it."""
+        return self._map(Tensor.detach)
+
+
+def _shape(x: Tensor) -> str:
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+
+def _range(values: Tensor) -> str:
+    if values.numel() == 0:
+        return "none"
+    low, high = values.min().item(), values.max().item()
+    digits = "" if not values.is_floating_point() else ".6g"
+    if low == high:
+        return format(low, digits)
+    return f"{low:{digits}} to {high:{digits}}, mean {values.double().mean().item():.4g}"

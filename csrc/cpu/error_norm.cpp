@@ -9,30 +9,30 @@ constexpr int64_t kMaxParts = 1024;  // of a long segment, each summed by one th
 constexpr int64_t kPart = 4096;      // numbers in a part, unless that makes too many
 
 // Squared ratios of numbers [begin, end), at most kBlock, into `ratios`; for complex states one for each pair.
-template <class T, bool kComplex>
-void square_ratios(const ErrorNorm& op, const Terms<T>& terms, double dt, int64_t begin, int64_t end, double* ratios) {
+// step(i) is the step size for number begin + i.
+template <class T, bool kComplex, class Step>
+void square_ratios(const ErrorNorm& op, const Terms<T>& terms, Step step, int64_t begin, int64_t end, double* ratios) {
   const T* const y0 = terms.y + begin;
   const T* const y1 = static_cast<const T*>(op.y1) + (y0 - static_cast<const T*>(op.y0));
   using A = arithmetic_t<T>;
   A errors[kBlock];
   accumulate(op.terms, terms, begin, end, errors);
   const int64_t n = end - begin;
-  const A step = static_cast<A>(dt);
   const auto fill = [&](auto rtol, auto atol) {
     if constexpr (kComplex) {
       PYODE_INDEPENDENT
       for (int64_t i = 0; i < n; i += 2) {
         const auto modulus = [](A re, A im) { return std::sqrt(re * re + im * im); };
         const double r =
-            scaled_error(modulus(step * errors[i], step * errors[i + 1]), modulus(load(y0[i]), load(y0[i + 1])),
+            scaled_error(modulus(step(i) * errors[i], step(i) * errors[i + 1]), modulus(load(y0[i]), load(y0[i + 1])),
                          modulus(load(y1[i]), load(y1[i + 1])), rtol(i), atol(i));
         ratios[i / 2] = r * r;
       }
     } else {
       PYODE_INDEPENDENT
       for (int64_t i = 0; i < n; ++i) {
-        const A r =
-            scaled_error(std::fabs(step * errors[i]), std::fabs(load(y0[i])), std::fabs(load(y1[i])), rtol(i), atol(i));
+        const A r = scaled_error(std::fabs(step(i) * errors[i]), std::fabs(load(y0[i])), std::fabs(load(y1[i])),
+                                 rtol(i), atol(i));
         ratios[i] = static_cast<double>(r) * static_cast<double>(r);
       }
     }
@@ -52,11 +52,12 @@ void square_ratios(const ErrorNorm& op, const Terms<T>& terms, double dt, int64_
 template <class T, bool kComplex>
 double sum_squares(const ErrorNorm& op, const Terms<T>& terms, double dt, int64_t begin, int64_t end) {
   if (op.terms == 0) return 0;
+  const auto step = [step = static_cast<arithmetic_t<T>>(dt)](int64_t) { return step; };
   double lanes[kLanes] = {};
   double ratios[kBlock];
   for (int64_t from = begin; from < end; from += kBlock) {
     const int64_t to = from + kBlock < end ? from + kBlock : end;
-    square_ratios<T, kComplex>(op, terms, dt, from, to, ratios);
+    square_ratios<T, kComplex>(op, terms, step, from, to, ratios);
     const int64_t n = kComplex ? (to - from) / 2 : to - from;
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes)
@@ -64,6 +65,17 @@ double sum_squares(const ErrorNorm& op, const Terms<T>& terms, double dt, int64_
     for (int64_t l = 0; i < n; ++i, ++l) lanes[l] += ratios[i];
   }
   for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
+}
+
+// The same for the squared ratios of one small row: n numbers, in the same order.
+double sum_row(const double* ratios, int64_t n) {
+  double lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i % kLanes] += ratios[i];
+  int64_t half = kLanes / 2;
+  while (half >= n && half > 1) half /= 2;  // the lanes from n on are 0
+  for (; half > 0; half /= 2)
     for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
   return lanes[0];
 }
@@ -103,6 +115,30 @@ void error_norm_of(const Layout& layout, const ErrorNorm& op) {
     return;
   }
   const int64_t together = layout.size < kChunk ? kChunk / (layout.size + 1) + 1 : 1;
+  if (layout.size > 0 && layout.size < kSmallRow && op.terms > 0 && !op.rtol_each && !op.atol_each) {
+    // One loop over the numbers of many rows, then one over the rows.
+    using A = arithmetic_t<T>;
+    constexpr int64_t kWidth = kComplex ? 2 : 1;
+    const int64_t rows = kBlock / layout.size;
+    parallel_for((layout.samples + together - 1) / together, threads_for(layout), [&](int64_t task) {
+      const int64_t last = (task + 1) * together < layout.samples ? (task + 1) * together : layout.samples;
+      A steps[kBlock];
+      double ratios[kBlock];
+      for (int64_t first = task * together; first < last; first += rows) {
+        const int64_t stop = first + rows < last ? first + rows : last, n = (stop - first) * layout.size;
+        fill_steps(layout.size, op.dt + first, 0, n, steps);
+        square_ratios<T, kComplex>(op, terms_of(first), [&](int64_t i) { return steps[i]; }, 0, n, ratios);
+        for (int64_t b = first; b < stop; ++b) {
+          const double* const row = ratios + (b - first) * layout.size / kWidth;
+          for (int64_t s = 0; s < layout.n_segments; ++s) {
+            const int64_t begin = layout.segments[s], count = layout.segments[s + 1] - begin;
+            op.means[s * layout.samples + b] = mean<kComplex>(sum_row(row + begin / kWidth, count / kWidth), count);
+          }
+        }
+      }
+    });
+    return;
+  }
   parallel_for((layout.samples + together - 1) / together, threads_for(layout), [&](int64_t task) {
     const int64_t last = (task + 1) * together < layout.samples ? (task + 1) * together : layout.samples;
     for (int64_t b = task * together; b < last; ++b) {

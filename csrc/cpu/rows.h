@@ -134,6 +134,15 @@ void for_each_row(int64_t begin, int64_t end, int64_t size, Body body) {
   }
 }
 
+/// The step size of the sample of every number in [begin, end).
+template <class A>
+void fill_steps(int64_t size, const double* dt, int64_t begin, int64_t end, A* steps) {
+  for_each_row(begin, end, size, [&](int64_t b, int64_t i, int64_t stop) {
+    const A step = static_cast<A>(dt[b]);
+    for (; i < stop; ++i) steps[i - begin] = step;
+  });
+}
+
 /// All samples, each with its own step dt[b].
 template <class T>
 void sum_rows(const Layout& layout, int n, const Terms<T>& terms, const double* dt) {
@@ -149,10 +158,7 @@ void sum_rows(const Layout& layout, int n, const Terms<T>& terms, const double* 
     A steps[kBlock];
     for (int64_t from = begin; from < end; from += kBlock) {
       const int64_t to = from + kBlock < end ? from + kBlock : end;
-      for_each_row(from, to, layout.size, [&](int64_t b, int64_t i, int64_t stop) {
-        const A step = static_cast<A>(dt[b]);
-        for (; i < stop; ++i) steps[i - from] = step;
-      });
+      fill_steps(layout.size, dt, from, to, steps);
       sum_terms_any<T>(n, terms, from, to, [&](int64_t i) { return steps[i - from]; });
     }
   });

@@ -5,6 +5,7 @@ The compiled counterparts are the structs of csrc/ops.h and csrc/core/controller
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any, Protocol
@@ -38,6 +39,9 @@ class RightHandSide(Protocol):
 
     def __call__(self, t: Tensor, y: Tensor, /) -> Tensor:
         """Returns dy/dt, contiguous, of y's shape, dtype and device."""
+
+    def trial(self, t: Tensor, y: Tensor, /) -> Tensor:
+        """The same where y need not become a stage's state: nothing is noted of it, and dy/dt has a graph back to y."""
 
 
 @dataclass
@@ -77,6 +81,10 @@ class Policy:
         clip: whether the last step ends at the last time, instead of passing it.
         count_per_output: whether max_num_steps bounds the steps to each output time, or all steps.
         resume: whether to go on with at least the whole size of a step that a prescribed time cut short.
+        beta, alpha: exponents of the last three errors, in units of 1 / order, and of the last two ratios of step
+            sizes: the controller as a digital filter (Soderlind 2003).
+        least_ulps: a step has to move t by so many units in the last place.
+        cautious: whether a step does not grow right after a rejection.
     """
 
     order: float
@@ -89,6 +97,10 @@ class Policy:
     clip: bool = False
     count_per_output: bool = True
     resume: bool = False
+    beta: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    alpha: tuple[float, float] = (0.0, 0.0)
+    least_ulps: float = 0.0
+    cautious: bool = False
 
 
 @dataclass
@@ -104,6 +116,11 @@ class Grid:
     times: Tensor
     step_t: Tensor | None = None
     jump_t: Tensor | None = None
+
+
+def largest(means: list[float]) -> float:
+    """The largest of the mean squares over the segments; nan if one of them is."""
+    return math.nan if any(map(math.isnan, means)) else max(means)
 
 
 class Phase(IntEnum):
@@ -127,9 +144,9 @@ class Flag(IntFlag):
 
 
 # The words of one sample's step state, in the order of `struct Sample` in csrc/core/controller.h.
-REAL_FIELDS = ("t", "dt", "t1", "t_prev", "dt_prev", "dt_whole", "slope")
+REAL_FIELDS = ("t", "dt", "t1", "t_prev", "dt_prev", "dt_whole", "slope", "error1", "error2", "size1", "ratio1")
 INTEGER_FIELDS = (
     "status", "accepted", "output_begin", "output_end", "on_jump", "non_finite",
-    "n_accepted", "n_rejected", "n_steps", "next_step_t", "next_jump_t",
+    "n_accepted", "n_rejected", "n_steps", "next_step_t", "next_jump_t", "rejected",
 )  # fmt: skip
 N_FIELDS = len(REAL_FIELDS) + len(INTEGER_FIELDS)

@@ -6,6 +6,7 @@ A tensor handed to an op is contiguous, and of the layout's dtype and device.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .. import _C
 from . import contract
-from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy, RightHandSide
+from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy, RightHandSide, largest
 
 
 class Interpolant(_C.Interpolant):
@@ -76,6 +77,7 @@ class Layout(contract.Layout):
         self.spares: list[Tensor] | None = [] if big and _CAN_RECYCLE else None
 
 
+_RUNNING = 1  # kRunning
 _BIG = 1 << 20  # bytes; malloc gives smaller memory out again without a page fault
 _MAX_SPARES = 4
 
@@ -153,21 +155,26 @@ def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor)
     return out
 
 
-def mean_square_error(
+def mean_square_errors(
     layout: Layout,
-    weights: tuple[float, ...],
+    rows: Sequence[tuple[float, ...]],
     y0: Tensor,
     y1: Tensor,
     ks: list[Tensor],
     dt: Tensor,
     rtol: float | Tensor,
     atol: float | Tensor,
-) -> float:
-    """The largest mean square over the segments, as Controller.error_norm notes them. On CUDA this waits."""
+) -> list[float]:
+    """For each row of weights the largest mean square over the segments, as Controller.error_norm notes them.
+
+    Of a joint state. On CUDA this waits, once for all rows.
+    """
     parts = layout.handle.error_parts
-    means = torch.empty((layout.n_segments, parts), dtype=torch.float64, device=layout.device)
-    _C.error_norm(layout.handle, weights, y0, y1, ks, dt, rtol, atol, means.data_ptr(), parts)
-    return max(map(sum, means.tolist()))
+    means = torch.empty((len(rows), layout.n_segments, parts), dtype=torch.float64, device=layout.device)
+    address, stride = means.data_ptr(), 8 * parts * layout.n_segments
+    for i, weights in enumerate(rows):
+        _C.error_norm(layout.handle, weights, y0, y1, ks, dt, rtol, atol, address + i * stride, parts)
+    return [largest([sum(parts) for parts in segments]) for segments in means.tolist()]
 
 
 @lru_cache(maxsize=64)
@@ -213,7 +220,8 @@ class Controller:
         )
         handle.set_policy(
             policy.safety, policy.ifactor, policy.dfactor, policy.min_step, policy.max_step, policy.order,
-            policy.max_num_steps, policy.clip, policy.count_per_output, policy.resume,
+            policy.beta, policy.alpha, policy.least_ulps, policy.cautious, policy.max_num_steps,
+            policy.clip, policy.count_per_output, policy.resume,
         )  # fmt: skip
         step_t, jump_t = grid.step_t, grid.jump_t
         handle.set_grid(
@@ -252,6 +260,17 @@ class Controller:
             first = N_FIELDS * self.layouts[0].samples
             flags = self._words[first : first + 2].view(torch.int64).tolist()[self.handle.turn]
         return flags
+
+    @property
+    def running(self) -> bool:
+        """Whether a sample still runs."""
+        return bool((self.field("status") == _RUNNING).any())
+
+    def finish(self, which: Tensor, status: int) -> None:
+        """Ends the solve of some samples: `which` is [B] bool."""
+        which = which.to(self._words.device)
+        self.field("status").masked_fill_(which, status)
+        self.dt.masked_fill_(which, 0.0)
 
     def field(self, name: str) -> Tensor:
         """A field of the step state, [B]: a view."""

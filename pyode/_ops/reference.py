@@ -8,14 +8,15 @@ differentiated, any number of times, with respect to everything.
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy, RightHandSide
+from .contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy, RightHandSide, largest
 
 __all__ = [
     "Controller",
@@ -129,20 +130,33 @@ def scaled_step_error(
     return scaled_error(error, wide, _widened(y1), rtol, atol)
 
 
-def mean_square_error(
+def mean_square_errors(
     layout: Layout,
-    weights: tuple[float, ...],
+    rows: Sequence[tuple[float, ...]],
     y0: Tensor,
     y1: Tensor,
     ks: list[Tensor],
     dt: Tensor,
     rtol: float | Tensor,
     atol: float | Tensor,
-) -> float:
-    """See native.mean_square_error."""
-    error = scaled_step_error(layout, weights, y0, y1, ks, dt, rtol, atol).detach().abs().reshape(-1)
-    parts = [error[begin:end].to(_wide_float(error)) for begin, end in zip(layout.segments, layout.segments[1:])]
-    return max((float(part.square().mean()) for part in parts if part.numel()), default=0.0)
+) -> list[float]:
+    """See native.mean_square_errors."""
+    with torch.no_grad():
+        ratios = [scaled_step_error(layout, weights, y0, y1, ks, dt, rtol, atol) for weights in rows]
+        return [largest([mean for (mean,) in _means(layout, ratio)]) for ratio in ratios]
+
+
+def _means(layout: Layout, ratio: Tensor) -> list[list[float]]:
+    """The mean squares over each segment, of every sample; 0 over an empty one."""
+    flat = ratio.detach().abs().reshape(layout.samples, layout.size)
+    flat = flat.to(_wide_float(flat)).square()
+    return [
+        flat[:, begin:end].mean(1).tolist() if end > begin and layout.samples else [0.0] * layout.samples
+        for begin, end in zip(layout.segments, layout.segments[1:])
+    ]
+
+
+_LEAST_ERROR = 1e-10  # as kLeastError
 
 
 @dataclass
@@ -156,6 +170,10 @@ class Sample:
     dt_prev: float = 0.0
     dt_whole: float = 0.0
     slope: float = 0.0
+    error1: float = 1.0
+    error2: float = 1.0
+    size1: float = 0.0
+    ratio1: float = 1.0
     status: int = _RUNNING
     accepted: int = 0
     output_begin: int = 1
@@ -165,6 +183,7 @@ class Sample:
     n_accepted: int = 0
     n_rejected: int = 0
     n_steps: int = 0
+    rejected: int = 0
 
 
 class _Times:
@@ -175,6 +194,12 @@ class _Times:
         self.outputs = [self.sign * t for t in times]
         self.step_t = [self.sign * t for t in step_t]
         self.jump_t = [self.sign * t for t in jump_t]
+
+    def start(self) -> Sample:
+        """A sample at its start, which may be its first output times too, or all."""
+        t, passed = self.sign * self.outputs[0], bisect_right(self.outputs, self.outputs[0])
+        status = _RUNNING if passed < len(self.outputs) else _SUCCESS
+        return Sample(t=t, t1=t, t_prev=t, output_begin=passed, output_end=passed, status=status)
 
     def next_stop(self, stops: list[float], t: float) -> float:
         i = bisect_right(stops, self.sign * t)
@@ -215,14 +240,24 @@ class Controller:
         """See native.Controller.error_norm."""
         layout = layout or self.layouts[0]
         ratio = scaled_step_error(layout, weights, y0, y1, ks, dt, rtol, atol)
-        flat = ratio.detach().abs().reshape(layout.samples, layout.size)
-        for i, (begin, end) in enumerate(zip(layout.segments, layout.segments[1:])):
-            if end > begin and layout.samples:
-                self._means[slot + i] = flat[:, begin:end].to(_wide_float(flat)).square().mean(1).tolist()
+        for i, mean in enumerate(_means(layout, ratio)):
+            self._means[slot + i] = mean
 
     def put_norm(self, norm: Tensor | float, slot: int = 0) -> None:
         """See native.Controller.put_norm."""
         self._means[slot] = [float(norm) * float(norm)]
+
+    @property
+    def running(self) -> bool:
+        """See native.Controller.running."""
+        return any(sample.status == _RUNNING for sample in self._samples)
+
+    def finish(self, which: Tensor, status: int) -> None:
+        """See native.Controller.finish."""
+        for sample, one in zip(self._samples, which.tolist()):
+            if one:
+                sample.status, sample.dt = status, 0.0
+        self.dt = torch.tensor([sample.dt for sample in self._samples], dtype=torch.float64)
 
     def field(self, name: str) -> Tensor:
         """See native.Controller.field; a copy."""
@@ -234,10 +269,11 @@ class Controller:
         flags = Flag(0)
         first = len(self._means) // 2
         if phase in (Phase.TRY_FIRST, Phase.GIVEN_FIRST):
-            starts = [times.sign * times.outputs[0] for times in self._times]
-            self._samples = [Sample(t=t, t1=t, t_prev=t) for t in starts]
+            self._samples = [times.start() for times in self._times]
         for b, (sample, times) in enumerate(zip(self._samples, self._times)):
-            norm, slope = (_root_of_largest(means, b) for means in (self._means[:first], self._means[first:]))
+            norm, slope = (
+                math.sqrt(largest([mean[b] for mean in means])) for means in (self._means[:first], self._means[first:])
+            )
             if phase in (Phase.TRY_FIRST, Phase.GIVEN_FIRST):
                 self._try_first_step(sample, times, norm, slope)
             if phase is Phase.TRY_FIRST:
@@ -279,10 +315,13 @@ class Controller:
 
     def _try_first_step(self, s: Sample, times: _Times, size: float, slope: float) -> None:
         """Hairer, Norsett, Wanner I, II.4, starting step size, a to c."""
-        if not (math.isfinite(size) and math.isfinite(slope)):
+        if s.status == _RUNNING and not (math.isfinite(size) and math.isfinite(slope)):
             s.status = _NON_FINITE
         s.slope = slope
-        s.dt = times.sign * (1e-6 if size < 1e-5 or slope < 1e-5 else 0.01 * size / slope)
+        h0 = 1e-6 if size < 1e-5 or slope < 1e-5 else 0.01 * size / slope
+        if self.policy.clip:
+            h0 = min(abs(times.outputs[-1] - times.sign * s.t), h0)  # in this order: h0 may be nan
+        s.dt = times.sign * h0
 
     def _choose_first_step(self, s: Sample, times: _Times, change: float) -> None:
         """Steps d to f."""
@@ -306,12 +345,14 @@ class Controller:
         s.accepted = int(error <= 1 or (smallest and not s.non_finite))
         if s.non_finite and smallest:
             s.status = _NON_FINITE
-        factor = policy.dfactor
-        if error == 0:
-            factor = policy.ifactor
-        elif not s.non_finite:
-            least = 1.0 if error < 1 else policy.dfactor
-            factor = min(policy.ifactor, max(policy.safety / error ** (1 / policy.order), least))
+        factor = policy.dfactor if s.non_finite else self._step_factor(s, error)
+        if s.rejected and policy.cautious:
+            factor = min(factor, 1.0)
+        s.rejected = int(not s.accepted)
+        if s.accepted:
+            s.error1, s.error2 = max(error, _LEAST_ERROR), s.error1
+            s.ratio1 = 1.0 if s.size1 == 0 else s.dt / s.size1
+            s.size1 = s.dt
         s.t_prev, s.dt_prev, s.dt = s.t, s.dt, s.dt * factor
         s.n_steps += 1
         if not s.accepted:
@@ -327,12 +368,28 @@ class Controller:
         if s.output_end == len(times.outputs):
             s.status = _SUCCESS
 
+    def _step_factor(self, s: Sample, error: float) -> float:
+        """Soderlind's digital filter; elementary control after a rejection."""
+        policy = self.policy
+        if error == 0:
+            return policy.ifactor
+        (b1, b2, b3), (a1, a2), k = policy.beta, policy.alpha, policy.order
+        integrating = b2 == b3 == a1 == a2 == 0
+        if integrating or not s.accepted:
+            least = 1.0 if integrating and error < 1 else policy.dfactor
+            return min(policy.ifactor, max(policy.safety / math.pow(error, (b1 if s.accepted else 1) / k), least))
+        ratio = 1.0 if s.size1 == 0 else s.dt / s.size1
+        powers = ((error, b1 / k), (s.error1, b2 / k), (s.error2, b3 / k), (ratio, a1), (s.ratio1, a2))
+        filtered = math.prod(math.pow(x, power) for x, power in powers)
+        return min(policy.ifactor, max(policy.safety / filtered, policy.dfactor))
+
     def _plan_step(self, s: Sample, times: _Times) -> None:
         policy, sign = self.policy, times.sign
         if s.status == _RUNNING and s.n_steps >= policy.max_num_steps:
             s.status = _TOO_MANY_STEPS
         s.dt = s.dt_whole = sign * min(max(abs(s.dt), policy.min_step), policy.max_step)
-        if s.status == _RUNNING and not sign * (s.t + s.dt - s.t) > 0:
+        least = policy.least_ulps * sys.float_info.epsilon * abs(s.t)
+        if s.status == _RUNNING and (not sign * (s.t + s.dt - s.t) > 0 or abs(s.dt) < least):
             s.status = _NON_FINITE if s.non_finite else _STEP_TOO_SMALL
         s.on_jump = 0
         if s.status != _RUNNING:
@@ -354,11 +411,6 @@ class Controller:
 def _wide_float(x: Tensor) -> torch.dtype:
     """Norms are summed in float64 where the device has it."""
     return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-def _root_of_largest(means: list[list[float]], b: int) -> float:
-    values = [mean[b] for mean in means]
-    return math.nan if any(math.isnan(value) for value in values) else math.sqrt(max(values))
 
 
 class Interpolant:

@@ -81,6 +81,10 @@ class AugmentedDynamics:
         """See RightHandSide."""
         raise NotImplementedError("direct is None")
 
+    def trial(self, t: Tensor, flat: Tensor, /) -> Tensor:
+        """See RightHandSide; one-step methods alone need it, and those carry their integrals beside the state."""
+        raise NotImplementedError
+
     def __call__(self, t: Tensor, flat: Tensor, /) -> Tensor:
         """The derivative of the whole."""
         z = self.state.unpack(flat)[0]

@@ -81,25 +81,41 @@ class _AdjointDynamics:
         return self.forward.accept(k, y)
 
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
-        y, a = z.unbind()
         quadrature = self.quadrature
         wanted = quadrature is not None and quadrature.wanted
+        y, a = z.detach().unbind()
         with torch.enable_grad():
-            y = y.detach().requires_grad_()
-            inputs = [y]
+            inputs = [y.requires_grad_()]
             if wanted and self.time:
                 t = t.detach().requires_grad_()
                 inputs.append(t)
             if wanted:
                 inputs += self.params
-            f = self.forward(t, y)
-            gradients: tuple[Tensor | None, ...] = (None,) * len(inputs)
-            if f.requires_grad:
-                gradients = torch.autograd.grad(f, inputs, a.neg(), allow_unused=True)
+            f, gradients = self._products(t, y, a, inputs)
         if quadrature is not None:
             quadrature.note(self._integrands(t, gradients[1:]) if wanted else None)
-        slope = gradients[0]
-        return torch.stack([f.detach(), torch.zeros_like(y) if slope is None else slope])
+        return self._stacked(f.detach(), gradients[0])
+
+    def trial(self, t: Tensor, z: Tensor, /) -> Tensor:
+        recording = torch.is_grad_enabled()
+        with torch.enable_grad():
+            y, a = z.unbind()
+            if not y.requires_grad:
+                y = y.detach().requires_grad_()
+            f, (slope,) = self._products(t, y, a, [y], recording)
+        return self._stacked(f, slope) if recording else self._stacked(f.detach(), slope)
+
+    def _products(
+        self, t: Tensor, y: Tensor, a: Tensor, inputs: list[Tensor], create_graph: bool = False
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """F(t, y), and -a df/dx for each of the inputs."""
+        f = self.forward(t, y)
+        if not f.requires_grad:
+            return f, (None,) * len(inputs)
+        return f, torch.autograd.grad(f, inputs, a.neg(), allow_unused=True, create_graph=create_graph)
+
+    def _stacked(self, f: Tensor, slope: Tensor | None) -> Tensor:
+        return torch.stack([f, torch.zeros_like(f) if slope is None else slope])
 
     def _integrands(self, t: Tensor, gradients: tuple[Tensor | None, ...]) -> list[Tensor]:
         zeros = [torch.zeros_like(t), *self.zeros] if self.time else self.zeros

@@ -9,8 +9,21 @@ import difflib
 from typing import Protocol
 
 from ..errors import InvalidValue
+from .adams import variable_adams
 from .dormand_prince import dopri5, dopri8
 from .external import scipy_solver
+from .implicit import (
+    ImplicitTableau,
+    gl4,
+    gl6,
+    implicit_euler,
+    implicit_midpoint,
+    radau_iia3,
+    radau_iia5,
+    sdirk2,
+    trapezoid,
+    trbdf2,
+)
 from .low_order import adaptive_heun, bosh3, euler, fehlberg2, heun2, heun3, midpoint, rk4
 from .multistep import explicit_adams, implicit_adams
 from .tableau import Tableau
@@ -47,8 +60,16 @@ TABLEAUS: dict[str, Tableau] = {
         euler, midpoint, heun2, heun3, rk4,
     )
 }  # fmt: skip
+IMPLICIT: dict[str, ImplicitTableau] = {
+    tableau.name: tableau
+    for tableau in (
+        implicit_euler, implicit_midpoint, trapezoid, radau_iia3, gl4, radau_iia5, gl6, sdirk2, trbdf2,
+    )
+}  # fmt: skip
 METHODS: dict[str, Method] = {
     **TABLEAUS,
+    **IMPLICIT,
+    "adams": variable_adams,
     "explicit_adams": explicit_adams,
     "implicit_adams": implicit_adams,
     "fixed_adams": implicit_adams,  # its old name
@@ -72,4 +93,4 @@ def find(name: str | None, argument: str = "method") -> Method:
     raise InvalidValue(f"{argument} must be one of {', '.join(METHODS)}, not {name!r}{hint}")
 
 
-__all__ = ["DEFAULT", "METHODS", "TABLEAUS", "Method", "Tableau", "find"]
+__all__ = ["DEFAULT", "IMPLICIT", "METHODS", "TABLEAUS", "ImplicitTableau", "Method", "Tableau", "find"]

@@ -6,6 +6,7 @@ for the whole state (B = 1) and one for each sample.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -20,10 +21,10 @@ from .._ops.contract import Flag, Grid, Layout, Phase, Policy, RightHandSide
 from ..control import Times
 from ..errors import SolveError, Status
 from ..methods import Tableau
-from ..solution import Stats
+from ..solution import SampleStats, Stats
 from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
-from .segment import RungeKuttaSegment
+from .segment import BatchSegment, RungeKuttaSegment
 
 Norm = Callable[[Tensor, list[Tensor]], Any]
 
@@ -107,7 +108,8 @@ class AdaptiveLoop:
         recording = torch.is_grad_enabled()
         shift = self._shift() if recording else None
         stages = partial(autograd.stages, self.ops) if recording else self.ops.stages
-        output = RecordedOutput(self) if recording else Output(self, y0)
+        recorded = RecordedOutput if layout.samples == 1 else RecordedBatchOutput
+        output = recorded(self) if recording else Output(self, y0)
 
         if quadrature is not None:
             quadrature.start()
@@ -116,10 +118,11 @@ class AdaptiveLoop:
         ks = _ballast.take(len(rows) + 1, y0)
         y, ks[0] = y0, dynamics(self._at_start(y0), y0)
         flags = self._first_step(y, ks[0], first_step)
+        self._evals_before_steps, self._n_jumps = dynamics.n_evals, torch.zeros(layout.samples, dtype=torch.int64)
         while flags & _RUNNING:
             if hooks.step is not None:
                 hooks.step(self._field("t"), y, abs(self._field("dt_whole")))
-            lasting = recording or hooks.watch is not None  # dt is needed after the next step is planned
+            lasting = recording or hooks.after_step  # dt is needed after the next step is planned
             dt = controller.dt.clone() if lasting else controller.dt
             times = controller.stage_times
             if shift is not None:
@@ -131,6 +134,8 @@ class AdaptiveLoop:
                 end = self._call_hooks(bool(flags & _ACCEPTED), y, ks, dt, shift)
                 if end is not None:
                     return torch.stack([y0, end])
+                if hooks.watch_batch is not None and not controller.running:
+                    flags &= ~_RUNNING
             if flags & _OUTPUT:
                 output.add(y, ks, dt, shift)
                 if quadrature is not None:
@@ -143,27 +148,50 @@ class AdaptiveLoop:
                 y, ks[0] = y1, ks[-1]
             else:
                 accepted = controller.field("accepted")
-                y = self.ops.select_rows(layout, y1, y, accepted)
-                ks[0] = self.ops.select_rows(layout, ks[-1], ks[0], accepted)
+                y = self._select(y1, y, accepted)
+                ks[0] = self._select(ks[-1], ks[0], accepted)
             if quadrature is not None:
                 quadrature.accept()
             if flags & _JUMP and flags & _RUNNING:
-                shift = None  # what comes behind a discontinuity does not move with the start
+                if shift is not None:  # what comes behind a discontinuity does not move with the start
+                    shift = torch.where(self._on_jump(), torch.zeros_like(shift), shift)
                 y, ks[0] = self._behind_jump(y, ks[0])
         if flags & _FAILED:
             hooks.fail(self._error(y, ks[0]))
-            output.repeat(y, ks[0], shift)
+            output.repeat(y if shift is None else self._unmoved(y, ks[0], shift))
         if quadrature is not None:
             quadrature.finish()
         if not recording:
             _ballast.put(ks)
         return output.collect(y0)
 
+    def _select(self, moved: Tensor, stayed: Tensor, rows: Tensor) -> Tensor:
+        """Rows of `moved` where `rows` is not 0, of `stayed` elsewhere."""
+        if moved.requires_grad or stayed.requires_grad:
+            selected: Tensor = torch.where(_column(rows.to(moved.device) != 0, moved), moved, stayed)
+        else:
+            selected = self.ops.select_rows(self.layout, moved, stayed, rows)
+        return selected
+
+    def _on_jump(self) -> Tensor:
+        """Which samples have just arrived at a discontinuity: [B]."""
+        now, stops = self.controller.field("t"), self.grid.jump_t
+        assert stops is not None
+        arrived: Tensor = (self.controller.field("accepted") != 0) & torch.isin(now, stops.to(now.device))
+        return arrived
+
+    def batch_segment(
+        self, polynomial: Any, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None
+    ) -> BatchSegment:
+        """The step just judged, from y, sample by sample."""
+        return BatchSegment(self.layout, polynomial, self.controller, y, list(ks), dt, shift)
+
     def segment(
         self, polynomial: Any, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None
     ) -> RungeKuttaSegment:
         """The step just accepted, from y."""
         t0, t1, size = (self._field(name) for name in ("t_prev", "t", "dt_prev"))
+        shift = None if shift is None else shift.reshape(())
         return RungeKuttaSegment(self.layout, polynomial, t0, t1, size, y, list(ks), dt, shift)
 
     def _call_hooks(
@@ -171,12 +199,32 @@ class AdaptiveLoop:
     ) -> Tensor | None:
         """Tells of the step just judged; returns the state at which the solve is to end, if it is."""
         hooks = self.hooks
+        if hooks.judged is not None:
+            hooks.judged(self.controller)
         callback = hooks.accept if accepted else hooks.reject
         if callback is not None:
             callback(self._field("t_prev"), y, abs(self._field("dt_prev")))
-        if not accepted or hooks.watch is None:
-            return None
-        return hooks.watch(self.segment(_dense_output_of(self.tableau), y, ks, dt, shift))
+        if accepted and hooks.watch_batch is not None:
+            hooks.watch_batch(self.batch_segment(_dense_output_of(self.tableau), y, ks, dt, shift))
+        if accepted and hooks.watch is not None:
+            return hooks.watch(self.segment(_dense_output_of(self.tableau), y, ks, dt, shift))
+        return None
+
+    def stats_of_samples(self) -> SampleStats:
+        """What each sample has taken."""
+        field = self.controller.field
+        accepted, rejected = field("n_accepted").cpu().clone(), field("n_rejected").cpu().clone()
+        if self.layout.samples == 1:
+            evals = torch.tensor([self.dynamics.n_evals])
+        else:
+            evals = self._evals_before_steps + (accepted + rejected) * len(self.tableau.rows) + self._n_jumps
+        return SampleStats(evals, accepted, rejected, field("size1").cpu().clone())
+
+    def left(self) -> Tensor:
+        """Which outputs have not been reached: [T, B], or [T] of the only sample."""
+        ends = self.controller.field("output_end")
+        left: Tensor = torch.arange(len(self.times.values))[:, None] >= ends.cpu()
+        return (left if self.layout.samples > 1 else left[:, 0]).to(self.layout.device)
 
     def _field(self, name: str) -> float:
         """A number of the only sample's step state."""
@@ -195,19 +243,29 @@ class AdaptiveLoop:
             stats.n_rejected += int(self.controller.field("n_rejected").sum())
 
     def _at_start(self, y0: Tensor) -> Tensor:
-        return self.times.tensor[0].to(device=y0.device, dtype=self.layout.real_dtype)
+        start = self.times.tensor[0].to(device=y0.device, dtype=self.layout.real_dtype)
+        return start if self.layout.samples == 1 else start.expand(self.layout.samples)
 
     def _shift(self) -> Tensor | None:
         """How far the start has moved: 0, with the gradient of t[0]; None if that is not wanted."""
         t = self.times.tensor
-        return t[0] - t[0].detach() if t.requires_grad else None
+        return (t[0] - t[0].detach()).expand(self.layout.samples) if t.requires_grad else None
 
     def _moved(self, stage_times: Tensor, dt: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Stage times and step size of a step that moves with the start; one up to a discontinuity keeps its end."""
-        if not bool(self.controller.field("on_jump").any()):
+        jumping = self.controller.field("on_jump").to(stage_times)
+        if not bool(jumping.any()):
             return stage_times + shift.to(stage_times), dt
         c = torch.tensor(self.tableau.abscissae).to(stage_times)
-        return stage_times + (1 - c) * shift.to(stage_times), dt - shift.to(dt)
+        if self.layout.samples > 1:
+            c = c[:, None]
+        return stage_times + (1 - c * jumping) * shift.to(stage_times), dt - (jumping * shift).to(dt)
+
+    def _unmoved(self, y: Tensor, k: Tensor, shift: Tensor) -> Tensor:
+        """The state at the time where it stands, where it has moved with the start."""
+        if not bool(k.isfinite().all()):
+            return y
+        return y - k * (shift.reshape(()) if self.layout.samples == 1 else _column(shift, y)).to(y.real)
 
     def _first_step(self, y: Tensor, k: Tensor, first_step: float | None) -> int:
         """Plans the first step; returns the flags (Hairer, Norsett, Wanner I, II.4)."""
@@ -217,8 +275,11 @@ class AdaptiveLoop:
             y, k = y.detach(), k.detach()
         n = sum(part.n_segments for part in controller.layouts)
         if first_step is not None:  # the state and slope have to be finite, no more
-            controller.error_norm((1.0,), y, y, [y], dt, 0.0, 1.0, 0)
-            controller.error_norm((1.0,), y, y, [k], dt, 0.0, 1.0, n)
+            for x, slot in ((y, 0), (k, n)):
+                if self.norm is None:
+                    controller.error_norm((1.0,), y, y, [x], dt, 0.0, 1.0, slot)
+                else:  # the user's norm is the only one: those of the segments stay 0
+                    controller.put_norm(0.0 if bool(x.isfinite().all()) else math.nan, slot)
             return int(controller.run(Phase.GIVEN_FIRST, first_step))
         self._note_norm((1.0,), y, y, [y], dt, 0)
         self._note_norm((1.0,), y, y, [k], dt, n)
@@ -246,7 +307,9 @@ class AdaptiveLoop:
             return
         with torch.no_grad():
             error = reference.scaled_step_error(self.layout, weights, y, y1, ks, dt, self.rtol, self.atol)
-            errors = [] if self.quadrature is None else self.quadrature.scaled_errors(weights, y1 is y, dt)
+            errors = []
+            if self.quadrature is not None:
+                errors = self.quadrature.scaled_errors(weights, dt, at_start=y1 is y, of_values=ks[0] is y)
             self.controller.put_norm(self.norm(error, errors), slot)
 
     def _behind_jump(self, y: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,13 +318,15 @@ class AdaptiveLoop:
         if self.at_jump is not None:
             y = self.at_jump(float(now), y)
         t = now.to(device=y.device, dtype=self.layout.real_dtype)
-        t = torch.nextafter(t, t + self.times.sign)
+        behind = torch.nextafter(t, t + self.controller.field("dt_prev").sign().to(t))
         if self.quadrature is not None:
             self.quadrature.restart()
         if self.layout.samples == 1 or self.grid.jump_t is None:
-            return y, self.dynamics(t[0], y)
-        jumped = self.controller.field("accepted") * torch.isin(now, self.grid.jump_t.to(now.device))
-        return y, self.ops.select_rows(self.layout, self.dynamics(t, y), k, jumped)
+            return y, self.dynamics(behind[0], y)
+        self._n_jumps += self._on_jump().cpu()
+        jumped = self._on_jump() & (self.controller.field("status") == int(Status.RUNNING))
+        slope = self.dynamics(torch.where(jumped.to(t.device), behind, t), y)
+        return y, self._select(slope, k, jumped.to(torch.int64))
 
     def _error(self, y: Tensor, k: Tensor) -> SolveError:
         statuses = self.controller.field("status")
@@ -272,7 +337,7 @@ class AdaptiveLoop:
         )
         if status is Status.NON_FINITE and accepted + rejected == 0 and (y.isfinite() & k.isfinite()).all():
             status = Status.STEP_TOO_SMALL  # all is finite, but a tolerance is 0 where y0 is 0
-        return SolveError(status, float(t), float(dt), int(accepted + rejected))
+        return SolveError(status, float(t), float(dt), int(accepted + rejected), None if len(statuses) == 1 else b)
 
 
 @lru_cache(maxsize=64)
@@ -292,16 +357,20 @@ class Output:
     def __init__(self, loop: AdaptiveLoop, y0: Tensor) -> None:
         self.loop = loop
         self.out = torch.empty((len(loop.times.values), *y0.shape), dtype=y0.dtype, device=y0.device)
-        loop.ops.copy(loop.layout, y0, self.out)
+        if loop.grid.times.dim() == 1:
+            loop.ops.copy(loop.layout, y0, self.out)
+        else:  # a sample may be given its start several times, and nothing else
+            self.out[:] = y0
 
     def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""
         loop = self.loop
         loop.ops.interpolate(loop.layout, loop.interpolant, loop.controller, y, ks, self.out)
 
-    def repeat(self, y: Tensor, k: Tensor, shift: Tensor | None) -> None:
-        """Writes the state reached, y, to all the places that are left."""
-        self.out[int(self.loop.controller.field("output_end")) :] = y
+    def repeat(self, y: Tensor) -> None:
+        """Writes a state to all the places that are left."""
+        left = self.loop.left()
+        self.out = torch.where(_column(left, self.out), y, self.out)
 
     def collect(self, y0: Tensor) -> Tensor:
         """All of them, [T, ...]."""
@@ -322,12 +391,50 @@ class RecordedOutput:
         for i in range(*(int(loop.controller.field(name)) for name in ("output_begin", "output_end"))):
             self.rows.append(segment.at(values[i], t[i] - t[i].detach() if t.requires_grad else None))
 
-    def repeat(self, y: Tensor, k: Tensor, shift: Tensor | None) -> None:
-        """Puts the state reached, y with the slope k, in all the places that are left."""
-        if shift is not None and bool(k.isfinite().all()):
-            y = y - k * shift.to(y.real)  # y has moved with the start, and is wanted at the time where it stands
+    def repeat(self, y: Tensor) -> None:
+        """Puts a state in all the places that are left."""
         self.rows += [y] * (len(self.loop.times.values) - 1 - len(self.rows))
 
     def collect(self, y0: Tensor) -> Tensor:
         """All of them, [T, ...]."""
         return torch.stack([y0, *self.rows])
+
+
+class RecordedBatchOutput:
+    """The same for several samples, each of which passes other output times in a step."""
+
+    def __init__(self, loop: AdaptiveLoop) -> None:
+        self.loop = loop
+        self.rows: list[Tensor] = []
+        self.places: list[tuple[Tensor, Tensor]] = []
+        self.last: Tensor | None = None
+
+    def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
+        """Adds the outputs which the step just accepted has passed."""
+        loop, t = self.loop, self.loop.times.tensor
+        segment = loop.batch_segment(interpolant_of(reference, loop.tableau), y, ks, dt, shift)
+        begin, end = (loop.controller.field(name).to(y.device) for name in ("output_begin", "output_end"))
+        samples = torch.arange(loop.layout.samples, device=y.device)
+        for j in range(int((end - begin).max())):
+            some = samples[begin + j < end]
+            which = torch.where(begin + j < end, begin + j, begin.clamp(max=len(t) - 1))
+            when = t.to(y.device)[which] if t.dim() == 1 else t.to(y.device)[which, samples]
+            self.rows.append(segment.at(when.double())[some].reshape(-1, *y.shape[1:]))
+            self.places.append((which[some], some))
+
+    def repeat(self, y: Tensor) -> None:
+        """Puts a state in all the places that are left."""
+        self.last = y
+
+    def collect(self, y0: Tensor) -> Tensor:
+        """All of them, [T, ...]."""
+        out = y0.expand(len(self.loop.times.values), *y0.shape)
+        if self.rows:
+            i, b = (torch.cat(parts) for parts in zip(*self.places))
+            out = out.index_put((i, b), torch.cat(self.rows))
+        return out if self.last is None else torch.where(_column(self.loop.left(), out), self.last, out)
+
+
+def _column(rows: Tensor, like: Tensor) -> Tensor:
+    """[..., B] as a mask for [..., B, *]; for the only sample's state, which has no axis for it, [..., 1] likewise."""
+    return rows.reshape(*rows.shape, *[1] * (like.dim() - rows.dim()))

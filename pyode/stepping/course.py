@@ -14,6 +14,7 @@ from torch import Tensor
 from .._ops import autograd
 from .._ops.contract import Layout, RightHandSide
 from ..methods import Tableau
+from ..solution import Stats
 from .quadrature import Quadrature
 
 
@@ -37,6 +38,7 @@ class Course:
         perturb: whether func sees a step's start just behind it and its end just before it.
         options: the user's.
         rtol, atol: of the solve, for methods that iterate.
+        counts: of the solve, to which a method adds those of its own.
     """
 
     dynamics: RightHandSide
@@ -50,6 +52,7 @@ class Course:
     options: dict[str, Any]
     rtol: float | Tensor
     atol: float | Tensor
+    counts: Stats
 
     def stage_times(self, abscissae: tuple[float, ...]) -> Tensor:
         """The times at which a step's stages lie, for all steps: [N - 1, stages], in the dtype that func sees."""

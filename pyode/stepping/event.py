@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .segment import Segment
+from ..errors import Status
+from .segment import BatchSegment, Segment
 
 LEAVING = tuple(2.0**-k for k in range(20, -1, -1))  # where in a step functions are looked at that start at zero
 
@@ -79,3 +80,77 @@ class EventSearch:
             else:
                 begin = middle
         return (begin + end) / 2
+
+
+class SampleEvents:
+    """The same for every sample on its own: each stops at its own event.
+
+    Args:
+        event: of times [B] and states [B, D]; returns [B, E].
+        t0, y0: [B] and [B, D], the solve's start.
+        tolerance, skip_initial: as EventSearch's.
+
+    Attributes:
+        time: [B] of each sample's event; nan as long as there is none.
+        index: [B] which of the E functions it is; -1.
+        state: [B, D] at the event, with a graph behind it where gradients are enabled; nan.
+    """
+
+    def __init__(
+        self,
+        event: Callable[[Tensor, Tensor], Tensor],
+        t0: Tensor,
+        y0: Tensor,
+        tolerance: float,
+        skip_initial: bool = False,
+    ) -> None:
+        self.event, self.tolerance = event, tolerance
+        with torch.no_grad():
+            self.signs = torch.sign(event(t0, y0))
+        begun = (self.signs == 0).any(1) & (not skip_initial)
+        self._at_start = bool(begun.any())
+        self.time = torch.where(begun, t0, torch.full_like(t0, math.nan))
+        self.index = torch.where(begun, (self.signs == 0).long().argmax(1), -1)
+        self.state = torch.where(begun[:, None], y0, torch.full_like(y0, math.nan))
+
+    def __call__(self, segment: BatchSegment) -> None:
+        """Finishes the samples that have met their event in a step."""
+        if self._at_start:
+            segment.controller.finish(self.index >= 0, int(Status.SUCCESS))
+            self._at_start = False
+        with torch.no_grad():
+            candidates = segment.accepted.to(self.index.device) & (self.index < 0)
+            begin, end = segment.t0.clone(), segment.t1.clone()
+            if bool((self.signs[candidates] == 0).any()):
+                begin = self._leave(segment, candidates)
+            met = candidates & (self._least(segment, end) <= 0) & (self.signs != 0).all(1)
+            if not bool(met.any()):
+                return
+            width = float((end - begin)[met].abs().max())
+            for _ in range(math.ceil(math.log2(max(width / max(self.tolerance, 1e-300), 1.0))) if width else 0):
+                middle = (begin + end) / 2
+                if bool(((middle == begin) | (middle == end))[met].all()):
+                    break  # as near as numbers come
+                before = self._least(segment, middle) > 0
+                begin, end = torch.where(before, middle, begin), torch.where(before, end, middle)
+            time = (begin + end) / 2
+            index = (self.event(end, segment.at(end)) * self.signs).argmin(1)
+        self.time = torch.where(met, time, self.time)
+        self.index = torch.where(met, index, self.index)
+        self.state = torch.where(met[:, None], segment.at(time), self.state)
+        segment.controller.finish(met, int(Status.SUCCESS))
+
+    def _least(self, segment: BatchSegment, t: Tensor) -> Tensor:
+        """[B], positive as long as no function has changed its sign."""
+        least: Tensor = (self.event(t, segment.at(t)) * self.signs).amin(1)
+        return least
+
+    def _leave(self, segment: BatchSegment, candidates: Tensor) -> Tensor:
+        """Takes the signs of functions that were zero at the start just behind it; returns from where to search."""
+        begin: Tensor = segment.t0.clone()
+        for x in LEAVING:
+            t = segment.t0 + x * (segment.t1 - segment.t0) if x < 1 else segment.t1
+            left = candidates[:, None] & (self.signs == 0)
+            self.signs = torch.where(left, torch.sign(self.event(t, segment.at(t))), self.signs)
+            begin = torch.where((left & (self.signs != 0)).any(1), t, begin)
+        return begin

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from .._ops import backend_of, reference
 from .._ops.contract import Layout, RightHandSide
 from ..control import ENDLESS, Times, number_from
 from ..errors import InvalidType, InvalidValue, SolveError, Status
-from ..methods import Method, Tableau
+from ..methods import ImplicitTableau, Method, Tableau
 from ..methods.multistep import FixedAdams
 from ..solution import Stats
 from .course import Course, ExplicitSteps, Increment
 from .hooks import NO_HOOKS, Hooks
+from .implicit import ImplicitSteps
 from .multistep import AdamsSteps
 from .quadrature import Quadrature
 from .segment import RungeKuttaSegment
@@ -74,6 +76,8 @@ def steps_of(method: Method, course: Course) -> Callable[[int, Tensor], Incremen
     """What takes a method's steps: a function of a step's number and the state at its start."""
     if isinstance(method, FixedAdams):
         return AdamsSteps(method, course)
+    if isinstance(method, ImplicitTableau):
+        return ImplicitSteps(method, course)
     assert isinstance(method, Tableau)
     return ExplicitSteps(method, course)
 
@@ -107,7 +111,7 @@ class FixedGridLoop:
         self.rtol, self.atol = rtol, atol
         self.cubic = options.get("interp", "linear") == "cubic"
         self.ops = backend_of(layout)
-        self.n_steps = 0
+        self.counts = Stats()
         self.last_step = None
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
@@ -118,7 +122,7 @@ class FixedGridLoop:
         course = self._course(y0, moving)
         steps = steps_of(self.method, course)
         ends, sizes = self.grid.tolist(), course.sizes
-        outputs = Outputs(self, y0, recording)
+        outputs = Outputs(self.ops, self.layout, len(self.times.values), y0, recording)
         hooks, t = self.hooks, self.times.tensor
         values, sign, i, y = self.times.values, self.times.sign, 1, y0
         for n in range(len(sizes)):
@@ -127,7 +131,7 @@ class FixedGridLoop:
                 hooks.step(ends[n], y, abs(ends[n + 1] - ends[n]))
             step = steps(n, y)
             y1 = course.combine(step.weights, y, step.ks, dt)
-            self.n_steps += 1
+            self.counts.n_accepted += 1
             if self.quadrature is not None:
                 self.quadrature.finish_fixed_step(step.weights, dt)
             segment = None
@@ -146,15 +150,15 @@ class FixedGridLoop:
             y = y1
             del step, segment  # the derivatives are not to be kept through the next one
         if i < len(values):  # there was no event
-            hooks.fail(SolveError(Status.TOO_MANY_STEPS, ends[-1], float(sizes[-1].detach()), self.n_steps))
+            hooks.fail(SolveError(Status.TOO_MANY_STEPS, ends[-1], float(sizes[-1].detach()), self.counts.n_steps))
             outputs.add(y)
         return outputs.collect()
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
         """Adds the solve's counts."""
         if stats is not None:
-            stats.n_f_evals += self.dynamics.n_evals - evals_before
-            stats.n_accepted += self.n_steps
+            self.counts.n_f_evals = self.dynamics.n_evals - evals_before
+            stats.add(self.counts)
 
     def _course(self, y0: Tensor, moving: bool) -> Course:
         grid = self.grid if moving else self.grid.detach()
@@ -172,6 +176,7 @@ class FixedGridLoop:
             self.options,
             self.rtol,
             self.atol,
+            self.counts,
         )
 
     def _segment(
@@ -204,11 +209,10 @@ def _cubic(weights: tuple[float, ...]) -> reference.Interpolant:
 class Outputs:
     """The states at the output times: copied to their place, or with a graph behind them, kept until the end."""
 
-    def __init__(self, loop: FixedGridLoop, y0: Tensor, recording: bool) -> None:
-        self.loop = loop
+    def __init__(self, ops: ModuleType, layout: Layout, n: int, y0: Tensor, recording: bool) -> None:
+        self.ops, self.layout = ops, layout
         self.states = [y0]
-        shape = (len(loop.times.values), *y0.shape)
-        self.out = None if recording else torch.empty(shape, dtype=y0.dtype, device=y0.device)
+        self.out = None if recording else torch.empty((n, *y0.shape), dtype=y0.dtype, device=y0.device)
         self.places = iter(() if self.out is None else self.out.unbind())
         if self.out is not None:
             self.add(y0)
@@ -218,7 +222,7 @@ class Outputs:
         if self.out is None:
             self.states.append(y)
         else:
-            self.loop.ops.copy(self.loop.layout, y, next(self.places))
+            self.ops.copy(self.layout, y, next(self.places))
 
     def collect(self) -> Tensor:
         """All of them, [T, ...]."""

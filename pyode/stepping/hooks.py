@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import SolveError
-from .segment import Segment
+from .segment import BatchSegment, Segment
 
 Callback = Callable[[float, Any, float], None]
 
@@ -27,20 +27,24 @@ class Hooks:
     Attributes:
         step, accept, reject: called with the time and the packed state at a step's start and its size, not signed:
             before the step, after it was accepted, after it was rejected.
+        judged: called with the controller after every step, accepted or not.
         watch: called with every accepted step. What it returns, if not None, is the state at which the solve ends.
+        watch_batch: called with every step that some sample has accepted, as a BatchSegment; may finish samples.
         fail: called with the error of a solve that can't go on; where it returns, the last state stands for the rest.
     """
 
     step: Callback | None = None
     accept: Callback | None = None
     reject: Callback | None = None
+    judged: Callable[[Any], None] | None = None
     watch: Callable[[Segment], Tensor | None] | None = None
+    watch_batch: Callable[[BatchSegment], None] | None = None
     fail: Callable[[SolveError], None] = raise_it
 
     @cached_property
     def after_step(self) -> bool:
         """Whether there is something to be called after a step."""
-        return self.accept is not None or self.reject is not None or self.watch is not None
+        return any(hook is not None for hook in (self.accept, self.reject, self.judged, self.watch, self.watch_batch))
 
 
 NO_HOOKS = Hooks()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from .._ops.contract import Grid, Layout, Policy, RightHandSide
-from ..control import Times
+from ..control import Times, number_from
 from ..methods import Method, Tableau
+from ..methods.adams import VariableAdams
 from ..methods.external import ScipySolver
 from ..solution import Stats
+from .adams import AdamsLoop
 from .adaptive import AdaptiveLoop, Norm
 from .external import ScipyLoop
 from .fixed_grid import FixedGridLoop
@@ -59,6 +62,10 @@ def loop_for(
     """
     if not method.adaptive:
         return FixedGridLoop(dynamics, method, layout, times, grid(), options, rtol, atol, quadrature, hooks)
+    if isinstance(method, VariableAdams):
+        most = int(number_from(options, "max_order", method.max_order, 1, method.max_order))
+        method = replace(method, max_order=most)
+        return AdamsLoop(dynamics, method, layout, rtol, atol, policy, prescribed, times, norm, hooks)
     if isinstance(method, ScipySolver):
         solver = options.get("solver", "LSODA")
         return ScipyLoop(dynamics, layout, times, rtol, atol, policy, solver, hooks)

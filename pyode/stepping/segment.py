@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .._ops import autograd, backend_of, reference
 from .._ops.contract import Layout
+from ..methods.adams import Formulas
 
 
 class Segment(Protocol):
@@ -72,3 +73,91 @@ class RungeKuttaSegment:
         dt, device, dtype = self.dt.reshape(()), self.y.device, self.layout.real_dtype
         x = (elapsed / dt).to(device, dtype)
         return reference.interpolate_at(self.polynomial, x, self.y, self.ks, dt.to(device, dtype))
+
+
+class BatchSegment:
+    """A step of B samples, some of which have accepted it; states are [B, D] here.
+
+    Args:
+        layout, polynomial, y, ks: as RungeKuttaSegment's.
+        controller: of all samples, which has just judged the step.
+        dt: [B] the step sizes as they were used, with a graph if they have a gradient.
+        shift: [B] how far each step has moved; None if that has no gradient.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        polynomial: reference.Interpolant,
+        controller: Any,
+        y: Tensor,
+        ks: list[Tensor],
+        dt: Tensor,
+        shift: Tensor | None,
+    ) -> None:
+        self.layout, self.polynomial, self.controller = layout, polynomial, controller
+        self.y, *self.ks = (x.reshape(layout.samples, layout.size) for x in (y, *ks))
+        self.shift = shift
+        # Copies: the next step's take their places.
+        self.t0, self.t1, self.size = (controller.field(name).clone() for name in ("t_prev", "t", "dt_prev"))
+        self.accepted = controller.field("accepted") != 0
+        self.dt = dt if dt.requires_grad else self.size
+
+    def at(self, t: Tensor) -> Tensor:
+        """The states at a time for each sample, [B] or [m, B] float64: [B, D] or [m, B, D].
+
+        Samples that stood still are given their state.
+        """
+        elapsed = t.to(self.t0) - self.t0 - (0.0 if self.shift is None else self.shift.to(self.t0))
+        x = elapsed / torch.where(self.dt.detach() == 0, torch.ones_like(self.dt), self.dt)
+        x = torch.where(t.to(self.t1) == self.t1, x - (x - 1).detach(), x)  # exactly 1 at the end
+        where = (self.y.device, self.layout.real_dtype)
+        x, dt = (v.unsqueeze(-1).to(*where) for v in (x, self.dt))
+        return reference.interpolate_at(self.polynomial, x, self.y, self.ks, dt)
+
+
+class AdamsSegment:
+    """One of the variable-coefficient Adams method.
+
+    Args:
+        layout, t0, t1, size, y, dt, shift: as RungeKuttaSegment's; dt and shift, if they have a gradient, on the CPU.
+        ks: f at t1, f as predicted there, f at t0 and where the steps before began.
+        formulas: the step's.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        t0: float,
+        t1: float,
+        size: float,
+        y: Tensor,
+        ks: list[Tensor],
+        dt: Tensor,
+        formulas: Formulas,
+        shift: Tensor | None = None,
+    ) -> None:
+        self.layout, self.formulas = layout, formulas
+        self.t0, self.t1, self.size = t0, t1, size
+        self.y, self.ks, self.dt, self.shift = y, ks, dt, shift
+
+    def at(self, t: float, moved: Tensor | None = None) -> Tensor:
+        """See RungeKuttaSegment."""
+        if moved is None and self.shift is None:
+            weights = self.formulas.dense(1.0 if t == self.t1 else (t - self.t0) / self.size)
+            return autograd.stage_combine(backend_of(self.layout), self.layout, weights, self.y, self.ks, self.dt)
+        elapsed = torch.tensor(t, dtype=torch.float64)
+        return self.sample(elapsed if moved is None else elapsed + moved.to(elapsed))
+
+    def sample(self, t: Tensor) -> Tensor:
+        """See Segment; of t's shape, then the state's."""
+        elapsed = t.to("cpu", torch.float64) - self.t0
+        dt = self.dt.to(elapsed)
+        weights = self.formulas.dense_at((elapsed if self.shift is None else elapsed - self.shift) / dt.reshape(()))
+        return weighted(self.layout, weights, self.y, self.ks, dt)
+
+
+def weighted(layout: Layout, weights: Tensor, y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
+    """Returns y + dt sum_j w_j k_j for weights [..., n], with their gradients and dt's: [..., *state]."""
+    each = (dt.to(weights) * weights).to(y.device, layout.real_dtype).unbind(-1)
+    return sum((w.reshape(*w.shape, *[1] * y.dim()) * k for w, k in zip(each, ks)), y)

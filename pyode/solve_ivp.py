@@ -1,0 +1,242 @@
+"""solve_ivp: solve an initial value problem, sample by sample, and tell how it went."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import methods
+from ._ops.contract import Policy
+from .control import check_dict, filter_from
+from .errors import InvalidValue, SolveError, Status
+from .methods import Tableau
+from .odeint import Problem, loop_of, on_device_of, pose
+from .progress import Progress
+from .samples import RunningRows, SampleDenseOutput, Samples
+from .solution import SampleStats, Solution, Stats
+from .state import Func, State
+from .stepping.adaptive import AdaptiveLoop
+from .stepping.event import SampleEvents
+from .stepping.hooks import Hooks
+from .stepping.segment import BatchSegment
+
+GRADIENTS = ("direct",)
+LEAST_ULPS = 10.0  # by which a step has to move t, as in SciPy
+
+
+def solve_ivp(
+    func: Func,
+    y0: State,
+    t: Tensor,
+    *,
+    args: Sequence[Any] = (),
+    method: str = "dopri5",
+    rtol: float | Tensor = 1e-3,
+    atol: float | Tensor = 1e-6,
+    control: str = "per_sample",
+    controller: str | Sequence[float] = "I",
+    gradient: str = "direct",
+    event_fn: Callable[..., Tensor] | None = None,
+    dense_output: bool = False,
+    first_step: float | None = None,
+    max_num_steps: int = 100_000,
+    throw: bool = True,
+    progress: bool = False,
+    compact: bool = False,
+    options: dict[str, Any] | None = None,
+) -> Solution:
+    """Solves dy/dt = func(t, y, *args), every sample of a batch with steps of its own.
+
+    A sample's answer does not depend on who else is in the batch, as long as func computes a row from that row alone.
+    func is never evaluated outside of a sample's times.
+
+    Args:
+        func: called as func(t, y, *args); returns dy/dt, of y's structure and shape. With per-sample control t is [B].
+        y0: a tensor, or any structure of tensors of one dtype.
+        t: [T] floating, strictly increasing or decreasing; with per-sample control also [T, B], with times of its own
+            for each sample, in which repetitions of the last time pad the shorter ones.
+        args: passed on to func and event_fn; gradients reach the tensors in it.
+        method: as `odeint`'s; for per-sample control one of those that choose their steps.
+        rtol, atol: as `odeint`'s, for one sample.
+        control: "per_sample": the first axis of y0, of every part of it, counts the samples, and each has a step size
+            of its own. "joint": the whole state has one, as in `odeint`.
+        controller: how step sizes follow from errors: "I" (elementary), "PI", "PID", "H211b", or up to five exponents
+            (beta1, beta2, beta3, alpha2, alpha3) of a digital filter.
+        gradient: "direct": by backpropagation through the steps taken.
+        event_fn: called as event_fn(t, y, *args); returns [B] or [B, E] with per-sample control, else one or several
+            numbers. A sample ends where the first of its functions changes its sign. Gradients reach the event's time.
+        dense_output: whether the Solution is to have an interpolant; it keeps all steps.
+        first_step: the size of the first step; chosen if None.
+        max_num_steps: of a sample, accepted and rejected, in the whole solve.
+        throw: whether a failure raises SolveError when all samples are done; else it is told by the Solution's status.
+        progress: whether to show a progress bar: the fraction of time that the slowest sample has covered.
+        compact: whether func is called with the rows that still run only, once many are done. args are not cut.
+        options: further ones, as `odeint`'s: min_step, max_step, safety, ifactor, dfactor, norm, step_t, jump_t, ...
+
+    Returns:
+        A `Solution`.
+
+    Raises:
+        InvalidValue, InvalidType: an argument is wrong, an option unknown; nothing has been computed.
+        DynamicsError: func returned something that is not dy/dt, or wrote into its input.
+        SolveError: a sample failed, and throw is True.
+
+    Source:
+        Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, section II.4; Soderlind, Digital filters in
+        adaptive time-stepping, 2003; Lienen, Gunnemann, torchode, 2022, for one controller a sample.
+    """
+    found = methods.find(method)
+    if gradient not in GRADIENTS:
+        raise InvalidValue(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, not {gradient!r}")
+    options = {} if options is None else dict(check_dict(options, "options"))
+    options["control"] = control
+    if found.adaptive:
+        options |= {"first_step": first_step, "max_num_steps": max_num_steps}
+    problem = pose(func, y0, t, rtol, atol, method, options, None, args, strict=True)
+    problem = replace(problem, policy=_policy_of(problem.policy, controller))
+    if (event_fn is not None or dense_output) and not (isinstance(found, Tableau) and found.adaptive):
+        raise InvalidValue(
+            f"solve_ivp has no events and no dense output for {found.name!r}; odeint_event has, odeint_dense"
+        )
+    samples = Samples(problem.form, problem.y0, t)
+    watchers: list[Callable[[BatchSegment], None]] = []
+    judges: list[Callable[[Any], None]] = []
+    failures: list[SolveError] = []
+    events, dense = None, SampleDenseOutput(samples) if dense_output else None
+    if dense is not None:
+        watchers.append(dense.watch)
+    if event_fn is not None:
+        tolerance = problem.atol if isinstance(problem.atol, float) else float(problem.atol.min())
+        skip = bool(options.get("skip_initial_event", False))
+        events = SampleEvents(samples.event(event_fn, args), samples.t0, samples.y0, tolerance, skip)
+        watchers.append(events)
+    if compact and problem.form.per_sample:
+        running = RunningRows(problem.func, problem.form)
+        problem = replace(problem, func=running)
+        judges.append(running.look)
+    bar = Progress(samples.t0, samples.t1) if progress else None
+    if bar is not None:
+        judges.append(bar)
+    hooks = Hooks(watch_batch=_all_of(watchers), judged=_all_of(judges), fail=failures.append, **problem.callbacks)  # type: ignore[arg-type]
+    with on_device_of(problem.y0):
+        loop = loop_of(problem, hooks)
+        try:
+            ys = loop.solve(problem.y0, problem.first_step)
+        finally:
+            loop.add_to(options.get("stats"))
+            if bar is not None:
+                bar.close(getattr(loop, "controller", None))
+    if failures and throw:
+        raise failures[0]
+    status, stats, reached = _outcome(loop, failures, problem, samples)
+    return _solution(problem, samples, t, ys, status, stats, reached, events, dense)
+
+
+def _policy_of(policy: Policy, controller: Any) -> Policy:
+    beta, alpha = filter_from(controller)
+    return replace(
+        policy, clip=True, count_per_output=False, least_ulps=LEAST_ULPS, cautious=True, beta=beta, alpha=alpha
+    )
+
+
+def _all_of(functions: list[Callable[[Any], None]]) -> Callable[[Any], None] | None:
+    """One function that calls all."""
+    if len(functions) < 2:
+        return functions[0] if functions else None
+
+    def call(argument: Any) -> None:
+        for function in functions:
+            function(argument)
+
+    return call
+
+
+def _outcome(
+    loop: Any, failures: list[SolveError], problem: Problem, samples: Samples
+) -> tuple[Tensor, SampleStats, Tensor]:
+    """Each sample's status and counts, and which outputs were reached: [T, B]."""
+    if isinstance(loop, AdaptiveLoop):
+        left = loop.left()
+        status = loop.controller.field("status").cpu().clone()
+        return status, loop.stats_of_samples(), ~(left if left.dim() == 2 else left[:, None])
+    status = torch.full((samples.count,), int(failures[0].status if failures else Status.SUCCESS))
+    counts = Stats()
+    loop.add_to(counts)
+    n_f_evals, n_accepted, n_rejected = (
+        torch.tensor([n]) for n in (counts.n_f_evals, counts.n_accepted, counts.n_rejected)
+    )
+    stats = SampleStats(n_f_evals, n_accepted, n_rejected, torch.tensor([loop.last_step or 0.0], dtype=torch.float64))
+    sign, last = problem.times.sign, failures[0].t if failures else problem.times.values[-1]
+    reached = torch.tensor([[sign * (value - last) <= 0] for value in problem.times.values])
+    return status, stats, reached
+
+
+def _solution(
+    problem: Problem,
+    samples: Samples,
+    t: Tensor,
+    ys: Tensor,
+    status: Tensor,
+    stats: SampleStats,
+    reached: Tensor,
+    events: SampleEvents | None,
+    dense: SampleDenseOutput | None,
+) -> Solution:
+    """All together; states behind a sample's failure or event are nan."""
+    flat = ys.reshape(len(ys), *samples.y0.shape)
+    nan = torch.full_like(samples.y0[:, :1], math.nan)
+    event_t, event_index = samples.t0 * math.nan, torch.full_like(samples.t0, -1, dtype=torch.int64)
+    event_y = nan.expand_as(samples.y0)
+    if events is not None:
+        event_t, event_index, event_y = _moved(problem, samples, events)
+        met = event_index >= 0
+        times = t.detach().to(ys.device, torch.float64)
+        times = times[:, None] if times.dim() == 1 else times
+        before = torch.sign(samples.t1 - samples.t0) * (times - events.time) <= 0
+        reached = torch.where(met, before, reached.to(ys.device))
+        status = torch.where(met.cpu(), int(Status.EVENT), status)
+    if not bool(reached.all()):
+        flat = torch.where(reached.to(ys.device).unsqueeze(-1), flat, nan)
+    return Solution(
+        ts=t,
+        ys=samples.of_user(flat),
+        status=status,
+        stats=stats,
+        interpolant=None if dense is None else dense.stacked(),
+        event_t=event_t,
+        event_index=event_index,
+        event_y=samples.of_user(event_y, joint_axis=True),
+    )
+
+
+def _moved(problem: Problem, samples: Samples, events: SampleEvents) -> tuple[Tensor, Tensor, Tensor]:
+    """Times, indices and states of the events, with the gradients of where they lie by the implicit function theorem.
+
+    Where an event function is shifted by e, the event moves by -e / (its derivative along the solution).
+    """
+    time, index, state = events.time, events.index, events.state
+    met = index >= 0
+    if not torch.is_grad_enabled() or not bool(met.any()):
+        return time, index, state
+    which = index.clamp(min=0)[:, None]
+    here = torch.where(met, time, samples.t0)
+    flat = torch.where(met[:, None], state, samples.y0)
+    with torch.no_grad():
+        t = here.to(problem.y0.real.dtype if problem.y0.is_complex() else problem.y0.dtype)
+        slope = problem.form.pack(problem.func(t if problem.form.per_sample else t[0], samples.of_user(flat)))
+        slope = samples.flat(slope.to(flat.dtype))
+    leaves = here.clone().requires_grad_(), flat.detach().requires_grad_()
+    value = events.event(*leaves).gather(1, which).sum()
+    rates = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else (None, None)
+    along = torch.zeros_like(here) if rates[0] is None else rates[0]
+    if rates[1] is not None:
+        along = along + (rates[1].conj() * slope).real.sum(1)
+    value = events.event(here, flat).gather(1, which)[:, 0]
+    shift = torch.where(met, (value.detach() - value) / along, torch.zeros_like(along))
+    nan = torch.full_like(state, math.nan)
+    return time + shift, index, torch.where(met[:, None], flat + slope * shift[:, None].to(slope.real.dtype), nan)

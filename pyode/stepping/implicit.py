@@ -1,0 +1,106 @@
+"""The steps of an implicit Runge-Kutta method on a fixed grid."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .._ops import reference
+from ..control import number_from
+from ..errors import SolveError, Status
+from ..methods import ImplicitTableau
+from .course import Course, Increment
+from .newton import Newton
+
+
+class ImplicitSteps:
+    """The steps of an implicit Runge-Kutta method.
+
+    What is solved for is the stages' derivatives, k = f(y + dt a k), flat and real: x. A solution is never put into f
+    again, which would multiply its rounding by the Lipschitz constant of a stiff f (Hairer, Wanner II, IV.8).
+
+    Args:
+        tableau: the method.
+        course: see there. Of its options max_iters (100) bounds the iterations of Newton, and newton_tol (1e-12, but
+            no less than two rounding units of the state's dtype) the error of a stage's state in relation to the
+            largest number of the state, or of its part of a tuple.
+    """
+
+    def __init__(self, tableau: ImplicitTableau, course: Course) -> None:
+        self.tableau, self.course = tableau, course
+        layout, options = course.layout, course.options
+        self.dtype = torch.promote_types(layout.real_dtype, torch.float32)
+        width = 2 if layout.dtype.is_complex else 1
+        self.parts = [width * (end - begin) for begin, end in zip(layout.segments, layout.segments[1:])]
+        rounding = 2 * torch.finfo(layout.real_dtype).eps
+        self.newton = Newton(
+            width * layout.size * len(tableau.blocks[0]),
+            number_from(options, "newton_tol", max(1e-12, rounding), 0, 1),
+            int(number_from(options, "max_iters", 100, 1, 2**31)),
+            course.counts,
+        )
+        self.times = course.stage_times((0.0, *tableau.abscissae))
+
+    def __call__(self, n: int, y: Tensor) -> Increment:
+        """Step n, from y.
+
+        Raises:
+            SolveError: NOT_CONVERGED, or NON_FINITE where f(t0, y) is not finite.
+        """
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():  # inference tensors can't be differentiated
+                return self(n, y.clone())
+        course, tableau, dt = self.course, self.tableau, self.course.sizes[n]
+        start, *times = (t.clone() if t.is_inference() else t for t in self.times[n].unbind())
+        slope = (course.dynamics if tableau.first_is_explicit else course.dynamics.trial)(start, y)
+        ks = [slope] * len(tableau.weights)
+        for block in tableau.blocks if y.numel() else ():
+            size, failure = partial(self._size, y.detach(), dt.detach()), partial(self._failure, n, slope.detach())
+            known = [k.detach() for k in ks]
+            guess = self._vector([slope.detach()] * len(block))
+            x = self.newton.solve(partial(self._derivatives, block, times, y.detach(), known, dt.detach()), guess, size)
+            if x is None:
+                raise failure()
+            if torch.is_grad_enabled():
+                equation = partial(self._derivatives, block, times, y, ks.copy(), dt)
+                x = self.newton.differentiable(equation, x, size, failure)
+            for i, k in zip(block, self._states(x, y)):
+                ks[i] = k.to(y.dtype)
+        if course.quadrature is not None:
+            for i in (i for block in tableau.blocks for i in block):
+                course.dynamics(times[i], course.combine(tableau.rows[i], y, ks, dt))
+        return Increment(tableau.weights, ks, slope)
+
+    def _derivatives(
+        self, block: tuple[int, ...], times: list[Tensor], y: Tensor, ks: list[Tensor], dt: Tensor, x: Tensor
+    ) -> Tensor:
+        """F at the states of a block's stages, whose derivatives are x; the other stages' are in ks."""
+        course, ks = self.course, ks.copy()
+        for i, k in zip(block, self._states(x, y)):
+            ks[i] = k
+        states = [reference.stage_combine(course.layout, self.tableau.rows[i], y, ks, dt) for i in block]
+        return self._vector([course.dynamics.trial(times[i], state) for i, state in zip(block, states)])
+
+    def _vector(self, ks: list[Tensor]) -> Tensor:
+        """Derivatives of stages as one real vector."""
+        stacked = torch.stack(ks)
+        return (torch.view_as_real(stacked) if stacked.is_complex() else stacked).reshape(-1).to(self.dtype)
+
+    def _states(self, x: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+        """The inverse, but that half precision stays widened."""
+        if like.is_complex():
+            return torch.view_as_complex(x.view(-1, *like.shape, 2)).unbind()
+        return x.view(-1, *like.shape).unbind()
+
+    def _size(self, y: Tensor, dt: Tensor, x: Tensor) -> Tensor:
+        """What an error of x is measured by: the largest number of y, or of dt k, in the same part, over dt."""
+        moved = x.view(-1, sum(self.parts)).abs().amax(0)
+        sizes = torch.maximum(self._vector([y]).abs() / dt.abs().to(self.dtype), moved)
+        largest = [part.amax().expand_as(part) if len(part) else part for part in torch.split(sizes, self.parts)]
+        return torch.cat(largest).clamp_min(torch.finfo(self.dtype).tiny).repeat(len(x) // len(sizes))
+
+    def _failure(self, n: int, slope: Tensor) -> SolveError:
+        status = Status.NOT_CONVERGED if bool(torch.isfinite(slope).all()) else Status.NON_FINITE
+        return SolveError(status, float(self.course.grid[n]), float(self.course.sizes[n]), n)

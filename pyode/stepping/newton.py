@@ -1,0 +1,259 @@
+"""Newton's method for x = phi(x), and the derivative of its solution.
+
+phi is any function of a vector that torch can differentiate; for an implicit Runge-Kutta method it maps the stages'
+derivatives to f at the states that they make. Jacobians are never asked of the user: with phi's graph at hand a product
+J'v is a backward pass, and J u the derivative of J'v, which is linear in v. Neither evaluates phi again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..solution import Stats
+from .krylov import gmres, norm_of
+
+Map = Callable[[Tensor], Tensor]
+
+# Up to so many unknowns the Jacobian is made and factorised. Measured at 512, a step of trbdf2: the heat equation, a
+# stiff one, 28 ms with factors and 229 ms with GMRES; a tanh network, which is not, 75 ms and 74 ms.
+DIRECT_UNKNOWNS = 512
+REDUCTION = 1e-3  # of the residual by GMRES in one iteration of Newton
+MAX_KRYLOV = 1000  # iterations of GMRES in one of Newton
+LEAST_DAMPING = 2.0**-10
+STAGNATED = 100.0  # so many times the tolerance is accepted where rounding lets a correction shrink no more
+
+
+class Linearization:
+    """phi near x.
+
+    Args:
+        phi: [N] to [N], real.
+        x: [N].
+    """
+
+    def __init__(self, phi: Map, x: Tensor) -> None:
+        with torch.enable_grad():
+            self.x = x.detach().requires_grad_()
+            self.value = phi(self.x)
+
+    @property
+    def residual(self) -> Tensor:
+        """phi(x) - x."""
+        return self.value.detach() - self.x.detach()
+
+    def vjp(self, v: Tensor) -> Tensor:
+        """J'v."""
+        return _product(self.value, self.x, v)
+
+    @cached_property
+    def _linear(self) -> tuple[Tensor, Tensor]:
+        """Some v, and J'v with a graph."""
+        with torch.enable_grad():
+            v = torch.zeros_like(self.x, requires_grad=True)
+            return v, _product(self.value, self.x, v, create_graph=True)
+
+    def jvp(self, u: Tensor) -> Tensor:
+        """J u."""
+        v, product = self._linear
+        return _product(product, v, u)
+
+    def matrix(self) -> Tensor:
+        """J, [N, N]."""
+        rows = torch.eye(len(self.x), dtype=self.x.dtype, device=self.x.device)
+        if not self.value.requires_grad:
+            return torch.zeros_like(rows)
+        try:
+            (found,) = torch.autograd.grad(
+                self.value, self.x, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        except RuntimeError:  # a backward pass that vmap can't enter
+            found = torch.stack([self.vjp(row) for row in rows])
+        return torch.zeros_like(rows) if found is None else found.detach()
+
+
+def _product(value: Tensor, x: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
+    """v' d(value)/dx, from the graph between them, which is kept."""
+    found = None
+    if value.requires_grad:
+        (found,) = torch.autograd.grad(value, x, v, retain_graph=True, allow_unused=True, create_graph=create_graph)
+    return torch.zeros_like(x) if found is None else found
+
+
+class Direct:
+    """Systems with I - J by the LU factors of a dense matrix."""
+
+    slow = 1e-3  # RADAU5's default
+    precision = 0.0
+
+    def __init__(self) -> None:
+        self._at: Linearization | None = None
+        self._factors: tuple[Tensor, Tensor] | None = None
+
+    def renew(self, at: Linearization) -> bool:
+        """Takes the Jacobian at this point from now on; False if it is the one held."""
+        if self._at is at:
+            return False
+        self._at, self._factors = at, _factors(at)
+        return True
+
+    def solve(self, residual: Tensor, scale: Tensor) -> Tensor:
+        """Returns d with (I - J) d = residual, for the Jacobian held; `scale` is the size of each number of x."""
+        assert self._factors is not None
+        d: Tensor = torch.linalg.lu_solve(*self._factors, residual[:, None])[:, 0]
+        return d
+
+    @staticmethod
+    def solve_transposed(at: Linearization, g: Tensor, scale: Tensor, tolerance: float) -> Tensor | None:
+        """Returns u with (I - J') u = g; None if there is none."""
+        u = torch.linalg.lu_solve(*_factors(at), g[:, None], adjoint=True)[:, 0]
+        return u if torch.isfinite(u).all() else None
+
+
+def _factors(at: Linearization) -> tuple[Tensor, Tensor]:
+    eye = torch.eye(len(at.x), dtype=at.x.dtype, device=at.x.device)
+    factors, pivots, _ = torch.linalg.lu_factor_ex(eye - at.matrix())  # of a singular one: its solutions are not finite
+    return factors, pivots
+
+
+class Krylov:
+    """The same by GMRES.
+
+    Args:
+        tolerance: Newton's; a residual far below it is not reduced further.
+        counts: n_krylov is added to.
+    """
+
+    slow = 1e-2  # a new Jacobian costs nothing, but all of GMRES comes behind it
+    precision = REDUCTION
+
+    def __init__(self, tolerance: float, counts: Stats) -> None:
+        self.tolerance, self.counts = tolerance, counts
+        self._at: Linearization | None = None
+
+    def renew(self, at: Linearization) -> bool:
+        """As Direct's."""
+        renewed, self._at = self._at is not at, at
+        return renewed
+
+    def solve(self, residual: Tensor, scale: Tensor) -> Tensor:
+        """As Direct's; nan where not even half the residual goes away."""
+        at, b = self._at, residual / scale
+        assert at is not None
+        floor = 0.1 * self.tolerance * math.sqrt(b.numel())
+        d, left, n = gmres(lambda u: u - at.jvp(u * scale) / scale, b, REDUCTION, floor, MAX_KRYLOV)
+        self.counts.n_krylov += n
+        return d * scale if left <= max(floor, 0.5 * norm_of(b)) else torch.full_like(d, math.nan)
+
+    @staticmethod
+    def solve_transposed(at: Linearization, g: Tensor, scale: Tensor, tolerance: float) -> Tensor | None:
+        """As Direct's, to within the tolerance in relation to g; what rounding costs is allowed for."""
+        b = g * scale
+        u, left, _ = gmres(lambda u: u - at.vjp(u / scale) * scale, b, tolerance, 0.0, 10 * MAX_KRYLOV)
+        return u / scale if left <= STAGNATED * tolerance * norm_of(b) else None
+
+
+class Newton:
+    """Solves x = phi(x), one such equation after the other.
+
+    The corrections d solve (I - J) d = phi(x) - x, with the Jacobian J of an earlier x or an earlier equation as long
+    as each is much shorter than the one before. A correction behind which the next one is no shorter is halved: the
+    natural monotonicity test.
+
+    Args:
+        n: unknowns of each equation.
+        tolerance: of x, in relation to its size.
+        max_iters: iterations for one equation.
+        counts: n_newton and n_krylov are added to.
+
+    Source:
+        Hairer, Wanner II, IV.8, for the estimate of the error and the reuse of the Jacobian; Deuflhard, Newton Methods
+        for Nonlinear Problems (2004), section 3.3, for the damping.
+    """
+
+    def __init__(self, n: int, tolerance: float, max_iters: int, counts: Stats) -> None:
+        self.tolerance, self.max_iters, self.counts = tolerance, max_iters, counts
+        self.linear = Direct() if n <= DIRECT_UNKNOWNS else Krylov(tolerance, counts)
+        self._begun = False
+
+    def solve(self, phi: Map, guess: Tensor, size: Map) -> Tensor | None:
+        """Returns x; None if it was not found.
+
+        Args:
+            phi: [N] to [N].
+            guess: [N]. Where it is further from a solution than zero, by its residual, zero takes its place.
+            size: from x to what its numbers' errors are measured by, positive, 0-dim or [N].
+        """
+        linear = self.linear
+        at = Linearization(phi, guess)
+        if not norm_of(at.residual) <= norm_of(guess):
+            at = Linearization(phi, torch.zeros_like(guess))
+        if not self._begun:
+            self._begun = linear.renew(at)
+        correction, damping = linear.solve(at.residual, size(at.value.detach())), 1.0
+        for _ in range(self.max_iters):
+            self.counts.n_newton += 1
+            trial = Linearization(phi, at.x.detach() + damping * correction)
+            scale = size(trial.x.detach())
+            length = _largest(correction, scale)
+            after = linear.solve(trial.residual, scale)
+            rate = _largest(after, scale) / length if length else 0.0
+            if not rate < 1:
+                if length <= STAGNATED * self.tolerance:
+                    return trial.x.detach()
+                if linear.renew(at):
+                    correction, damping = linear.solve(at.residual, scale), 1.0
+                else:
+                    damping /= 2
+                if damping < LEAST_DAMPING:
+                    return None
+                continue
+            if rate > linear.slow and linear.renew(trial):
+                after = linear.solve(trial.residual, scale)
+            at, correction = trial, after
+            if damping == 1 and max(rate, linear.precision) * _largest(correction, scale) <= self.tolerance:
+                return at.x.detach() + correction
+            damping = min(1.0, 2 * damping)
+        return None
+
+    def differentiable(self, phi: Map, x: Tensor, size: Map, failure: Callable[[], Exception]) -> Tensor:
+        """x, which solves x = phi(x), with a graph to all that phi uses besides x, by the implicit function theorem.
+
+        The graph can be differentiated once. Where its backward pass does not converge it raises the failure.
+        """
+        value = phi(x)
+        if not value.requires_grad:
+            return x
+        return _Solution.apply(self, phi, size, failure, x, value)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Solution(torch.autograd.Function):
+    """x = phi(x): a gradient g of x is u = (I - J')^-1 g as a gradient of phi's value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, newton: Newton, phi: Map, size: Map, failure: Callable[[], Exception], x: Tensor, value: Tensor
+    ) -> Tensor:
+        ctx.newton, ctx.phi, ctx.size, ctx.failure = newton, phi, size, failure
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (g,), (x,), newton = gradients, ctx.saved_tensors, ctx.newton
+        at = Linearization(ctx.phi, x)
+        u = newton.linear.solve_transposed(at, g, ctx.size(x), newton.tolerance)
+        if u is None:
+            raise ctx.failure()
+        return None, None, None, None, None, u
+
+
+def _largest(x: Tensor, scale: Tensor) -> float:
+    """The largest number of x, each measured by its scale."""
+    return float((x / scale).abs().max())

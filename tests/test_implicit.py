@@ -1,0 +1,539 @@
+"""Implicit Runge-Kutta methods: tables, stage equations with factors and with GMRES, gradients, the adjoint."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import scipy.fft
+import scipy.integrate
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import tensor
+from torch import Tensor, nn
+from trees import Stages, decimal
+
+import pyode
+from pyode import SolveError, Stats, Status
+from pyode.methods import IMPLICIT, ImplicitTableau
+from pyode.methods.tableau import exact
+from pyode.stepping import newton
+from pyode.stepping.krylov import RESTART, gmres
+
+METHODS = pytest.mark.parametrize("method", IMPLICIT)
+L_STABLE = ("implicit_euler", "radauIIA3", "radauIIA5", "sdirk2", "trbdf2")
+SYMPLECTIC = ("implicit_midpoint", "gl4", "gl6")
+A = torch.tensor([[-0.5, 1.0], [-2.0, 0.1]], dtype=torch.float64)
+Y0 = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)
+TIGHT = {"rtol": 1e-6, "atol": 1e-7}  # a difference with steps of 1e-6 is right to 1e-9 or so
+
+
+def f(t: Tensor, y: Tensor) -> Tensor:
+    """Nonlinear, and dependent on time."""
+    return torch.sin(y @ A.to(y)) * (1 + t)
+
+
+def uneven(n: int = 4) -> Tensor:
+    return tensor(0.0, 0.1, 0.35, 0.6)[:n]
+
+
+@pytest.fixture(params=["factors", "gmres"])
+def by(request, monkeypatch):
+    """Either way of solving Newton's linear systems, whatever the size."""
+    monkeypatch.setattr(newton, "DIRECT_UNKNOWNS", 10**6 if request.param == "factors" else 0)
+    return request.param
+
+
+# ---- tables ----
+
+
+class ImplicitStages(Stages):
+    """The elementary weights of a full matrix."""
+
+    def __init__(self, tableau: ImplicitTableau) -> None:
+        self.rows = [[decimal(x) for x in row] for row in tableau.a]
+        self._cache = {(): [decimal(1)] * len(self.rows)}
+
+
+def stability(method: str, z: complex | np.ndarray) -> np.ndarray:
+    """R(z) = det(I - z a + z 1 b') / det(I - z a), by which a step multiplies (Hairer, Wanner II, IV.3)."""
+    a, b = np.array(IMPLICIT[method].rows), np.array(IMPLICIT[method].weights)
+    z = np.asarray(z, dtype=complex)[..., None, None]
+    eye = np.eye(len(b))
+    return np.linalg.det(eye - z * a + z * np.ones((len(b), 1)) * b) / np.linalg.det(eye - z * a)
+
+
+@METHODS
+def test_the_solution_has_exactly_the_order_that_is_claimed(method):
+    tableau = IMPLICIT[method]
+    stages, weights = ImplicitStages(tableau), [decimal(x) for x in tableau.b]
+    for order in range(1, tableau.order + 1):
+        assert stages.worst(weights, order) < decimal(1e-35), order  # roots have 40 digits
+    assert stages.worst(weights, tableau.order + 1) > decimal(1e-6)
+
+
+@METHODS
+def test_all_are_a_stable_and_the_stiffly_accurate_ones_l_stable(method):
+    grid = np.concatenate([-np.logspace(-3, 6, 50), 1j * np.logspace(-3, 6, 50)])
+    assert np.abs(stability(method, grid)).max() <= 1 + 1e-9
+    at_infinity = abs(stability(method, -1e7))
+    if method in L_STABLE:
+        assert at_infinity < 1e-6
+        assert IMPLICIT[method].rows[-1] == IMPLICIT[method].weights
+    else:
+        assert at_infinity == pytest.approx(1, abs=1e-5)
+
+
+@METHODS
+def test_the_observed_order_is_the_tables(method):
+    y0 = tensor(1.0, 0.5, 2.0)
+    errors = []
+    for n in (6, 12):
+        y = pyode.odeint(lambda t, y: -2 * t * y * y, y0, tensor(0, 1.5), method=method, options={"step_size": 1.5 / n})
+        errors.append(float((y[-1] - 1 / (1 / y0 + 1.5**2)).abs().max()))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(IMPLICIT[method].order, abs=0.3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"a": (exact("1/2"), exact("1/2", "1/2"))},
+        {"a": (exact("1/2", 0), exact("1/2", 0))},
+        {"c": exact("1/3", 1)},
+        {"b": exact("1/2", "1/3")},
+    ],
+    ids=["not square", "explicit in the middle", "abscissae", "weights"],
+)
+def test_an_inconsistent_table_is_refused(wrong):
+    right = {"a": (exact("1/2", 0), exact("1/2", "1/2")), "b": exact("1/2", "1/2"), "c": exact("1/2", 1)}
+    assert ImplicitTableau(name="mine", order=1, source="", **right).blocks == ((0,), (1,))
+    with pytest.raises(ValueError, match="mine"):
+        ImplicitTableau(name="mine", order=1, source="", **{**right, **wrong})
+
+
+# ---- linear problems, whose steps are known in closed form ----
+
+
+class Heat:
+    """u' = u_xx on (0, 1), zero at both ends, by central differences; its steps by sine transforms."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        x = torch.linspace(0, 1, n + 2, dtype=torch.float64)[1:-1]
+        self.y0 = torch.exp(-200 * (x - 0.4) ** 2)
+        self.rates = -4 * (n + 1) ** 2 * np.sin(np.pi * np.arange(1, n + 1) / (2 * (n + 1))) ** 2
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        padded = nn.functional.pad(y, (1, 1))
+        return (padded[2:] - 2 * y + padded[:-2]) * (self.n + 1) ** 2
+
+    def steps(self, method: str, dt: float, steps: int) -> Tensor:
+        modes = scipy.fft.dst(self.y0.numpy(), type=1) * stability(method, dt * self.rates).real ** steps
+        return torch.tensor(scipy.fft.idst(modes, type=1))
+
+
+@METHODS
+@pytest.mark.parametrize("n", [1, 2, 7, 60, 250])
+def test_a_step_of_the_heat_equation_is_the_stability_function(method, n, by):
+    heat, dt = Heat(n), 100 / (n + 1) ** 2  # 400 times the fastest rate
+    y = pyode.odeint(heat, heat.y0, dt * tensor(0, 1, 2, 3), method=method)
+    assert float((y[-1] - heat.steps(method, dt, 3)).abs().max()) < 1e-9 * float(heat.y0.max())
+
+
+def test_trbdf2_steps_the_heat_equation_with_100_000_unknowns():
+    heat, dt, stats = Heat(100_000), 1e-8, Stats()  # 200 times what an explicit method bears
+    with torch.no_grad():
+        y = pyode.odeint(heat, heat.y0, dt * tensor(0, 1, 2), method="trbdf2", options={"stats": stats})
+    assert float((y[-1] - heat.steps("trbdf2", dt, 2)).abs().max()) < 1e-9
+    assert 0 < stats.n_krylov / stats.n_accepted < 60
+
+
+@METHODS
+@pytest.mark.parametrize("sign", [1, -1])
+def test_complex_states_turn_by_the_stability_function(method, sign, by):
+    rate, dt = complex(-0.3, 5.0), sign * 0.2
+    y = pyode.odeint(
+        lambda t, y: rate * y, torch.tensor([1 + 2j, -1j]).to(torch.complex128), dt * tensor(0, 1, 2), method=method
+    )
+    assert np.allclose(y[-1], np.array([1 + 2j, -1j]) * stability(method, rate * dt) ** 2, rtol=1e-10)
+
+
+# ---- stiff problems ----
+
+
+@pytest.mark.parametrize("method", L_STABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_l_stable_methods_forget_a_start_far_from_the_slow_solution(method, dtype, by):
+    y = pyode.odeint(
+        lambda t, y: -1000 * (y - torch.cos(t)),
+        torch.zeros(1, dtype=dtype),
+        tensor(0.0, 2.0),
+        method=method,
+        options={"step_size": 0.1},
+    )
+    assert abs(float(y[-1]) - math.cos(2)) < 1e-3
+
+
+def robertson(t: Tensor, y: Tensor) -> Tensor:
+    a, b, c = y.unbind(-1)
+    slow, middle, fast = 0.04 * a, 1e4 * b * c, 3e7 * b * b
+    return torch.stack([middle - slow, slow - middle - fast, fast], -1)
+
+
+@cache
+def robertson_at_40() -> np.ndarray:
+    def rhs(t, y):
+        return robertson(None, torch.from_numpy(y)).numpy()
+
+    return scipy.integrate.solve_ivp(rhs, (0, 40), [1.0, 0, 0], method="Radau", rtol=1e-10, atol=1e-14).y[:, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("steps", [20, 40])
+def test_radau_solves_robertsons_problem_on_a_geometric_grid(dtype, steps, by):
+    t = torch.cat([torch.zeros(1), torch.from_numpy(np.geomspace(1e-6, 40, steps))])
+    with torch.no_grad():
+        y = pyode.odeint(robertson, torch.tensor([1.0, 0, 0], dtype=dtype), t, method="radauIIA5")
+    assert np.abs(y[-1].numpy() / robertson_at_40() - 1).max() < 1e-4
+
+
+@METHODS
+def test_newton_is_damped_where_full_steps_lead_away(method, by):
+    # From 3 the first corrections overshoot by e^9.
+    y = pyode.odeint(lambda t, y: -torch.exp(3 * y), tensor(3.0), tensor(0, 0.25), method=method)
+    theirs = pyode.odeint(
+        lambda t, y: -torch.exp(3 * y), tensor(3.0), tensor(0, 0.25), method=method, options={"newton_tol": 1e-14}
+    )
+    assert torch.allclose(y, theirs, rtol=1e-10)
+
+
+# ---- where Broyden's method meets a singular matrix, and other corners ----
+
+
+def grown(method: str, rate: float) -> float:
+    """y(1) / y(0) of y' = rate y with steps of 0.25 and 0.75."""
+    return float((stability(method, 0.25 * rate) * stability(method, 0.75 * rate)).real)
+
+
+PLAIN = {  # func, and its y(1) by a method
+    "zero": (lambda t, y: torch.zeros_like(y), lambda method: Y0),
+    "constant": (lambda t, y: torch.full_like(y, 2.0), lambda method: Y0 + 2),
+    "of time alone": (
+        lambda t, y: (2 * t).expand(y.shape),
+        lambda method: Y0 + (1 if IMPLICIT[method].order > 1 else 0.25 * 0.5 + 0.75 * 2),
+    ),
+    "decoupled": (lambda t, y: y * tensor(-1, 0), lambda method: Y0 * tensor(grown(method, -1), 1)),
+    "at an equilibrium": (lambda t, y: (y - Y0) * y, lambda method: Y0),
+    "the state itself": (lambda t, y: y, lambda method: Y0 * grown(method, 1)),
+}
+
+
+@METHODS
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_problems_are_no_special_case(method, name, by):
+    func, solution = PLAIN[name]
+    with torch.no_grad():
+        y = pyode.odeint(func, Y0, tensor(0, 0.25, 1), method=method)
+    assert torch.allclose(y[-1], solution(method), rtol=1e-12)
+
+
+@METHODS
+def test_a_func_without_a_derivative_is_iterated(method, by):
+    with torch.no_grad():
+        y = pyode.odeint(lambda t, y: f(t, y.detach()), Y0, uneven(), method=method, options={"newton_tol": 1e-10})
+        assert torch.allclose(y, pyode.odeint(f, Y0, uneven(), method=method), rtol=1e-8)
+
+
+class Opaque(torch.autograd.Function):
+    """sin, with a backward pass through NumPy, which vmap can't enter."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * torch.from_numpy(np.cos(x.numpy())) * torch.from_numpy(np.ones(g.numpy().shape))
+
+
+def test_a_jacobian_is_made_row_by_row_where_it_can_not_be_made_at_once():
+    y = pyode.odeint(lambda t, y: Opaque.apply(y @ A) * (1 + t), Y0, uneven(), method="radauIIA5")
+    assert torch.allclose(y, pyode.odeint(f, Y0, uneven(), method="radauIIA5"), rtol=1e-11)
+
+
+@METHODS
+def test_a_solve_without_an_answer_says_so(method):
+    with pytest.raises(SolveError, match="Newton's iteration") as failure:
+        pyode.odeint(lambda t, y: 1 + 1e6 * y * y, tensor(1.0, 1.0), tensor(0, 0.25), method=method)
+    assert (failure.value.status, failure.value.t, failure.value.dt) == (Status.NOT_CONVERGED, 0.0, 0.25)
+
+
+def test_a_func_that_is_not_finite_is_told_apart():
+    with pytest.raises(SolveError) as failure:
+        pyode.odeint(lambda t, y: y / 0, tensor(1.0), tensor(0, 0.25), method="trbdf2")
+    assert failure.value.status is Status.NON_FINITE
+
+
+def test_max_iters_bounds_the_iterations():
+    stats = Stats()
+    with pytest.raises(SolveError):
+        pyode.odeint(f, Y0, tensor(0, 0.5), method="gl4", options={"max_iters": 1, "stats": stats})
+    assert stats.n_newton == 1
+
+
+def test_a_looser_tolerance_takes_fewer_iterations(by):
+    counts, states = [], []
+    for tolerance in (1e-3, 1e-12):
+        stats = Stats()
+        options = {"newton_tol": tolerance, "stats": stats}
+        states.append(pyode.odeint(f, Y0, uneven(), method="gl6", options=options))
+        counts.append(stats.n_newton)
+    assert counts[0] < counts[1]
+    assert 0 < float((states[0] - states[1]).abs().max()) < 1e-2
+
+
+def test_options_are_checked():
+    for name, value in (("max_iters", 0), ("newton_tol", -1.0)):
+        with pytest.raises(ValueError, match=name):
+            pyode.odeint(f, Y0, uneven(), method="gl4", options={name: value})
+    with pytest.warns(UserWarning, match="Unexpected arguments"):
+        pyode.odeint(f, Y0, uneven(), method="gl4", options={"max_iter": 5})
+    with pytest.warns(UserWarning, match="Unexpected arguments"):
+        pyode.odeint(f, Y0, uneven(), method="rk4", options={"max_iters": 5})
+
+
+# ---- states, times, outputs ----
+
+
+@METHODS
+def test_a_tuple_is_solved_as_its_parts_in_one_tensor(method, by):
+    def parts(t, s):
+        y = torch.stack([s[0], s[1].view(2)])
+        return tuple(k.view(part.shape) for k, part in zip(f(t, y), s))
+
+    y = pyode.odeint(parts, (Y0[0], Y0[1].view(1, 2)), uneven(), method=method)
+    assert torch.allclose(torch.cat([y[0], y[1][:, 0]], 1).view(-1, 2, 2), pyode.odeint(f, Y0, uneven(), method=method))
+
+
+def test_a_tiny_part_of_a_tuple_is_solved_as_exactly_as_a_large_one(by):
+    y0 = torch.tensor([1.0, 2.0])
+    tiny = 1e-12
+    y = pyode.odeint(
+        lambda t, s: (torch.sin(s[0]), torch.sin(s[1] / tiny) * tiny), (y0, tiny * y0), uneven(), method="gl4"
+    )
+    assert torch.allclose(y[0], y[1] / tiny, rtol=1e-5)
+
+
+@METHODS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+def test_other_dtypes_agree_to_their_rounding(method, dtype, by):
+    y = pyode.odeint(f, Y0.to(dtype), uneven(), method=method)
+    rounding = 20 * torch.finfo(dtype).eps
+    assert y.dtype == dtype
+    theirs = pyode.odeint(f, Y0.to(torch.complex128 if dtype.is_complex else torch.float64), uneven(), method=method)
+    assert torch.allclose(y.to(theirs.dtype), theirs, rtol=rounding, atol=rounding)
+
+
+@METHODS
+def test_an_empty_state_stays_empty(method):
+    assert pyode.odeint(lambda t, y: -y, torch.zeros(0, 3), uneven(), method=method).shape == (4, 0, 3)
+
+
+@METHODS
+def test_a_solve_in_inference_mode_is_the_same(method, by):
+    expected = pyode.odeint(f, Y0, uneven(), method=method)
+    assert not expected.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(pyode.odeint(f, Y0 + 0, uneven(), method=method), expected)
+
+
+@METHODS
+@pytest.mark.parametrize("perturb", [False, True])
+@pytest.mark.parametrize("end", [0.25, -0.25])
+def test_func_sees_the_start_of_every_step_exactly_or_its_neighbour(method, perturb, end):
+    seen = set()
+
+    def watch(t, y):
+        seen.add(float(t))
+        return f(t, y)
+
+    pyode.odeint(watch, Y0, end * tensor(0, 1, 2), method=method, options={"perturb": perturb})
+    grid = {0.0, end, 2 * end}
+    starts = {math.nextafter(t, math.copysign(math.inf, end)) if perturb else t for t in (0.0, end)}
+    assert starts <= seen
+    assert not perturb or not grid & seen
+    if IMPLICIT[method].abscissae[-1] == 1:
+        assert (math.nextafter(2 * end, 0.0) if perturb else 2 * end) in seen
+
+
+@METHODS
+def test_cubic_output_has_the_order_of_a_cubic(method):
+    errors = []
+    for h in (0.2, 0.1):
+        options = {"step_size": h, "interp": "cubic"}
+        y = pyode.odeint(lambda t, y: y, tensor(1.0), tensor(0.0, h / 2, h), method=method, options=options)
+        errors.append(abs(float(y[1]) - math.exp(h / 2)))
+    assert errors[0] / errors[1] > 0.8 * 2.0 ** min(4, IMPLICIT[method].order + 1)
+
+
+@METHODS
+def test_every_evaluation_is_counted(method, by):
+    calls, stats = [], Stats()
+
+    def watch(t, y):
+        calls.append(float(t))
+        return f(t, y)
+
+    options = {"step_size": 0.25, "interp": "cubic", "stats": stats}
+    pyode.odeint(watch, Y0, tensor(0.0, 0.3, 0.9, 1.0), method=method, options=options)
+    assert stats.n_f_evals == len(calls)
+    assert (stats.n_accepted, stats.n_rejected) == (4, 0)
+    assert 4 <= stats.n_newton < len(calls)
+    assert (stats.n_krylov > 0) == (by == "gmres")
+
+
+# ---- gradients ----
+
+
+@METHODS
+@pytest.mark.parametrize("options", [{}, {"step_size": 0.13, "interp": "cubic"}], ids=["on the grid", "cubic"])
+def test_gradcheck(method, options, by):
+    def solve(y0, matrix, t):
+        return pyode.odeint(lambda t, y: torch.sin(y @ matrix) * (1 + t), y0, t, method=method, options=options)
+
+    inputs = (Y0[:1].clone().requires_grad_(), A.clone().requires_grad_(), uneven(3).requires_grad_())
+    assert torch.autograd.gradcheck(solve, inputs, **TIGHT)
+
+
+@pytest.mark.parametrize("method", ["trapezoid", "radauIIA3"])
+def test_gradcheck_of_a_complex_tuple(method, by):
+    def solve(y, z, t):
+        def func(t, s):
+            return torch.sin(s[0].real @ A) * t + 0j * s[0], s[1] * 1j - s[1].abs() * s[1] + s[0].sum()
+
+        return torch.cat([part.reshape(-1) for part in pyode.odeint(func, (y + 0j, z), t, method=method)])
+
+    z = torch.tensor([0.3 - 1j, 0.7 + 0.2j], dtype=torch.complex128)
+    inputs = (Y0[:1].clone().requires_grad_(), z.requires_grad_(), uneven(2).requires_grad_())
+    assert torch.autograd.gradcheck(solve, inputs, **TIGHT)
+
+
+def test_a_stiff_gradient_is_that_of_the_converged_step():
+    # Through iterations it would depend on their number; y1 = (y0 + h l c) / (1 + h l) has the gradient below.
+    rate, c, h = 1e4, tensor(0.7).requires_grad_(), 0.1
+    y0 = tensor(3.0).requires_grad_()
+    y = pyode.odeint(lambda t, y: -rate * (y - c), y0, tensor(0, h), method="implicit_euler")[-1]
+    gradients = torch.autograd.grad(y.sum(), (y0, c))
+    assert torch.allclose(torch.stack(gradients)[:, 0], tensor(1, h * rate) / (1 + h * rate), rtol=1e-12)
+
+
+def test_a_gradient_is_not_differentiated_again():
+    y0 = Y0.clone().requires_grad_()
+    y = pyode.odeint(f, y0, uneven(), method="gl4")
+    (gradient,) = torch.autograd.grad(y.sum(), y0, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+class Field(nn.Module):
+    """A small network with a parameter that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 5).double(), nn.Linear(5, 2).double()
+        self.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, t, y):
+        return self.second(torch.tanh(self.first(y))) * (1 + t) - y
+
+
+def gradients_of(solve, field, **kwargs) -> list[Tensor]:
+    y0 = Y0.clone().requires_grad_()
+    y = solve(field, y0, tensor(0, 0.5, 1), **kwargs)
+    inputs = (y0, *field.parameters())
+    return list(torch.autograd.grad(y[1:].square().sum(), inputs, materialize_grads=True, allow_unused=True))
+
+
+@METHODS
+def test_adjoint_gradients_tend_to_direct_ones(method, by):
+    field, errors = Field(), []
+    for size in (0.1, 0.05):
+        found = [
+            gradients_of(solve, field, method=method, options={"step_size": size})
+            for solve in (pyode.odeint, pyode.odeint_adjoint)
+        ]
+        errors.append(max(float((a - b).abs().max()) for a, b in zip(*found)))
+    if method in SYMPLECTIC:  # their adjoint is their own backward pass: Sanz-Serna, SIAM Rev. 58 (2016)
+        assert max(errors) < 1e-10
+    else:
+        assert math.log2(errors[0] / errors[1]) > IMPLICIT[method].order - 0.4
+
+
+def test_adjoint_gradients_reach_times_and_given_parameters_of_a_tuple():
+    matrix, t = A.clone().requires_grad_(), tensor(0, 0.3, 0.7).requires_grad_()
+
+    def func(t, s):
+        return torch.sin(s[0] @ matrix) * (1 + t), s[1] * t
+
+    y0 = (Y0.clone().requires_grad_(), tensor(2.0).requires_grad_())
+    found = []
+    for solve, kwargs in ((pyode.odeint, {}), (pyode.odeint_adjoint, {"adjoint_params": (matrix,)})):
+        y = solve(func, y0, t, method="gl6", options={"step_size": 0.1}, **kwargs)
+        loss = y[0][1:].square().sum() + y[1][-1].sum()
+        found.append(torch.autograd.grad(loss, (*y0, matrix)))
+    for direct, adjoint in zip(*found):
+        assert torch.allclose(direct, adjoint, rtol=1e-9)
+    y = pyode.odeint_adjoint(func, y0, t, method="gl6", options={"step_size": 0.05}, adjoint_params=(matrix,))
+    (slopes,) = torch.autograd.grad(y[1][-1].sum(), t)
+    assert float(slopes[-1]) == pytest.approx(float(y[1][-1].detach() * 0.7), rel=1e-6)
+
+
+def test_the_backward_solve_counts_its_iterations():
+    stats, field = Stats(), Field()
+    gradients_of(pyode.odeint_adjoint, field, method="trbdf2", adjoint_options={"step_size": 0.25, "stats": stats})
+    assert stats.n_accepted == 4
+    assert stats.n_newton >= 8
+
+
+# ---- GMRES ----
+
+
+@given(n=st.integers(1, 90), seed=st.integers(0, 99), dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_gmres_solves_what_elimination_solves(n, seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.eye(n, dtype=dtype) + 0.5 * torch.randn(n, n, generator=generator, dtype=dtype) / math.sqrt(n)
+    b = torch.randn(n, generator=generator, dtype=dtype)
+    tolerance = 50 * torch.finfo(dtype).eps
+    x, left, iterations = gmres(lambda v: matrix @ v, b, tolerance, 0.0, 10_000)
+    assert left <= tolerance * float(b.norm())
+    assert torch.allclose(matrix @ x, b, rtol=0, atol=2 * tolerance * float(b.norm()))
+    assert n > RESTART or iterations <= n
+
+
+def test_gmres_ends_where_its_basis_is_complete():
+    b = torch.randn(50, dtype=torch.float64)
+    eye = torch.eye(50, dtype=torch.float64)
+    for matrix, most in ((2 * eye, 1), (eye + torch.ones(50, 50), 2)):
+        x, _, iterations = gmres(lambda v, m=matrix: m @ v, b, 1e-13, 0.0, 100)
+        assert iterations <= most
+        assert torch.allclose(matrix @ x, b)
+
+
+def test_gmres_gives_up_on_what_has_no_solution():
+    b = tensor(1.0, 1.0)
+    x, left, _ = gmres(lambda v: v * tensor(1, 0), b, 1e-12, 0.0, 100)
+    assert left == pytest.approx(1.0)
+    assert torch.allclose(x[0], b[0])
+    x, left, iterations = gmres(lambda v: v * math.nan, b, 1e-12, 0.0, 100)
+    assert (left, iterations) == (pytest.approx(math.sqrt(2)), 0)
+
+
+def test_gmres_of_nothing_is_nothing():
+    x, left, iterations = gmres(lambda v: v, torch.zeros(3), 1e-6, 0.0, 100)
+    assert (x.tolist(), left, iterations) == ([0, 0, 0], 0, 0)
