@@ -24,7 +24,7 @@ from ..methods import Tableau
 from ..solution import SampleStats, Stats
 from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
-from .segment import BatchSegment, RungeKuttaSegment
+from .segment import BatchSegment, RungeKuttaSegment, unmoved
 
 Norm = Callable[[Tensor, list[Tensor]], Any]
 
@@ -158,7 +158,9 @@ class AdaptiveLoop:
                 y, ks[0] = self._behind_jump(y, ks[0])
         if flags & _FAILED:
             hooks.fail(self._error(y, ks[0]))
-            output.repeat(y if shift is None else self._unmoved(y, ks[0], shift))
+            if shift is not None:
+                shift = shift.reshape(()) if layout.samples == 1 else _column(shift, y)
+            output.repeat(unmoved(y, ks[0], shift))
         if quadrature is not None:
             quadrature.finish()
         if not recording:
@@ -260,12 +262,6 @@ class AdaptiveLoop:
         if self.layout.samples > 1:
             c = c[:, None]
         return stage_times + (1 - c * jumping) * shift.to(stage_times), dt - (jumping * shift).to(dt)
-
-    def _unmoved(self, y: Tensor, k: Tensor, shift: Tensor) -> Tensor:
-        """The state at the time where it stands, where it has moved with the start."""
-        if not bool(k.isfinite().all()):
-            return y
-        return y - k * (shift.reshape(()) if self.layout.samples == 1 else _column(shift, y)).to(y.real)
 
     def _first_step(self, y: Tensor, k: Tensor, first_step: float | None) -> int:
         """Plans the first step; returns the flags (Hairer, Norsett, Wanner I, II.4)."""

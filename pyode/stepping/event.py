@@ -123,7 +123,7 @@ class SampleEvents:
             begin, end = segment.t0.clone(), segment.t1.clone()
             if bool((self.signs[candidates] == 0).any()):
                 begin = self._leave(segment, candidates)
-            met = candidates & (self._least(segment, end) <= 0) & (self.signs != 0).all(1)
+            met = candidates & (self._least(segment, end) <= 0)
             if not bool(met.any()):
                 return
             width = float((end - begin)[met].abs().max())
@@ -134,7 +134,7 @@ class SampleEvents:
                 before = self._least(segment, middle) > 0
                 begin, end = torch.where(before, middle, begin), torch.where(before, end, middle)
             time = (begin + end) / 2
-            index = (self.event(end, segment.at(end)) * self.signs).argmin(1)
+            index = self._values(segment, end).argmin(1)
         self.time = torch.where(met, time, self.time)
         self.index = torch.where(met, index, self.index)
         self.state = torch.where(met[:, None], segment.at(time), self.state)
@@ -142,8 +142,11 @@ class SampleEvents:
 
     def _least(self, segment: BatchSegment, t: Tensor) -> Tensor:
         """[B], positive as long as no function has changed its sign."""
-        least: Tensor = (self.event(t, segment.at(t)) * self.signs).amin(1)
-        return least
+        return self._values(segment, t).amin(1)
+
+    def _values(self, segment: BatchSegment, t: Tensor) -> Tensor:
+        """[B, E], negative behind a change of sign; inf for functions that have not left their zero."""
+        return torch.where(self.signs == 0, math.inf, self.event(t, segment.at(t)) * self.signs)
 
     def _leave(self, segment: BatchSegment, candidates: Tensor) -> Tensor:
         """Takes the signs of functions that were zero at the start just behind it; returns from where to search."""
