@@ -24,7 +24,7 @@ from ..solution import Stats
 from .adaptive import Norm
 from .fixed_grid import Outputs
 from .hooks import NO_HOOKS, Hooks
-from .segment import AdamsSegment, weighted, unmoved
+from .segment import AdamsSegment, unmoved, weighted
 
 # Tolerances: the error of a step that is 1 / safety times as long as the one chosen. Shampine and Gordon choose half a
 # tolerance in the Euclidean norm, which in the root mean square of three numbers is this.
