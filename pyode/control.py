@@ -14,6 +14,7 @@ from torch import Tensor
 from ._ops.contract import REAL, Grid, Policy
 from .errors import InvalidType, InvalidValue
 from .methods import Method
+from .methods.external import ScipySolver
 from .state import Form
 
 ADAPTIVE_OPTIONS = frozenset(
@@ -67,7 +68,9 @@ def check_options(options: dict[str, Any], method: Method, strict: bool = False)
         raise InvalidType(f"options['dtype'] must be a torch.dtype, not a {type(dtype).__name__}")
     if not dtype.is_floating_point:
         raise InvalidValue(f"options['dtype'] must be real and floating, not {dtype}; it is that of time")
-    known = COMMON_OPTIONS | method.options | (ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS)
+    known = COMMON_OPTIONS | method.options
+    if not isinstance(method, ScipySolver):
+        known |= ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS
     unknown = {name: value for name, value in options.items() if name not in known}
     if unknown and strict:
         raise InvalidValue(f"options has {', '.join(unknown)}; {method.name} knows {', '.join(sorted(known))}")

@@ -48,6 +48,7 @@ class Decay(BlowUp):
 FAILURES = {
     "blow-up": (BlowUp, {}, {Status.STEP_TOO_SMALL, Status.NON_FINITE}),
     "not finite": (Broken, {}, {Status.NON_FINITE}),
+    "not finite, adams": (Broken, {"method": "adams"}, {Status.NON_FINITE}),
     "not finite at the start": (NeverFinite, {}, {Status.NON_FINITE}),
     "too many steps": (BlowUp, {"options": {"max_num_steps": 8}}, {Status.TOO_MANY_STEPS}),
     "no steps at all": (BlowUp, {"options": {"max_num_steps": 0}}, {Status.TOO_MANY_STEPS}),
@@ -110,6 +111,14 @@ def test_of_tuples():
     assert torch.allclose(b[2], torch.full((2, 2), math.exp(-1), dtype=torch.float64), rtol=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:the solve failed:UserWarning")
+def test_a_state_of_one_number_stays_one():
+    for method in ("dopri5", "adams"):
+        t = tensor(0.0, 1.0, 2.0).requires_grad_()
+        y = pyode.odeint(Broken(), torch.tensor(1.0, dtype=torch.float64), t, method=method, options=RETURN)
+        assert y.shape == (3,)
+
+
 def test_nothing_is_warned_of_a_solve_that_succeeds():
     y = pyode.odeint(BlowUp(), tensor(1.0), tensor(0.0, 0.5), options=RETURN)
     assert float(y[-1].detach()) == pytest.approx(2.0)
@@ -130,7 +139,7 @@ def test_only_two_words_are_known():
 
 
 @INTERFACES
-@pytest.mark.parametrize("name", ["too many steps", "not finite"])
+@pytest.mark.parametrize("name", ["too many steps", "not finite", "not finite, adams"])
 @pytest.mark.filterwarnings("ignore:the solve failed:UserWarning")
 def test_gradients_are_those_of_the_state_where_it_failed(name, interface):
     # Of y(t1) with t1 the failure's time, however many times it is repeated.

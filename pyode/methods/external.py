@@ -13,7 +13,7 @@ class ScipySolver:
     order: int = 0  # the solver's
     adaptive: bool = True
     one_step: bool = False
-    options: frozenset[str] = frozenset(["solver"])
+    options: frozenset[str] = frozenset(["solver", "first_step", "min_step", "max_step", "norm"])
     source: str = "scipy.integrate.solve_ivp; Virtanen et al., SciPy 1.0, 2020"
 
 

@@ -24,7 +24,7 @@ from ..solution import Stats
 from .adaptive import Norm
 from .fixed_grid import Outputs
 from .hooks import NO_HOOKS, Hooks
-from .segment import AdamsSegment, weighted
+from .segment import AdamsSegment, unmoved, weighted
 
 # Tolerances: the error of a step that is 1 / safety times as long as the one chosen. Shampine and Gordon choose half a
 # tolerance in the Euclidean norm, which in the root mean square of three numbers is this.
@@ -97,6 +97,7 @@ class AdamsLoop:
                 self._begin(self.dynamics(torch.nextafter(now, now + sign), self.y))
         if passed < len(values):
             hooks.fail(SolveError(self._status, self.t, self._size, self.n_accepted + self.n_rejected))
+            self.y = unmoved(self.y, self._fs[0], self._shift)
         for _ in values[passed:]:
             outputs.add(self.y)
         return outputs.collect()

@@ -24,7 +24,7 @@ from ..methods import Tableau
 from ..solution import SampleStats, Stats
 from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
-from .segment import BatchSegment, RungeKuttaSegment
+from .segment import BatchSegment, RungeKuttaSegment, unmoved
 
 Norm = Callable[[Tensor, list[Tensor]], Any]
 AtJump = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -161,7 +161,9 @@ class AdaptiveLoop:
         if flags & _FAILED:
             hooks.fail(self._error(y, ks[0]))
         if flags & _FAILED or hooks.watch_batch is not None:  # some outputs may not have been reached
-            output.repeat(y, ks[0], shift)
+            if shift is not None:
+                shift = shift.reshape(()) if layout.samples == 1 else _column(shift, y)
+            output.repeat(unmoved(y, ks[0], shift))
         if quadrature is not None:
             quadrature.finish()
         if not recording:
@@ -369,8 +371,8 @@ class Output:
         loop = self.loop
         loop.ops.interpolate(loop.layout, loop.interpolant, loop.controller, y, ks, self.out)
 
-    def repeat(self, y: Tensor, k: Tensor, shift: Tensor | None) -> None:
-        """Writes the state reached, y, to all the places that are left."""
+    def repeat(self, y: Tensor) -> None:
+        """Writes a state to all the places that are left."""
         left = self.loop.left()
         self.out = torch.where(_column(left, self.out), y, self.out)
 
@@ -393,10 +395,8 @@ class RecordedOutput:
         for i in range(*(int(loop.controller.field(name)) for name in ("output_begin", "output_end"))):
             self.rows.append(segment.at(values[i], t[i] - t[i].detach() if t.requires_grad else None))
 
-    def repeat(self, y: Tensor, k: Tensor, shift: Tensor | None) -> None:
-        """Puts the state reached, y with the slope k, in all the places that are left."""
-        if shift is not None and bool(k.isfinite().all()):
-            y = y - k * shift.reshape(()).to(y.real)  # y has moved with the start, and is wanted where it stands
+    def repeat(self, y: Tensor) -> None:
+        """Puts a state in all the places that are left."""
         self.rows += [y] * (len(self.loop.times.values) - 1 - len(self.rows))
 
     def collect(self, y0: Tensor) -> Tensor:
@@ -426,10 +426,8 @@ class RecordedBatchOutput:
             self.rows.append(segment.at(when.double())[some].reshape(-1, *y.shape[1:]))
             self.places.append((which[some], some))
 
-    def repeat(self, y: Tensor, k: Tensor, shift: Tensor | None) -> None:
-        """Puts the state reached, y with the slope k, in all the places that are left."""
-        if shift is not None:
-            y = y - torch.where(k.isfinite(), k, 0.0) * _column(shift, y).to(y.real)
+    def repeat(self, y: Tensor) -> None:
+        """Puts a state in all the places that are left."""
         self.last = y
 
     def collect(self, y0: Tensor) -> Tensor:

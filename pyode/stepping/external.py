@@ -47,8 +47,8 @@ class ScipyLoop:
         known = [name for name in ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA") if hasattr(scipy, name)]
         if solver not in known:
             raise InvalidValue(f"options['solver'] must be one of {', '.join(known)}, not {solver!r}")
-        if solver == "LSODA" and layout.dtype.is_complex:
-            raise InvalidValue("SciPy's LSODA does not solve complex states; choose options={'solver': 'DOP853'}, say")
+        if solver in ("Radau", "LSODA") and layout.dtype.is_complex:
+            raise InvalidValue(f"SciPy's {solver} does not solve complex states; choose options={{'solver': 'DOP853'}}")
         if hooks.watch is not None:
             raise InvalidValue("method 'scipy_solver' finds no events and has no dense output; choose another method")
         self.dynamics, self.layout, self.times, self.hooks = dynamics, layout, times, hooks
@@ -72,13 +72,24 @@ class ScipyLoop:
 
         def func(t: float, y: Any) -> Any:
             time = torch.tensor(t, dtype=self.layout.real_dtype, device=y0.device)
-            return _array(self.dynamics(time, torch.tensor(y).to(y0).view(y0.shape)))
+            k = self.dynamics(time, torch.tensor(y).to(y0).view(y0.shape))
+            if self.dynamics.n_evals == evals_before + 1 and not k.isfinite().all():
+                raise lost  # SciPy would look for a first step forever
+            return _array(k)
 
-        values = self.times.values
-        with torch.no_grad():
-            result = self.solve_ivp(
-                func, (values[0], values[-1]), _array(y0), self.solver, values, first_step=first_step, **self.arguments
-            )
+        values, evals_before = self.times.values, self.dynamics.n_evals
+        lost = SolveError(Status.NON_FINITE, values[0], 0.0, 0)
+        try:
+            with torch.no_grad():
+                result = self.solve_ivp(
+                    func, (values[0], values[-1]), _array(y0), self.solver, values, first_step=first_step,
+                    **self.arguments,
+                )  # fmt: skip
+        except SolveError as error:
+            if error is not lost:
+                raise
+            self.hooks.fail(error)
+            return y0.expand(len(values), *y0.shape).clone()
         states = torch.as_tensor(result.y.T).to(y0).reshape(-1, *y0.shape)
         missing = len(values) - len(states)
         if result.status != 0 or missing:

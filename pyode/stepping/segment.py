@@ -161,3 +161,15 @@ def weighted(layout: Layout, weights: Tensor, y: Tensor, ks: list[Tensor], dt: T
     """Returns y + dt sum_j w_j k_j for weights [..., n], with their gradients and dt's: [..., *state]."""
     each = (dt.to(weights) * weights).to(y.device, layout.real_dtype).unbind(-1)
     return sum((w.reshape(*w.shape, *[1] * y.dim()) * k for w, k in zip(each, ks)), y)
+
+
+def unmoved(y: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
+    """The state at the time where a solve stands, whose steps have moved with its start.
+
+    Args:
+        y, slope: the state, and its derivative; where that is not finite, the state is as it is.
+        shift: as RungeKuttaSegment's.
+    """
+    if shift is None or not bool(slope.isfinite().all()):
+        return y
+    return y - slope * shift.to(device=y.device, dtype=y.real.dtype)
