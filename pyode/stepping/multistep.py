@@ -28,6 +28,8 @@ class AdamsSteps:
         self.most = max_order - 1
         self.max_iters = int(number_from(course.options, "max_iters", 4, 1))
         self.slopes: list[Tensor] = []  # the newest first
+        self.zero: Tensor | None = None  # a state of zeros, and a step size of one
+        self.one: Tensor | None = None
 
     def __call__(self, n: int, y: Tensor) -> Increment:
         """Step n, from y."""
@@ -45,24 +47,35 @@ class AdamsSteps:
         """Solves the implicit formula by functional iteration from the predicted step."""
         course, past = self.course, self.slopes
         weights = moulton(len(past) + 1)
+        recording = torch.is_grad_enabled()
+        before = self._rise(step, dt)
         for _ in range(self.max_iters):
-            predicted = step
-            f = course.dynamics(last, course.combine(predicted.weights, y, predicted.ks, dt))
-            step = Increment(weights, [f, *past], past[0])
-            if self._agree(predicted, step, dt):
+            state = course.combine(step.weights, y, step.ks, dt) if recording else y + before
+            step = Increment(weights, [course.dynamics(last, state), *past], past[0])
+            after = self._rise(step, dt)
+            if self._agree(before, after):
                 return step
+            before = after
         warnings.warn("Functional iteration did not converge. Solution may be incorrect.", stacklevel=2)
         self.slopes = past[:-1]  # a lower order is more stable
         return step
 
-    def _agree(self, a: Increment, b: Increment, dt: Tensor) -> bool:
-        """Whether every number of two increments agrees within the tolerances, relative to the increments."""
+    def _rise(self, step: Increment, dt: Tensor) -> Tensor:
+        """What a step adds to the state, without a graph."""
+        if self.zero is None:
+            self.zero, self.one = torch.zeros_like(step.slope).detach(), torch.ones_like(dt).detach()
+        ks = step.ks
+        if torch.is_grad_enabled():
+            ks, dt = [k.detach() for k in ks], dt.detach()
         course = self.course
-        with torch.no_grad():
-            zero = torch.zeros_like(a.slope)
-            x, z = (course.ops.stage_combine(course.layout, s.weights, zero, s.ks, dt.detach()) for s in (a, b))
-            change: Any = (x, z, [z, x], torch.ones_like(dt), course.rtol, course.atol)
-            (mean,) = course.ops.mean_square_errors(course.layout, ((1.0, -1.0),), *change)
-            if mean >= 1 or mean * x.numel() < 1:  # then the largest square is, too
-                return bool(mean < 1)
-            return bool(reference.scaled_step_error(course.layout, (1.0, -1.0), *change).abs().max() < 1)
+        rise: Tensor = course.ops.stage_combine(course.layout, step.weights, self.zero, ks, dt)
+        return rise
+
+    def _agree(self, a: Tensor, b: Tensor) -> bool:
+        """Whether every number of two steps' rises agrees within the tolerances, relative to the rises."""
+        course = self.course
+        change: Any = (a, b, [b, a], self.one, course.rtol, course.atol)
+        (mean,) = course.ops.mean_square_errors(course.layout, ((1.0, -1.0),), *change)
+        if mean >= 1 or mean * a.numel() < 1:  # then the largest square is, too
+            return bool(mean < 1)
+        return bool(reference.scaled_step_error(course.layout, (1.0, -1.0), *change).abs().max() < 1)
