@@ -286,9 +286,13 @@ struct Controller {
   }
 
   void set_grid(py::handle times, int64_t n_times, bool per_sample, py::handle step_t, int64_t n_step_t,
-                py::handle jump_t, int64_t n_jump_t) {
-    op.grid = {address<double>(times),  n_times,  per_sample ? op.state.samples : 1, per_sample ? 1 : 0,
-               address<double>(step_t), n_step_t, address<double>(jump_t),           n_jump_t};
+                py::handle jump_t, int64_t n_jump_t, bool jumps_per_sample) {
+    const int64_t B = op.state.samples;
+    op.grid = {address<double>(times),   n_times,
+               per_sample ? B : 1,       per_sample ? 1 : 0,
+               address<double>(step_t),  n_step_t,
+               address<double>(jump_t),  n_jump_t,
+               jumps_per_sample ? B : 1, jumps_per_sample ? 1 : 0};
   }
 
   void set_norm(py::handle means, int64_t n_segments, int64_t parts) {

@@ -25,6 +25,7 @@ PYODE_HD int64_t control_sample(const Control& op, int64_t b) {
   Sample s = load_sample(op.state, b);
   const double norm = norm_of(op, op.means, b);
   const bool was_on_jump = s.on_jump != 0;
+  const double given = s.dt;  // for each sample, where first_step is nan
   const int64_t half = op.n_segments * op.parts * B;
   if (op.phase == Phase::try_first || op.phase == Phase::given_first) {
     s = start_sample(op.grid, b);
@@ -35,7 +36,7 @@ PYODE_HD int64_t control_sample(const Control& op, int64_t b) {
     store_sample(op.state, b, s);
     return kAnyRunning;
   }
-  if (op.phase == Phase::given_first) s.dt = op.first_step;
+  if (op.phase == Phase::given_first) s.dt = is_finite(op.first_step) ? op.first_step : given;
   if (op.phase == Phase::choose_first) choose_first_step(s, op.policy, op.grid, b, norm);
   if (op.phase == Phase::judge) judge_step(s, op.policy, op.grid, b, norm);
   plan_step(s, op.policy, op.grid, b);

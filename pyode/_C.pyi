@@ -51,7 +51,16 @@ class Controller:
         /,
     ) -> None: ...
     def set_grid(
-        self, times: Any, n_times: int, per_sample: bool, step_t: Any, n_step_t: int, jump_t: Any, n_jump_t: int, /
+        self,
+        times: Any,
+        n_times: int,
+        per_sample: bool,
+        step_t: Any,
+        n_step_t: int,
+        jump_t: Any,
+        n_jump_t: int,
+        jumps_per_sample: bool,
+        /,
     ) -> None: ...
     def set_norm(self, means: Any, n_segments: int, parts: int, /) -> None: ...
     def run(self, phase: int, stage_times: Any, first_step: float, /) -> int: ...

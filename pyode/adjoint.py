@@ -70,7 +70,7 @@ def odeint_adjoint(
         Chen, Rubanova, Bettencourt, Duvenaud, Neural ordinary differential equations, 2018; seminorm: Kidger, Chen,
         Lyons, "Hey, that's not an ODE", 2021.
     """
-    found = _parameters(func, adjoint_params, args)
+    found = listed_parameters(func, adjoint_params, args)
     if adjoint_options is not None:
         check_dict(adjoint_options, "adjoint_options")
     if adjoint_method is not None and adjoint_method != method and options and adjoint_options is None:
@@ -101,7 +101,7 @@ def odeint_adjoint(
     return states if event_fn is None else (end, states)
 
 
-def _parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args: Any) -> list[Tensor]:
+def listed_parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args: Any) -> list[Tensor]:
     """Those given, or else found in func, and those in args."""
     given = None if adjoint_params is None else list(adjoint_params)
     params = find_parameters(func) if given is None else given

@@ -56,7 +56,8 @@ def odeint(
 ) -> Any:
     """Solves dy/dt = func(t, y) with y(t[0]) = y0, and returns y at every time of t.
 
-    Gradients reach y0, t, and whatever func uses, by backpropagation through the steps taken, any number of times.
+    Gradients reach y0, t, and whatever func uses, by backpropagation through the steps taken, any number of times; of
+    implicit methods, whose steps are differentiated by the implicit function theorem, once.
     Step sizes count as constants; output times act through the interpolant, t[0] by shifting all steps.
 
     Args:
@@ -70,13 +71,16 @@ def odeint(
             structure, in each part. Numbers, tensors that broadcast to y0, or for a structure one for each part, in a
             like structure or in a row.
         method: "dopri5" (default), "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun" choose their steps,
-            "adams" its orders too; "euler", "midpoint", "heun2", "heun3", "rk4" take those that t or the options
-            prescribe.
+            "adams" its orders too. "euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams"
+            ("fixed_adams"), and for stiff problems the implicit "implicit_euler", "implicit_midpoint", "trapezoid",
+            "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2" take those that t or the options prescribe.
+            "scipy_solver" is the method of SciPy's solve_ivp that the option solver names, without gradients.
         options: for methods that choose their steps: first_step, min_step, max_step, safety (0.9), ifactor (10),
             dfactor (0.2), max_num_steps (between two output times), norm (of the scaled error, a function of the
             state), step_t and jump_t (times at which steps end, and at which func is discontinuous), dtype (accepted;
             time is always float64). For the others: step_size or grid_constructor(func, y0, t), interp ("linear" or
-            "cubic"), perturb. For all: stats, a `pyode.Stats` that counts are added to; params, the tensors
+            "cubic"), perturb; for Adams methods max_order (12) and max_iters (4), for implicit ones max_iters (100) and
+            newton_tol. For all: stats, a `pyode.Stats` that counts are added to; params, the tensors
             that func uses (accepted; backpropagation finds them by itself); on_failure, "raise" (default)
             or "return", which warns and repeats the last good state.
         event_fn: a function of (t, y) that returns a tensor of one or several numbers: the solve ends where the first
@@ -94,7 +98,8 @@ def odeint(
     Raises:
         InvalidValue, InvalidType: an argument is wrong; nothing has been computed.
         DynamicsError: func returned something that is not dy/dt, or wrote into its input.
-        SolveError: the step size became too small, max_num_steps was reached, func is not finite, there was no event.
+        SolveError: the step size became too small, max_num_steps was reached, func is not finite, the equations of an
+            implicit step were not solved, or there was no event.
 
     Source:
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, sections II.1 to II.6; the interface is

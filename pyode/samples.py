@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._ops import reference
 from .errors import DynamicsError, InvalidType, InvalidValue
-from .state import Form, Func, State, with_args
+from .state import Dynamics, Form, Func, State, with_args
 from .stepping.segment import BatchSegment
 
 
@@ -39,6 +39,22 @@ class Samples:
         if joint_axis and not self.form.per_sample:
             leading = (*leading, 1)
         return self.form.unpack(flat.reshape(*leading, *self.shape), leading)
+
+    def times_of(self, t: Tensor) -> Tensor:
+        """[T, B] float64 from times [T] or [T, B]."""
+        times = t.detach().to(self.y0.device, torch.float64)
+        return times if times.dim() == 2 else times[:, None].expand(-1, self.count)
+
+    def func(self, problem: Any) -> Func:
+        """A problem's func as one of times [B] and states [B, D]."""
+        dynamics = Dynamics(problem.func, self.form, problem.y0)
+        real = problem.y0.real.dtype if problem.y0.is_complex() else problem.y0.dtype
+
+        def func(t: Tensor, flat: Tensor) -> Tensor:
+            time = t.to(real)
+            return self.flat(dynamics(time if self.count != 1 else time[0], flat.reshape(self.shape)))
+
+        return func
 
     def event(self, event_fn: Any, args: Sequence[Any]) -> Callable[[Tensor, Tensor], Tensor]:
         """A user's event function as one of times [B] and states [B, D] that returns [B, E]."""

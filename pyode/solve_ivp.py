@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch import Tensor
 
 from . import methods
 from ._ops.contract import Policy
-from .control import check_dict, filter_from
+from .adjoint import listed_parameters
+from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
 from .errors import InvalidValue, SolveError, Status
+from .gradients.backsolve_samples import SampleBacksolveConfig
+from .gradients.samples import SampleAdjoint, SolvedSamples
 from .methods import Tableau
 from .odeint import Problem, loop_of, on_device_of, pose
 from .progress import Progress
@@ -25,7 +29,7 @@ from .stepping.event import SampleEvents
 from .stepping.hooks import Hooks
 from .stepping.segment import BatchSegment
 
-GRADIENTS = ("direct",)
+GRADIENTS = ("direct", "adjoint")
 LEAST_ULPS = 10.0  # by which a step has to move t, as in SciPy
 
 
@@ -48,6 +52,8 @@ def solve_ivp(
     throw: bool = True,
     progress: bool = False,
     compact: bool = False,
+    params: Iterable[Tensor] | None = None,
+    adjoint_options: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
 ) -> Solution:
     """Solves dy/dt = func(t, y, *args), every sample of a batch with steps of its own.
@@ -67,7 +73,8 @@ def solve_ivp(
             of its own. "joint": the whole state has one, as in `odeint`.
         controller: how step sizes follow from errors: "I" (elementary), "PI", "PID", "H211b", or up to five exponents
             (beta1, beta2, beta3, alpha2, alpha3) of a digital filter.
-        gradient: "direct": by backpropagation through the steps taken.
+        gradient: "direct": by backpropagation through the steps taken. "adjoint": by a second solve, backwards in time,
+            in memory that does not grow with the number of steps; its norm covers each sample's state and adjoint.
         event_fn: called as event_fn(t, y, *args); returns [B] or [B, E] with per-sample control, else one or several
             numbers. A sample ends where the first of its functions changes its sign. Gradients reach the event's time.
         dense_output: whether the Solution is to have an interpolant; it keeps all steps.
@@ -76,6 +83,10 @@ def solve_ivp(
         throw: whether a failure raises SolveError when all samples are done; else it is told by the Solution's status.
         progress: whether to show a progress bar: the fraction of time that the slowest sample has covered.
         compact: whether func is called with the rows that still run only, once many are done. args are not cut.
+        params: for gradient="adjoint": the tensors to which gradients are wanted beside y0, t and those in args; by
+            default those found in func, see `odeint_adjoint`.
+        adjoint_options: of the backward solve: rtol, atol, method, and other options; rtol, atol and method are the
+            forward solve's by default.
         options: further ones, as `odeint`'s: min_step, max_step, safety, ifactor, dfactor, norm, step_t, jump_t, ...
 
     Returns:
@@ -99,6 +110,9 @@ def solve_ivp(
         options |= {"first_step": first_step, "max_num_steps": max_num_steps}
     problem = pose(func, y0, t, rtol, atol, method, options, None, args, strict=True)
     problem = replace(problem, policy=_policy_of(problem.policy, controller))
+    adjoint = gradient == "adjoint" and torch.is_grad_enabled()
+    listed = listed_parameters(func, params, args) if adjoint else []
+    backward = backward_config(problem, controller, adjoint_options) if adjoint else None
     if (event_fn is not None or dense_output) and not (isinstance(found, Tableau) and found.adaptive):
         raise InvalidValue(
             f"solve_ivp has no events and no dense output for {found.name!r}; odeint_event has, odeint_dense"
@@ -123,7 +137,7 @@ def solve_ivp(
     if bar is not None:
         judges.append(bar)
     hooks = Hooks(watch_batch=_all_of(watchers), judged=_all_of(judges), fail=failures.append, **problem.callbacks)  # type: ignore[arg-type]
-    with on_device_of(problem.y0):
+    with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
         loop = loop_of(problem, hooks)
         try:
             ys = loop.solve(problem.y0, problem.first_step)
@@ -134,7 +148,40 @@ def solve_ivp(
     if failures and throw:
         raise failures[0]
     status, stats, reached = _outcome(loop, failures, problem, samples)
-    return _solution(problem, samples, t, ys, status, stats, reached, events, dense)
+    flat = ys.reshape(len(ys), *samples.y0.shape)
+    if events is not None:
+        met, sign = events.index >= 0, torch.sign(samples.t1 - samples.t0)
+        reached = torch.where(met, sign * (samples.times_of(t) - events.time) <= 0, reached.to(met.device))
+        status = torch.where(met.cpu(), int(Status.EVENT), status)
+    reached = reached.to(flat.device)
+    if backward is not None:
+        nan = torch.full_like(samples.y0, math.nan)
+        end_t, end_y = (samples.t0 * math.nan, nan) if events is None else (events.time, events.state)
+        solved = SolvedSamples(
+            samples.func(problem), backward, problem.form.segments, samples.times_of(t), reached, flat, end_t, end_y,
+            stats.last_dt.to(flat.device),
+        )  # fmt: skip
+        wanted = [x for x in listed if x.requires_grad]
+        flat, end_y = SampleAdjoint.apply(solved, t, samples.y0, *wanted)  # type: ignore[no-untyped-call]
+        if events is not None:
+            events.state = end_y
+    return _solution(problem, samples, t, flat, status, stats, reached, events, dense)
+
+
+def backward_config(problem: Problem, controller: Any, options: dict[str, Any] | None) -> SampleBacksolveConfig:
+    """How the backward solve is done, from a solve's adjoint_options."""
+    options = {} if options is None else dict(check_dict(options, "adjoint_options"))
+    method = methods.find(options.pop("method", problem.method.name), "adjoint_options['method']")
+    if not isinstance(method, Tableau) or not method.adaptive:
+        raise InvalidValue(f"adjoint_options['method'] must be explicit and choose its steps; {method.name!r} does not")
+    y0 = problem.y0[0] if problem.form.per_sample else problem.y0
+    rtol, atol = (
+        check_tolerance(options.pop(name, getattr(problem, name)), f"adjoint_options[{name!r}]", problem.form, y0)
+        for name in ("rtol", "atol")
+    )
+    check_options(options, method, strict=True)
+    policy = replace(_policy_of(policy_from(options, method), controller), resume=True)
+    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid.step_t, options.get("stats"))
 
 
 def _policy_of(policy: Policy, controller: Any) -> Policy:
@@ -180,7 +227,7 @@ def _solution(
     problem: Problem,
     samples: Samples,
     t: Tensor,
-    ys: Tensor,
+    flat: Tensor,
     status: Tensor,
     stats: SampleStats,
     reached: Tensor,
@@ -188,20 +235,13 @@ def _solution(
     dense: SampleDenseOutput | None,
 ) -> Solution:
     """All together; states behind a sample's failure or event are nan."""
-    flat = ys.reshape(len(ys), *samples.y0.shape)
     nan = torch.full_like(samples.y0[:, :1], math.nan)
     event_t, event_index = samples.t0 * math.nan, torch.full_like(samples.t0, -1, dtype=torch.int64)
     event_y = nan.expand_as(samples.y0)
     if events is not None:
         event_t, event_index, event_y = _moved(problem, samples, events)
-        met = event_index >= 0
-        times = t.detach().to(ys.device, torch.float64)
-        times = times[:, None] if times.dim() == 1 else times
-        before = torch.sign(samples.t1 - samples.t0) * (times - events.time) <= 0
-        reached = torch.where(met, before, reached.to(ys.device))
-        status = torch.where(met.cpu(), int(Status.EVENT), status)
     if not bool(reached.all()):
-        flat = torch.where(reached.to(ys.device).unsqueeze(-1), flat, nan)
+        flat = torch.where(reached.unsqueeze(-1), flat, nan)
     return Solution(
         ts=t,
         ys=samples.of_user(flat),
@@ -227,9 +267,7 @@ def _moved(problem: Problem, samples: Samples, events: SampleEvents) -> tuple[Te
     here = torch.where(met, time, samples.t0)
     flat = torch.where(met[:, None], state, samples.y0)
     with torch.no_grad():
-        t = here.to(problem.y0.real.dtype if problem.y0.is_complex() else problem.y0.dtype)
-        slope = problem.form.pack(problem.func(t if problem.form.per_sample else t[0], samples.of_user(flat)))
-        slope = samples.flat(slope.to(flat.dtype))
+        slope = samples.func(problem)(here, flat)
     leaves = here.clone().requires_grad_(), flat.detach().requires_grad_()
     value = events.event(*leaves).gather(1, which).sum()
     rates = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else (None, None)

@@ -136,11 +136,18 @@ class Heat:
 
 
 @METHODS
-@pytest.mark.parametrize("n", [1, 2, 7, 60, 250])
+@pytest.mark.parametrize("n", [1, 2, 7, 60])
 def test_a_step_of_the_heat_equation_is_the_stability_function(method, n, by):
     heat, dt = Heat(n), 100 / (n + 1) ** 2  # 400 times the fastest rate
     y = pyode.odeint(heat, heat.y0, dt * tensor(0, 1, 2, 3), method=method)
     assert float((y[-1] - heat.steps(method, dt, 3)).abs().max()) < 1e-9 * float(heat.y0.max())
+
+
+@pytest.mark.parametrize("n", [300, 1000])
+def test_larger_states_too(n, by):
+    heat, dt = Heat(n), 100 / (n + 1) ** 2
+    y = pyode.odeint(heat, heat.y0, dt * tensor(0, 1), method="sdirk2")
+    assert float((y[-1] - heat.steps("sdirk2", dt, 1)).abs().max()) < 1e-9 * float(heat.y0.max())
 
 
 def test_trbdf2_steps_the_heat_equation_with_100_000_unknowns():
@@ -402,8 +409,10 @@ def test_every_evaluation_is_counted(method, by):
 
 
 @METHODS
-@pytest.mark.parametrize("options", [{}, {"step_size": 0.13, "interp": "cubic"}], ids=["on the grid", "cubic"])
-def test_gradcheck(method, options, by):
+def test_gradcheck(method, by):
+    # Cubic output uses all that a step hands on: its stages, both ends and the slope at its start.
+    options = {"step_size": 0.2, "interp": "cubic"}
+
     def solve(y0, matrix, t):
         return pyode.odeint(lambda t, y: torch.sin(y @ matrix) * (1 + t), y0, t, method=method, options=options)
 
@@ -461,7 +470,7 @@ def gradients_of(solve, field, **kwargs) -> list[Tensor]:
 
 
 @METHODS
-def test_adjoint_gradients_tend_to_direct_ones(method, by):
+def test_adjoint_gradients_tend_to_direct_ones(method):
     field, errors = Field(), []
     for size in (0.1, 0.05):
         found = [
@@ -473,6 +482,13 @@ def test_adjoint_gradients_tend_to_direct_ones(method, by):
         assert max(errors) < 1e-10
     else:
         assert math.log2(errors[0] / errors[1]) > IMPLICIT[method].order - 0.4
+
+
+def test_gmres_makes_no_other_adjoint_gradients(by):
+    field = Field()
+    found = gradients_of(pyode.odeint_adjoint, field, method="gl4")
+    for direct, adjoint in zip(gradients_of(pyode.odeint, field, method="gl4"), found):
+        assert torch.allclose(direct, adjoint, atol=1e-10)
 
 
 def test_adjoint_gradients_reach_times_and_given_parameters_of_a_tuple():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -22,8 +23,8 @@ MODULES = [path for path in PACKAGE.rglob("*.py") if path.stem != "__main__" and
 
 # Public functions -> gradients -> stepping -> methods, control, state -> _ops -> errors: imports point downwards.
 LAYERS = {
-    "__init__": 8, "patch": 7, "dense": 6, "events": 6, "solve_ivp": 6, "progress": 5, "samples": 5, "odeint": 5,
-    "adjoint": 5, "gradients": 4, "callbacks": 4, "stepping": 3, "control": 2, "state": 2, "methods": 2,
+    "__init__": 9, "patch": 8, "solve_ivp": 7, "dense": 6, "events": 6, "progress": 5, "samples": 5, "odeint": 5,
+    "adjoint": 6, "gradients": 4, "callbacks": 4, "stepping": 3, "control": 2, "state": 2, "methods": 2,
     "parameters": 1, "solution": 1, "_ops": 1, "errors": 0, "_version": 0, "_C": 0,
 }  # fmt: skip
 # control.py is told about methods and states; within one level nobody else imports anybody but errors.
@@ -104,10 +105,9 @@ def test_imports_point_one_way(path):
             assert LAYERS[there] < LAYERS[here] or (here, there) in SAME_LEVEL, f"{here} imports {there}"
 
 
-def in_a_new_process(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, cwd=ROOT
-    )
+def in_a_new_process(code: str, **environment: str) -> str:
+    command, env = [sys.executable, "-c", code], {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, cwd=ROOT, env=env)
     return done.stdout.strip()
 
 
@@ -117,10 +117,12 @@ def test_importing_pyode_imports_no_extra():
     assert not extras & set(in_a_new_process(code).split())
 
 
-def test_importing_pyode_is_quick():
-    # Beside torch's own seconds: under 50 ms, of the process's own time and the best of three, for machines are busy.
+def test_importing_pyode_is_quick(tmp_path):
+    # Beside torch's own seconds: under 50 ms, of the process's own time and the best of four, for machines are busy.
+    # The first compiles the sources, which an installed package has done.
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     code = "import torch, time; t = time.process_time(); import pyode; print(time.process_time() - t)"
-    assert min(float(in_a_new_process(code)) for _ in range(3)) < 0.05
+    assert min(float(in_a_new_process(code, **compiled)) for _ in range(4)) < 0.05
 
 
 def test_importing_pyode_does_not_start_cuda_or_threads():

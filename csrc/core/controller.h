@@ -77,6 +77,7 @@ struct Grid {
   int64_t n_step_t;
   const double* jump_t;  // [n_jump_t] and here f is discontinuous
   int64_t n_jump_t;
+  int64_t jump_stride, jump_sample_stride;  // as those of times
 };
 
 constexpr double kEpsilon = 2.220446049250313e-16;  // of double precision
@@ -107,9 +108,9 @@ PYODE_HD double direction(const Grid& grid, int64_t b) {
   return output_time(grid, grid.n_times - 1, b) < output_time(grid, 0, b) ? -1.0 : 1.0;
 }
 
-/// Index of the first of `times` that lies behind t.
-PYODE_HD int64_t skip_passed(const double* times, int64_t n, int64_t i, double t, double sign) {
-  while (i < n && sign * (times[i] - t) <= 0) ++i;
+/// Index of the first of n times, `stride` words apart, that lies behind t.
+PYODE_HD int64_t skip_passed(const double* times, int64_t n, int64_t stride, int64_t i, double t, double sign) {
+  while (i < n && sign * (times[i * stride] - t) <= 0) ++i;
   return i;
 }
 
@@ -129,14 +130,16 @@ PYODE_HD void plan_step(Sample& s, const Policy& policy, const Grid& grid, int64
     return;
   }
   s.t1 = s.t + s.dt;
-  s.next_step_t = skip_passed(grid.step_t, grid.n_step_t, s.next_step_t, s.t, sign);
-  s.next_jump_t = skip_passed(grid.jump_t, grid.n_jump_t, s.next_jump_t, s.t, sign);
+  const double* const jump_t = grid.jump_t + b * grid.jump_sample_stride;
+  s.next_step_t = skip_passed(grid.step_t, grid.n_step_t, 1, s.next_step_t, s.t, sign);
+  s.next_jump_t = skip_passed(jump_t, grid.n_jump_t, grid.jump_stride, s.next_jump_t, s.t, sign);
   if (s.next_step_t < grid.n_step_t && sign * (s.t1 - grid.step_t[s.next_step_t]) > 0) {
     s.t1 = grid.step_t[s.next_step_t];
     s.dt = s.t1 - s.t;
   }
-  if (s.next_jump_t < grid.n_jump_t && sign * (s.t1 - grid.jump_t[s.next_jump_t]) >= 0) {
-    s.t1 = grid.jump_t[s.next_jump_t];
+  const int64_t jump = s.next_jump_t * grid.jump_stride;
+  if (s.next_jump_t < grid.n_jump_t && sign * (s.t1 - jump_t[jump]) >= 0) {
+    s.t1 = jump_t[jump];
     s.dt = s.t1 - s.t;
     s.on_jump = 1;
   }

@@ -110,7 +110,7 @@ class Grid:
     Args:
         times: [T] or [T, B]; the first is where the solve starts.
         step_t: [n] where steps end.
-        jump_t: [n] where steps end because func is discontinuous.
+        jump_t: [n] or [n, B] where steps end because func is discontinuous.
     """
 
     times: Tensor

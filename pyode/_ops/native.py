@@ -226,7 +226,8 @@ class Controller:
         step_t, jump_t = grid.step_t, grid.jump_t
         handle.set_grid(
             grid.times, len(grid.times), grid.times.dim() == 2,
-            step_t, 0 if step_t is None else len(step_t), jump_t, 0 if jump_t is None else len(jump_t),
+            step_t, 0 if step_t is None else len(step_t),
+            jump_t, 0 if jump_t is None else len(jump_t), jump_t is not None and jump_t.dim() == 2,
         )  # fmt: skip
         handle.set_norm(self._means, slots, parts)
 

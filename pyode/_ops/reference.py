@@ -218,8 +218,10 @@ class Controller:
         state = layouts[0]
         times = grid.times.tolist()
         rows = [list(row) for row in zip(*times)] if grid.times.dim() == 2 else [times] * state.samples
-        step_t, jump_t = ([] if stops is None else stops.tolist() for stops in (grid.step_t, grid.jump_t))
-        self._times = [_Times(row, step_t, jump_t) for row in rows]
+        step_t = [] if grid.step_t is None else grid.step_t.tolist()
+        jump_t = torch.empty(0) if grid.jump_t is None else grid.jump_t
+        jumps = jump_t.T.tolist() if jump_t.dim() == 2 else [jump_t.tolist()] * state.samples
+        self._times = [_Times(row, step_t, jump) for row, jump in zip(rows, jumps)]
         self._samples: list[Sample] = []
         self._means = [[0.0] * state.samples] * (2 * sum(layout.n_segments for layout in layouts))
         self.dt = torch.zeros(state.samples, dtype=torch.float64)
@@ -268,6 +270,7 @@ class Controller:
         """See native.Controller.run."""
         flags = Flag(0)
         first = len(self._means) // 2
+        given = self.dt.tolist()  # for each sample, where first_step is nan
         if phase in (Phase.TRY_FIRST, Phase.GIVEN_FIRST):
             self._samples = [times.start() for times in self._times]
         for b, (sample, times) in enumerate(zip(self._samples, self._times)):
@@ -281,7 +284,7 @@ class Controller:
                 continue
             was_on_jump = sample.on_jump
             if phase is Phase.GIVEN_FIRST:
-                sample.dt = first_step
+                sample.dt = first_step if math.isfinite(first_step) else given[b]
             elif phase is Phase.CHOOSE_FIRST:
                 self._choose_first_step(sample, times, norm)
             else:

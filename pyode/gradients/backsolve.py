@@ -26,6 +26,7 @@ from ..control import Times, grid_from
 from ..methods import Method
 from ..solution import Stats
 from ..state import Dynamics, Form, Func
+from ..stepping.adaptive import AtJump
 from ..stepping.fixed_grid import grid_of
 from ..stepping.hooks import NO_HOOKS, Callback, Hooks
 from ..stepping.loops import Loop, loop_for
@@ -209,8 +210,8 @@ class Backsolve:
         values = self.times.values
         pending = list(range(1, len(values) - 1))
 
-        def at_jump(t: float, z: Tensor) -> Tensor:
-            if not pending or t != values[pending[-1]]:
+        def at_jump(t: Tensor, _: Tensor, z: Tensor) -> Tensor:
+            if not pending or float(t) != values[pending[-1]]:
                 return z  # a discontinuity of the user's
             return self._arrive(pending.pop(), z, quadrature)
 
@@ -261,7 +262,7 @@ class Backsolve:
         times: Times,
         options: dict[str, Any],
         quadrature: Quadrature,
-        at_jump: Callable[[float, Tensor], Tensor] | None = None,
+        at_jump: AtJump | None = None,
     ) -> Tensor:
         """Solves from the first of two times to the second."""
         config = self.config

@@ -27,6 +27,7 @@ from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment, unmoved
 
 Norm = Callable[[Tensor, list[Tensor]], Any]
+AtJump = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _RUNNING, _ACCEPTED, _STAYED = int(Flag.RUNNING), int(Flag.ACCEPTED), int(Flag.STAYED)
 _OUTPUT, _JUMP, _FAILED = int(Flag.OUTPUT), int(Flag.JUMP), int(Flag.FAILED)
@@ -70,7 +71,8 @@ class AdaptiveLoop:
         times: the output times; grid.times holds their values on the device.
         norm: of the scaled error of the state and those of the integrals, instead of the largest RMS over the segments.
         quadrature: integrals that are carried along and have a share in the norm.
-        at_jump: called at each discontinuity with its time and the state; returns the state behind it.
+        at_jump: called at each discontinuity with the samples' times, [B], which of them are there, [B], and the state;
+            returns the state behind it.
         hooks: what else is called.
     """
 
@@ -86,7 +88,7 @@ class AdaptiveLoop:
         times: Times,
         norm: Norm | None = None,
         quadrature: Quadrature | None = None,
-        at_jump: Callable[[float, Tensor], Tensor] | None = None,
+        at_jump: AtJump | None = None,
         hooks: Hooks = NO_HOOKS,
     ) -> None:
         self.dynamics, self.tableau, self.layout = dynamics, tableau, layout
@@ -97,8 +99,8 @@ class AdaptiveLoop:
         self.controller = ops.Controller(layouts, policy, grid, tableau.abscissae)
         self.interpolant = interpolant_of(ops, tableau)
 
-    def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
-        """Returns the states at the output times, [T, *y0.shape].
+    def solve(self, y0: Tensor, first_step: float | Tensor | None = None) -> Tensor:
+        """Returns the states at the output times, [T, *y0.shape]. A first step is for all samples, or [B].
 
         Raises:
             SolveError: says why and where the solve could not go on.
@@ -158,6 +160,7 @@ class AdaptiveLoop:
                 y, ks[0] = self._behind_jump(y, ks[0])
         if flags & _FAILED:
             hooks.fail(self._error(y, ks[0]))
+        if flags & _FAILED or hooks.watch_batch is not None:  # some outputs may not have been reached
             if shift is not None:
                 shift = shift.reshape(()) if layout.samples == 1 else _column(shift, y)
             output.repeat(unmoved(y, ks[0], shift))
@@ -179,7 +182,9 @@ class AdaptiveLoop:
         """Which samples have just arrived at a discontinuity: [B]."""
         now, stops = self.controller.field("t"), self.grid.jump_t
         assert stops is not None
-        arrived: Tensor = (self.controller.field("accepted") != 0) & torch.isin(now, stops.to(now.device))
+        stops = stops.to(now.device)
+        there = torch.isin(now, stops) if stops.dim() == 1 else (now == stops).any(0)
+        arrived: Tensor = (self.controller.field("accepted") != 0) & there
         return arrived
 
     def batch_segment(
@@ -263,7 +268,7 @@ class AdaptiveLoop:
             c = c[:, None]
         return stage_times + (1 - c * jumping) * shift.to(stage_times), dt - (jumping * shift).to(dt)
 
-    def _first_step(self, y: Tensor, k: Tensor, first_step: float | None) -> int:
+    def _first_step(self, y: Tensor, k: Tensor, first_step: float | Tensor | None) -> int:
         """Plans the first step; returns the flags (Hairer, Norsett, Wanner I, II.4)."""
         controller, ops, layout = self.controller, self.ops, self.layout
         dt = controller.dt.fill_(1.0)
@@ -276,6 +281,9 @@ class AdaptiveLoop:
                     controller.error_norm((1.0,), y, y, [x], dt, 0.0, 1.0, slot)
                 else:  # the user's norm is the only one: those of the segments stay 0
                     controller.put_norm(0.0 if bool(x.isfinite().all()) else math.nan, slot)
+            if isinstance(first_step, Tensor):
+                controller.dt.copy_(first_step)
+                first_step = math.nan
             return int(controller.run(Phase.GIVEN_FIRST, first_step))
         self._note_norm((1.0,), y, y, [y], dt, 0)
         self._note_norm((1.0,), y, y, [k], dt, n)
@@ -312,7 +320,7 @@ class AdaptiveLoop:
         """The state and its derivative just behind the discontinuity at which the solve, or a sample, has arrived."""
         now = self.controller.field("t")
         if self.at_jump is not None:
-            y = self.at_jump(float(now), y)
+            y = self.at_jump(now, self._on_jump(), y)
         t = now.to(device=y.device, dtype=self.layout.real_dtype)
         behind = torch.nextafter(t, t + self.controller.field("dt_prev").sign().to(t))
         if self.quadrature is not None:

@@ -121,39 +121,36 @@ class SampleEvents:
         with torch.no_grad():
             candidates = segment.accepted.to(self.index.device) & (self.index < 0)
             begin, end = segment.t0.clone(), segment.t1.clone()
-            if bool((self.signs[candidates] == 0).any()):
-                begin = self._leave(segment, candidates)
-            met = candidates & (self._least(segment, end) <= 0)
+            staying = bool((self.signs[candidates] == 0).any())
+            met = torch.zeros_like(candidates)
+            for x in LEAVING if staying else (1.0,):
+                t = segment.t1 if x == 1 else segment.t0 + x * (segment.t1 - segment.t0)
+                value = self.event(t, segment.at(t))
+                crossed = candidates & ~met & self._crossed(value)
+                met |= crossed
+                end = torch.where(crossed, t, end)
+                begin = torch.where(met, begin, t)
+                if staying:
+                    self.signs = torch.where(candidates[:, None] & (self.signs == 0), torch.sign(value), self.signs)
             if not bool(met.any()):
                 return
+            begin = torch.where(met, begin, segment.t0)
             width = float((end - begin)[met].abs().max())
-            for _ in range(math.ceil(math.log2(max(width / max(self.tolerance, 1e-300), 1.0))) if width else 0):
+            for _ in range(math.ceil(math.log2(max(width / max(self.tolerance, 1e-300), 1.0)))):
                 middle = (begin + end) / 2
                 if bool(((middle == begin) | (middle == end))[met].all()):
                     break  # as near as numbers come
-                before = self._least(segment, middle) > 0
-                begin, end = torch.where(before, middle, begin), torch.where(before, end, middle)
+                crossed = self._crossed(self.event(middle, segment.at(middle)))
+                begin, end = torch.where(crossed, begin, middle), torch.where(crossed, middle, end)
             time = (begin + end) / 2
-            index = self._values(segment, end).argmin(1)
+            value = self.event(end, segment.at(end)) * self.signs
+            index = torch.where(self.signs == 0, math.inf, value.to(torch.float64)).argmin(1)
         self.time = torch.where(met, time, self.time)
         self.index = torch.where(met, index, self.index)
         self.state = torch.where(met[:, None], segment.at(time), self.state)
         segment.controller.finish(met, int(Status.SUCCESS))
 
-    def _least(self, segment: BatchSegment, t: Tensor) -> Tensor:
-        """[B], positive as long as no function has changed its sign."""
-        return self._values(segment, t).amin(1)
-
-    def _values(self, segment: BatchSegment, t: Tensor) -> Tensor:
-        """[B, E], negative behind a change of sign; inf for functions that have not left their zero."""
-        return torch.where(self.signs == 0, math.inf, self.event(t, segment.at(t)) * self.signs)
-
-    def _leave(self, segment: BatchSegment, candidates: Tensor) -> Tensor:
-        """Takes the signs of functions that were zero at the start just behind it; returns from where to search."""
-        begin: Tensor = segment.t0.clone()
-        for x in LEAVING:
-            t = segment.t0 + x * (segment.t1 - segment.t0) if x < 1 else segment.t1
-            left = candidates[:, None] & (self.signs == 0)
-            self.signs = torch.where(left, torch.sign(self.event(t, segment.at(t))), self.signs)
-            begin = torch.where((left & (self.signs != 0)).any(1), t, begin)
-        return begin
+    def _crossed(self, value: Tensor) -> Tensor:
+        """[B], whether one of the functions, of those that have left their start, has changed its sign."""
+        crossed: Tensor = ((value * self.signs <= 0) & (self.signs != 0)).any(1)
+        return crossed

@@ -150,7 +150,7 @@ class FixedGridLoop:
             y = y1
             del step, segment  # the derivatives are not to be kept through the next one
         if i < len(values):  # there was no event
-            hooks.fail(SolveError(Status.TOO_MANY_STEPS, ends[-1], float(sizes[-1].detach()), self.counts.n_steps))
+            hooks.fail(SolveError(Status.TOO_MANY_STEPS, ends[-1], float(sizes[-1].detach()), self.counts.n_accepted))
             outputs.add(y)
         return outputs.collect()
 

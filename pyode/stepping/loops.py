@@ -15,7 +15,7 @@ from ..methods.adams import VariableAdams
 from ..methods.external import ScipySolver
 from ..solution import Stats
 from .adams import AdamsLoop
-from .adaptive import AdaptiveLoop, Norm
+from .adaptive import AdaptiveLoop, AtJump, Norm
 from .external import ScipyLoop
 from .fixed_grid import FixedGridLoop
 from .hooks import NO_HOOKS, Hooks
@@ -49,7 +49,7 @@ def loop_for(
     grid: Callable[[], Tensor],
     norm: Norm | None = None,
     quadrature: Quadrature | None = None,
-    at_jump: Callable[[float, Tensor], Tensor] | None = None,
+    at_jump: AtJump | None = None,
     hooks: Hooks = NO_HOOKS,
 ) -> Loop:
     """The loop for a solve by a method.

@@ -1,0 +1,182 @@
+"""The continuous adjoint of a solve in which every sample has steps of its own.
+
+As in `backsolve`, with a(t) = dL/dy(t) for each sample and jumps where a gradient arrives. The parameters' integrals
+belong to all samples together and have no share in any sample's norm: when a step has been accepted, one more product
+of each stage adds to them, with the cotangents b_j dt_i a_i, zero for samples that rejected it. So nothing is kept for
+each sample but (y, a).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._ops import backend_for
+from .._ops.contract import Grid, Policy
+from ..control import Times
+from ..methods import Tableau
+from ..solution import Stats
+from ..state import Func
+from ..stepping.adaptive import AdaptiveLoop
+from ..stepping.hooks import Hooks
+from ..stepping.segment import BatchSegment
+
+
+@dataclass
+class SampleBacksolveConfig:
+    """How the backward solve is done, all checked."""
+
+    tableau: Tableau
+    rtol: float | Tensor
+    atol: float | Tensor
+    policy: Policy
+    step_t: Tensor | None
+    stats: Stats | None
+
+
+class SampleBacksolve:
+    """The backward solve for one forward solve of B samples.
+
+    Args:
+        func: of times [B] and packed states [B, D].
+        config: see there.
+        times: [T, B] float64, where the gradients arrive, in the forward solve's direction; the first is the start. A
+            sample may be given its last time several times.
+        ys: [T, B, D] the states there.
+        gradients: [T, B, D] the gradients that arrive.
+        first_step: [B], the backward solve's, signed.
+        segments: of the norm of a state.
+        params: the tensors whose gradients are wanted, beside y0's.
+        with_time: whether those of the times are.
+    """
+
+    direct = None
+
+    def __init__(
+        self,
+        func: Func,
+        config: SampleBacksolveConfig,
+        times: Tensor,
+        ys: Tensor,
+        gradients: Tensor,
+        first_step: Tensor,
+        segments: tuple[int, ...],
+        params: tuple[Tensor, ...],
+        with_time: bool,
+    ) -> None:
+        self.func, self.config, self.params, self.with_time = func, config, params, with_time
+        self.times, self.ys, self.gradients, self.first_step = times, ys, gradients, first_step
+        self.n_evals = 0
+        self.param_gradients: list[Tensor] = [torch.zeros_like(p) for p in params]
+        self.time_gradients = torch.zeros_like(times)
+        samples, size = ys.shape[1:]
+        self.ops = backend_for(ys)
+        both = (*segments, *(size + s for s in segments[1:]))
+        self.layout = self.ops.Layout(samples, 2 * size, both, ys.dtype, ys.device)
+
+    def count(self, n: int) -> None:
+        """See RightHandSide."""
+        self.n_evals += n
+
+    def accept(self, k: Any, y: Tensor) -> Tensor:
+        """See RightHandSide."""
+        raise NotImplementedError("direct is None")
+
+    trial = accept
+
+    def solve(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Returns the gradients with respect to y0, [B, D], the times, [T, B], and the parameters."""
+        samples = torch.arange(self.times.shape[1], device=self.ys.device)
+        zero = torch.zeros_like(self.ys[0])
+        ends = torch.stack([self.times[-1], self.times[0]])
+        z = self._arrive(
+            self.times[-1], torch.ones_like(samples, dtype=torch.bool), torch.stack([self.ys[-1], zero], 1)
+        )
+        if bool((ends[0] != ends[1]).any()):
+            jumps = self.times[1:-1].flip(0) if len(self.times) > 2 else None
+            grid = Grid(ends.contiguous(), self.config.step_t, None if jumps is None else jumps.contiguous())
+            tableau, policy = self.config.tableau, self.config.policy
+            values = ends[:, 0].tolist() if len(samples) else [0.0, 1.0]
+            hooks = Hooks(watch_batch=self._add_integrals)
+            tolerances = (self.config.rtol, self.config.atol)
+            rtol, atol = (x if isinstance(x, float) else torch.cat([x.reshape(-1)] * 2) for x in tolerances)
+            loop = AdaptiveLoop(
+                self,
+                tableau,
+                self.layout,
+                rtol,
+                atol,
+                policy,
+                grid,
+                Times(ends, values),
+                None,
+                None,
+                self._arrive,
+                hooks,
+            )
+            try:
+                z = loop.solve(z, self.first_step)[1]
+            finally:
+                loop.add_to(self.config.stats)
+        y0_gradient = z.reshape(len(samples), 2, -1)[:, 1] + self.gradients[0]
+        return y0_gradient, self.time_gradients, self.param_gradients
+
+    def _arrive(self, now: Tensor, there: Tensor, z: Tensor) -> Tensor:
+        """The state behind an output: y from the forward solve, a with the gradients that arrive."""
+        shape, z = z.shape, z.reshape(z.shape[0], 2, -1)
+        now, there = now.to(z.device), there.to(z.device)
+        arriving = (self.times == now) & there & (torch.arange(len(self.times), device=z.device) > 0)[:, None]
+        gradient = torch.where(arriving.unsqueeze(-1), self.gradients, 0.0)
+        index = arriving.int().argmax(0)
+        y = self.ys[index, torch.arange(len(index), device=z.device)]
+        if self.with_time and bool(arriving.any()):
+            # Moving an output time moves the output along f.
+            f = self.func(now.to(self.layout.real_dtype), y)
+            effect = (f.conj() * gradient).real.sum(-1).to(self.time_gradients)
+            self.time_gradients = self.time_gradients + torch.where(arriving, effect, 0.0)
+            self.time_gradients[0] -= torch.where(arriving, effect, 0.0).sum(0)
+        met = arriving.any(0)[:, None]
+        y, a = torch.where(met, y, z[:, 0]), z[:, 1] + gradient.sum(0)
+        return torch.stack([y, a], 1).reshape(shape)
+
+    def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
+        """d/dt of (y, a)."""
+        y, a = z.detach().unbind(1)
+        f, (slope,) = self._products(t.reshape(-1), y, a.neg(), ())
+        return torch.stack([f, torch.zeros_like(f) if slope is None else slope], 1)
+
+    def _products(self, t: Tensor, y: Tensor, v: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+        """F(t, y), and v df/dx for y, or for what is given instead."""
+        self.n_evals += 1
+        with torch.enable_grad():
+            y = y.requires_grad_()
+            f = self.func(t, y)
+            inputs = others or (y,)
+            if not f.requires_grad:
+                return f, (None,) * len(inputs)
+            return f.detach(), torch.autograd.grad(f, inputs, v, allow_unused=True)
+
+    def _add_integrals(self, segment: BatchSegment) -> None:
+        """Adds an accepted step's share of the parameters' and the times' integrals."""
+        if not self.params and not self.with_time:
+            return
+        tableau, dt = self.config.tableau, torch.where(segment.accepted, segment.size, 0.0)
+        z, ks = segment.y.contiguous(), [k.contiguous() for k in segment.ks]
+        for j, weight in enumerate(tableau.weights):
+            if weight == 0:
+                continue
+            c = (0.0, *tableau.abscissae)[j]
+            stage = self.ops.stage_combine(self.layout, tableau.rows[j - 1], z, ks, dt) if j else z
+            y, a = stage.reshape(len(z), 2, -1).unbind(1)
+            t = (segment.t0 + c * segment.size).to(y.device, self.layout.real_dtype)
+            if self.with_time:
+                t = t.requires_grad_()
+            v = a * (-weight * dt).to(y.device, self.layout.real_dtype)[:, None]
+            _, found = self._products(t, y.contiguous(), v, (*([t] if self.with_time else []), *self.params))
+            totals = [*([self.time_gradients[0]] if self.with_time else []), *self.param_gradients]
+            for total, gradient in zip(totals, found):
+                if gradient is not None:
+                    total += gradient
