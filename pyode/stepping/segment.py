@@ -167,9 +167,12 @@ def unmoved(y: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
     """The state at the time where a solve stands, whose steps have moved with its start.
 
     Args:
-        y, slope: the state, and its derivative; where that is not finite, the state is as it is.
+        y, slope: the state, and its derivative; where that is not finite, the state stays as it is.
         shift: as RungeKuttaSegment's.
     """
-    if shift is None or not bool(slope.isfinite().all()):
+    if shift is None:
         return y
+    finite = slope.isfinite()
+    if not bool(finite.all()):  # whatever made it so has no finite gradient either
+        slope = torch.where(finite, slope.detach(), 0.0)
     return y - slope * shift.to(device=y.device, dtype=y.real.dtype)
