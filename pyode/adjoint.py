@@ -16,6 +16,7 @@ from .control import Times, check_dict, check_options, check_tolerance, first_st
 from .errors import InvalidType, InvalidValue
 from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
 from .odeint import Problem, pose, solve
+from .parameters import find_parameters
 from .state import Form, Func, State
 from .stepping.fixed_grid import check_interp
 
@@ -101,18 +102,6 @@ def odeint_adjoint(
     end, ys = _OdeintAdjoint.apply(problem, config, t, y0_packed, *params)  # type: ignore[no-untyped-call]
     states = problem.form.unpack(ys, (len(problem.times.values),))
     return states if event_fn is None else (end, states)
-
-
-def find_parameters(module: Any) -> list[Tensor]:
-    """The parameters of a module; of a DataParallel replica, whose parameters are plain attributes, those."""
-    if not getattr(module, "_is_replica", False):
-        return list(module.parameters())
-    return [
-        value
-        for part in module.modules()
-        for value in vars(part).values()
-        if isinstance(value, Tensor) and value.requires_grad
-    ]
 
 
 def _configure(

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,18 +26,25 @@ from .control import (
     check_tolerance,
     first_step_from,
     grid_from,
+    number_from,
     policy_from,
     times_until_event,
 )
-from .errors import DynamicsError, InvalidType, SolveError, Status
-from .methods import Method
+from .errors import DynamicsError, InvalidType, InvalidValue, SolveError, Status
+from .gradients.checkpoint import Recipe, checkpointed
+from .methods import Method, Tableau
+from .parameters import find_parameters
 from .solution import Stats
 from .state import Dynamics, Form, Func, State, check_y0
 from .stepping.event import EventSearch
 from .stepping.fixed_grid import check_interp, grid_of
 from .stepping.hooks import Callback, Hooks
 from .stepping.loops import loop_for
-from .stepping.segment import Segment
+from .stepping.segment import RungeKuttaSegment, Segment
+from .stepping.tape import Tape
+
+GRADIENTS = ("direct", "adjoint", "checkpoint")
+GRADIENT_OPTIONS = ("gradient", "params", "checkpoints")
 
 
 def odeint(
@@ -92,10 +99,56 @@ def odeint(
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, sections II.1 to II.6; the interface is
         torchdiffeq's.
     """
+    options = {} if options is None else check_dict(options, "options")
+    choice = {name: options[name] for name in GRADIENT_OPTIONS if name in options}
+    options = {name: value for name, value in options.items() if name not in choice}
+    kind = choice.get("gradient", "direct")
+    if kind not in GRADIENTS:
+        raise InvalidValue(f"options['gradient'] must be one of {', '.join(GRADIENTS)}, not {kind!r}")
+    if kind == "adjoint":
+        from .adjoint import odeint_adjoint  # which is made of this module's parts
+
+        params = parameters_from(choice, func)
+        return odeint_adjoint(func, y0, t, rtol, atol, method, options, event_fn=event_fn, adjoint_params=params)
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn)
-    solved = solve(problem)
+    solved = _solve_checkpointed(problem, choice) if kind == "checkpoint" else solve(problem)
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved), ys)
+
+
+def _solve_checkpointed(problem: Problem, choice: dict[str, Any]) -> Solved:
+    """A solve whose gradient is found by undoing its steps; without a graph where none is wanted."""
+    method, y0, t = problem.method, problem.y0, problem.times.tensor
+    if not isinstance(method, Tableau):
+        raise InvalidValue(f"options['gradient'] = 'checkpoint' needs a Runge-Kutta method, not {method.name}")
+    most = None if choice.get("checkpoints") is None else int(number_from(choice, "checkpoints", 1, 1))
+    params = parameters_from(choice, problem.func)
+    start = problem.form.unpack(y0.detach())
+    quiet = replace(problem, y0=y0.detach(), times=replace(problem.times, tensor=t.detach()))
+    solved: list[Solved] = []
+
+    def grid(t: Tensor) -> Tensor:
+        return grid_of(problem.options, replace(problem.times, tensor=t), problem.func, start)
+
+    def carry_out(tape: Tape) -> Tensor:
+        solved.append(solve(quiet, tape=tape))
+        return solved[0].ys
+
+    recipe = Recipe(problem.func, problem.form, method, None if method.adaptive else grid, most)
+    ys = checkpointed(carry_out, recipe, t, y0, [p for p in params if p.requires_grad])
+    return replace(solved[0], ys=ys)
+
+
+def parameters_from(options: dict[str, Any], func: Func) -> list[Tensor]:
+    """The tensors beside y0 and t to which gradients are wanted: those that options' params name, or func's own."""
+    params = options.get("params")
+    if params is None:
+        return find_parameters(func)
+    params = list(params)
+    for i, param in enumerate(params):
+        if not isinstance(param, Tensor):
+            raise InvalidType(f"options['params'][{i}] must be a tensor, not a {type(param).__name__}")
+    return params
 
 
 @dataclass
@@ -195,8 +248,10 @@ def event_of(event_fn: Any, form: Form, device: torch.device) -> Callable[[float
     return event
 
 
-def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = None) -> Solved:
-    """Carries out a solve; `watch` is told every accepted step."""
+def solve(
+    problem: Problem, watch: Callable[[Segment], Tensor | None] | None = None, tape: Tape | None = None
+) -> Solved:
+    """Carries out a solve; `watch` is told every accepted step, and the tape notes it."""
     y0, times, form, options = problem.y0, problem.times, problem.form, problem.options
     solved = Solved(y0.unsqueeze(0), None, times.values[-1], len(times.values))
     if len(times.values) == 1:
@@ -237,7 +292,7 @@ def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = N
             options,
             lambda: grid_of(options, times, problem.func, form.unpack(y0)),
             None if norm is None else lambda error, _: norm(form.unpack(error)),
-            hooks=Hooks(watch=watch, fail=fail, **problem.callbacks),
+            hooks=Hooks(watch=watch, tape=tape, fail=fail, **problem.callbacks),
         )
         try:
             solved.ys, solved.last_step = loop.solve(y0, problem.first_step), loop.last_step
@@ -246,6 +301,9 @@ def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = N
     if search is not None:
         if search.time is not None:
             solved.end, solved.n_reached = search.time, 1
+            if tape is not None:
+                assert isinstance(search.segment, RungeKuttaSegment)
+                tape.end_within(search.segment, search.time)
         elif solved.end == times.values[-1]:
             stats = Stats()
             loop.add_to(stats)

@@ -24,6 +24,7 @@ from ..solution import Stats
 from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
 from .segment import RungeKuttaSegment
+from .tape import Step
 
 Norm = Callable[[Tensor, list[Tensor]], Any]
 
@@ -103,6 +104,7 @@ class AdaptiveLoop:
             SolveError: says why and where the solve could not go on.
         """
         controller, dynamics, quadrature, hooks = self.controller, self.dynamics, self.quadrature, self.hooks
+        tape = hooks.tape
         layout, rows = self.layout, self.tableau.rows
         recording = torch.is_grad_enabled()
         shift = self._shift() if recording else None
@@ -114,12 +116,15 @@ class AdaptiveLoop:
         # The derivatives of the step under way. An old one is let go only when its successor is there: freeing all of
         # them at once would make malloc return the memory to the system, and the next step fetch it page by page.
         ks = _ballast.take(len(rows) + 1, y0)
-        y, ks[0] = y0, dynamics(self._at_start(y0), y0)
+        opening: Tensor | None = self._at_start(y0)  # the time of a first evaluation that no step before has made
+        y, ks[0] = y0, dynamics(opening, y0)
         flags = self._first_step(y, ks[0], first_step)
         while flags & _RUNNING:
             if hooks.step is not None:
                 hooks.step(self._field("t"), y, abs(self._field("dt_whole")))
-            lasting = recording or hooks.watch is not None  # dt is needed after the next step is planned
+            lasting = (
+                recording or hooks.watch is not None or tape is not None
+            )  # dt is needed after the next step is planned
             dt = controller.dt.clone() if lasting else controller.dt
             times = controller.stage_times
             if shift is not None:
@@ -127,6 +132,9 @@ class AdaptiveLoop:
             y1 = stages(layout, rows, y, ks, dt, times.unbind(), dynamics)
             self._measure(y, y1, ks)
             flags = controller.run(Phase.JUDGE)
+            if tape is not None and flags & _ACCEPTED:
+                tape.add(self._noted(flags, dt, times, opening), y, y1)
+                opening = None
             if hooks.after_step:
                 end = self._call_hooks(bool(flags & _ACCEPTED), y, ks, dt, shift)
                 if end is not None:
@@ -149,7 +157,7 @@ class AdaptiveLoop:
                 quadrature.accept()
             if flags & _JUMP and flags & _RUNNING:
                 shift = None  # what comes behind a discontinuity does not move with the start
-                y, ks[0] = self._behind_jump(y, ks[0])
+                y, ks[0], opening = self._behind_jump(y, ks[0])
         if flags & _FAILED:
             hooks.fail(self._error(y, ks[0]))
             output.repeat(y)
@@ -165,6 +173,17 @@ class AdaptiveLoop:
         """The step just accepted, from y."""
         t0, t1, size = (self._field(name) for name in ("t_prev", "t", "dt_prev"))
         return RungeKuttaSegment(self.layout, polynomial, t0, t1, size, y, list(ks), dt, shift)
+
+    def _noted(self, flags: int, dt: Tensor, times: Tensor, opening: Tensor | None) -> Step:
+        """The step just accepted, for a tape."""
+        on_jump = bool(flags & _JUMP)
+        if not flags & _OUTPUT:
+            return Step(dt, times, opening, on_jump)
+        outputs = range(*(int(self.controller.field(name)) for name in ("output_begin", "output_end")))
+        t0, t1, size = (self._field(name) for name in ("t_prev", "t", "dt_prev"))
+        values = self.times.values
+        positions = tuple(1.0 if values[i] == t1 else (values[i] - t0) / size for i in outputs)
+        return Step(dt, times, opening, on_jump, outputs, positions, interpolant_of(reference, self.tableau))
 
     def _call_hooks(
         self, accepted: bool, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None
@@ -206,7 +225,7 @@ class AdaptiveLoop:
         """Stage times and step size of a step that moves with the start; one up to a discontinuity keeps its end."""
         if not bool(self.controller.field("on_jump").any()):
             return stage_times + shift.to(stage_times), dt
-        c = torch.tensor(self.tableau.abscissae).to(stage_times)
+        c = torch.tensor(self.tableau.abscissae, dtype=torch.float64).to(stage_times)
         return stage_times + (1 - c) * shift.to(stage_times), dt - shift.to(dt)
 
     def _first_step(self, y: Tensor, k: Tensor, first_step: float | None) -> int:
@@ -249,8 +268,8 @@ class AdaptiveLoop:
             errors = [] if self.quadrature is None else self.quadrature.scaled_errors(weights, y1 is y, dt)
             self.controller.put_norm(self.norm(error, errors), slot)
 
-    def _behind_jump(self, y: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The state and its derivative just behind the discontinuity at which the solve, or a sample, has arrived."""
+    def _behind_jump(self, y: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The state, its derivative, and the time just behind the jump at which the solve, or a sample, has arrived."""
         now = self.controller.field("t")
         if self.at_jump is not None:
             y = self.at_jump(float(now), y)
@@ -259,9 +278,9 @@ class AdaptiveLoop:
         if self.quadrature is not None:
             self.quadrature.restart()
         if self.layout.samples == 1 or self.grid.jump_t is None:
-            return y, self.dynamics(t[0], y)
+            return y, self.dynamics(t[0], y), t[0]
         jumped = self.controller.field("accepted") * torch.isin(now, self.grid.jump_t.to(now.device))
-        return y, self.ops.select_rows(self.layout, self.dynamics(t, y), k, jumped)
+        return y, self.ops.select_rows(self.layout, self.dynamics(t, y), k, jumped), t
 
     def _error(self, y: Tensor, k: Tensor) -> SolveError:
         statuses = self.controller.field("status")

@@ -28,6 +28,7 @@ class EventSearch:
 
     Attributes:
         time: of the event; None as long as there is none. It is t0 where a function is zero at the start.
+        segment: the step in which it is.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class EventSearch:
             self.signs = torch.sign(event(t0, y0)).reshape(-1)
         self._staying = bool((self.signs == 0).any())
         self.time: float | None = t0 if self._staying and not skip_initial else None
+        self.segment: Segment | None = None
 
     def __call__(self, segment: Segment) -> Tensor | None:
         """Returns the state at the event if the step has one, else None."""
@@ -59,7 +61,7 @@ class EventSearch:
             for _ in range(halvings):
                 middle = (begin + end) / 2
                 begin, end = (middle, end) if self._least(segment, middle) > 0 else (begin, middle)
-            self.time = (begin + end) / 2
+            self.time, self.segment = (begin + end) / 2, segment
         return segment.at(self.time)
 
     def _least(self, segment: Segment, t: float) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import SolveError
 from .segment import Segment
+from .tape import Tape
 
 Callback = Callable[[float, Any, float], None]
 
@@ -28,6 +29,7 @@ class Hooks:
         step, accept, reject: called with the time and the packed state at a step's start and its size, not signed:
             before the step, after it was accepted, after it was rejected.
         watch: called with every accepted step. What it returns, if not None, is the state at which the solve ends.
+        tape: notes every accepted step of an explicit Runge-Kutta method.
         fail: called with the error of a solve that can't go on; where it returns, the last state stands for the rest.
     """
 
@@ -35,6 +37,7 @@ class Hooks:
     accept: Callback | None = None
     reject: Callback | None = None
     watch: Callable[[Segment], Tensor | None] | None = None
+    tape: Tape | None = None
     fail: Callable[[SolveError], None] = raise_it
 
     @cached_property
