@@ -52,6 +52,11 @@ def check_options(options: dict[str, Any], method: Method) -> None:
         raise InvalidType(f"options['norm'] must be callable as norm(state), not a {type(norm).__name__}")
     if options.get("on_failure", "raise") not in ("raise", "return"):
         raise InvalidValue(f"options['on_failure'] must be 'raise' or 'return', not {options['on_failure']!r}")
+    dtype = options.get("dtype", torch.float64)
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidType(f"options['dtype'] must be a torch.dtype, not a {type(dtype).__name__}")
+    if not dtype.is_floating_point:
+        raise InvalidValue(f"options['dtype'] must be real and floating, not {dtype}; it is that of time")
     known = COMMON_OPTIONS | method.options | (ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS)
     unknown = {name: value for name, value in options.items() if name not in known}
     if unknown:
