@@ -65,14 +65,15 @@ def nested(name):
 
 @NESTED
 @pytest.mark.parametrize("solve", [pyode.odeint, pyode.odeint_adjoint], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "implicit_adams"])
 def test_it_is_the_solve_of_the_parts_in_a_tuple_to_the_bit(name, solve, method):
     func, make, parts_of = nested(name)
     found = []
     for f, wrap, unwrap in ((coupled, lambda *parts: parts, tuple), (func, make, parts_of)):
         parts = [part.clone().requires_grad_() for part in (A, B, C)]
         adjoint = {"adjoint_params": ()} if solve is pyode.odeint_adjoint else {}
-        state = solve(f, wrap(*parts), T, method=method, **adjoint)
+        options = {} if method == "dopri5" else {"step_size": 0.02}
+        state = solve(f, wrap(*parts), T, method=method, options=options, **adjoint)
         assert type(state) is type(wrap(*parts))
         outputs = unwrap(state)
         assert [out.shape for out in outputs] == [(4, *part.shape) for part in parts]
@@ -226,6 +227,14 @@ def test_a_tolerance_of_another_structure_is_an_error():
             pyode.odeint(lambda t, y: y, {"a": A, "b": B}, T, atol=atol)
     with pytest.raises(InvalidValue, match=r"atol\['b'\] has shape \(3,\); y0\['b'\] has \(1,\)"):
         pyode.odeint(lambda t, y: y, {"a": A, "b": B}, T, atol={"a": 1e-3, "b": torch.ones(3)})
+
+
+@NESTED
+def test_with_a_solver_of_scipys(name):
+    func, make, parts_of = nested(name)
+    found = parts_of(pyode.odeint(func, make(A, B, C), T, method="scipy_solver", options={"solver": "RK45"}))
+    expected = pyode.odeint(coupled, (A, B, C), T, method="scipy_solver", options={"solver": "RK45"})
+    assert all(torch.equal(x, y) for x, y in zip(found, expected))
 
 
 def test_one_time_is_the_start():
