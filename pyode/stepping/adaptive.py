@@ -250,7 +250,9 @@ class AdaptiveLoop:
             return
         with torch.no_grad():
             error = reference.scaled_step_error(self.layout, weights, y, y1, ks, dt, self.rtol, self.atol)
-            errors = [] if self.quadrature is None else self.quadrature.scaled_errors(weights, y1 is y, dt)
+            errors = []
+            if self.quadrature is not None:
+                errors = self.quadrature.scaled_errors(weights, dt, at_start=y1 is y, of_values=ks[0] is y)
             self.controller.put_norm(self.norm(error, errors), slot)
 
     def _behind_jump(self, y: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
