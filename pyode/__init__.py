@@ -7,6 +7,7 @@ from .dense import DenseOutput, odeint_dense
 from .errors import DynamicsError, InvalidType, InvalidValue, PyodeError, SolveError, Status
 from .events import odeint_event
 from .odeint import odeint
+from .patch import patch_torchdiffeq
 from .solution import Stats
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "odeint_adjoint",
     "odeint_dense",
     "odeint_event",
+    "patch_torchdiffeq",
 ]

@@ -1,4 +1,4 @@
-"""The command line: python -m pyode demo|info."""
+"""The command line: python -m pyode demo|info|run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import demo, info
+from .commands import demo, info, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pyode", description="pyode: fast ODE solvers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"pyode {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (demo, info):
+    for command in (demo, info, run):
         command.add_to(commands)
     chosen = parser.parse_args(arguments)
     if not hasattr(chosen, "run"):

@@ -16,7 +16,7 @@ from .control import Times, check_dict, check_options, check_tolerance, first_st
 from .errors import InvalidType, InvalidValue
 from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
 from .odeint import Problem, pose, solve
-from .parameters import find_parameters
+from .parameters import find_parameters, lost_gradient, reachable
 from .state import Form, Func, State
 from .stepping.fixed_grid import check_interp
 
@@ -33,6 +33,7 @@ def odeint_adjoint(
     options: dict[str, Any] | None = None,
     *,
     event_fn: Any = None,
+    args: tuple[Any, ...] = (),
     adjoint_rtol: float | Tensor | None = None,
     adjoint_atol: float | Tensor | None = None,
     adjoint_method: str | None = None,
@@ -45,15 +46,19 @@ def odeint_adjoint(
     solve's tolerances. They can't be differentiated again.
 
     Args:
-        func: an nn.Module, or any callable if adjoint_params is given.
+        func: an nn.Module, or any callable in which parameters can be found, or for which adjoint_params are given.
         y0, t, rtol, atol, method, options: as `odeint`'s.
+        args: as `odeint`'s; gradients reach every tensor in them.
         event_fn: as `odeint`'s; the gradients of what is returned are those at a fixed time of the event.
         adjoint_rtol, adjoint_atol, adjoint_method: of the backward solve; the forward solve's by default.
         adjoint_options: of the backward solve; the forward solve's by default, but for norm and stats. Further:
             norm, a function of (t, y, adj_y, *params) or "seminorm", which leaves the parameters out; restart, True
             to solve every output interval on its own with a first step of its own, as torchdiffeq does. By default the
             step size is carried on from the forward solve's end and across output times, which saves evaluations.
-        adjoint_params: the tensors to which gradients are wanted beside y0 and t; by default func.parameters().
+        adjoint_params: the tensors to which gradients are wanted beside y0, t and those in args; by default
+            func.parameters(). Of another callable, those are found in what it holds: the module of a bound method,
+            the arguments of functools.partial, the variables of a closure, globals, attributes. A tensor that requires
+            gradient, that func can reach and that is not listed is named in a warning, but for adjoint_params=().
 
     Returns:
         [T, *y0.shape], or a tuple of such tensors.
@@ -65,12 +70,7 @@ def odeint_adjoint(
         Chen, Rubanova, Bettencourt, Duvenaud, Neural ordinary differential equations, 2018; seminorm: Kidger, Chen,
         Lyons, "Hey, that's not an ODE", 2021.
     """
-    if adjoint_params is None and not isinstance(func, nn.Module):
-        raise InvalidValue(
-            "func must be an instance of nn.Module to specify the adjoint parameters; alternatively they can be "
-            "specified explicitly via the `adjoint_params` argument. If there are no parameters then it is allowable "
-            "to set `adjoint_params=()`."
-        )
+    found = _parameters(func, adjoint_params, args)
     if adjoint_options is not None:
         check_dict(adjoint_options, "adjoint_options")
     if adjoint_method is not None and adjoint_method != method and options and adjoint_options is None:
@@ -78,14 +78,11 @@ def odeint_adjoint(
             "adjoint_options must be given too where adjoint_method is not method and options are given: the options "
             "of one method need not suit another"
         )
-    problem = pose(func, y0, t, rtol, atol, method, options, event_fn)
-    found = find_parameters(func) if adjoint_params is None else list(adjoint_params)
-    for i, param in enumerate(found):
-        if not isinstance(param, Tensor):
-            raise InvalidType(f"adjoint_params[{i}] must be a tensor, not a {type(param).__name__}")
+    problem = pose(func, y0, t, rtol, atol, method, options, event_fn, args)
     params = [param for param in found if param.requires_grad]
     inherited = {name: value for name, value in problem.options.items() if name not in NOT_INHERITED}
     config = _configure(
+        func,
         problem,
         methods.find(method) if adjoint_method is None else methods.find(adjoint_method, "adjoint_method"),
         problem.rtol if adjoint_rtol is None else adjoint_rtol,
@@ -104,8 +101,36 @@ def odeint_adjoint(
     return states if event_fn is None else (end, states)
 
 
+def _parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args: Any) -> list[Tensor]:
+    """Those given, or else found in func, and those in args."""
+    given = None if adjoint_params is None else list(adjoint_params)
+    params = find_parameters(func) if given is None else given
+    for i, param in enumerate(params):
+        if not isinstance(param, Tensor):
+            raise InvalidType(f"adjoint_params[{i}] must be a tensor, not a {type(param).__name__}")
+    known = set(map(id, params))
+    params = [*params, *(x for x in reachable(args, "args").values() if x.requires_grad and id(x) not in known)]
+    is_module = isinstance(func, nn.Module)
+    if given is None and not params and not is_module:
+        raise InvalidValue(
+            "func must be an instance of nn.Module to specify the adjoint parameters; alternatively they can be "
+            "specified explicitly via the `adjoint_params` argument. If there are no parameters then it is allowable "
+            "to set `adjoint_params=()`. (func is none, and no tensor that requires gradient was found in it.)"
+        )
+    # What was found in a func that is no module is all there is, and () says that no gradient is wanted.
+    if torch.is_grad_enabled() and (given or (given is None and is_module)):
+        lost = lost_gradient(func, params)
+        if lost is not None:
+            warnings.warn(
+                f"{lost} requires gradient, and odeint_adjoint returns none to it: name it in adjoint_params, make it "
+                "a parameter of func, or pass it in args. If its gradient is not wanted, detach it.",
+                stacklevel=3,
+            )
+    return params
+
+
 def _configure(
-    problem: Problem, method: methods.Method, rtol: Any, atol: Any, options: dict[str, Any]
+    func: Func, problem: Problem, method: methods.Method, rtol: Any, atol: Any, options: dict[str, Any]
 ) -> BacksolveConfig:
     restart = bool(options.pop("restart", False))
     norm = options.pop("norm", None)
@@ -124,25 +149,25 @@ def _configure(
         norm=_norm_of(problem.form, problem.options.get("norm"), norm),
         fused=not callable(norm) and problem.options.get("norm") is None,
         seminorm=norm == "seminorm",
-        callbacks=callbacks_of(problem.func, method, problem.times.tensor, lambda z: z, "_adjoint"),
+        callbacks=callbacks_of(func, method, problem.times.tensor, lambda z: z, "_adjoint"),
     )
 
 
 def _norm_of(form: Form, state_norm: Any, norm: Any) -> AdjointNorm:
     """The norm of the adjoint state (t, y, adj_y, *params), where y and adj_y are packed."""
     if callable(norm):
-        if not form.is_tuple:
+        if form.is_tensor:
             return norm  # type: ignore[no-any-return]
-        return lambda whole: norm((whole[0], *form.unpack(whole[1]), *form.unpack(whole[2]), *whole[3:]))
+        if form.is_tuple:
+            return lambda whole: norm((whole[0], *form.unpack(whole[1]), *form.unpack(whole[2]), *whole[3:]))
+        return lambda whole: norm((whole[0], form.unpack(whole[1]), form.unpack(whole[2]), *whole[3:]))
 
     def rms(x: Tensor) -> Tensor:
         return x.abs().square().mean().sqrt()
 
     def of_state(y: Tensor) -> Tensor:
-        parts = form.unpack(y)
-        if state_norm is not None:
-            return torch.as_tensor(state_norm(parts))
-        return max(map(rms, parts)) if isinstance(parts, tuple) else rms(parts)
+        state = form.unpack(y)
+        return max(map(rms, form.parts(state))) if state_norm is None else torch.as_tensor(state_norm(state))
 
     def largest(whole: tuple[Tensor, ...]) -> Tensor:
         time, y, adj_y, *params = whole

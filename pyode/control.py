@@ -32,7 +32,7 @@ ADAPTIVE_OPTIONS = frozenset(
     ]
 )
 FIXED_STEP_OPTIONS = frozenset(["step_size", "grid_constructor", "interp", "perturb", "norm"])
-COMMON_OPTIONS = frozenset(["stats", "on_failure", "event_t_max", "skip_initial_event"])
+COMMON_OPTIONS = frozenset(["stats", "params", "on_failure", "event_t_max", "skip_initial_event"])
 STEPS_TO_EVENT = 100_000  # at most so many, by default
 
 
@@ -52,6 +52,11 @@ def check_options(options: dict[str, Any], method: Method) -> None:
         raise InvalidType(f"options['norm'] must be callable as norm(state), not a {type(norm).__name__}")
     if options.get("on_failure", "raise") not in ("raise", "return"):
         raise InvalidValue(f"options['on_failure'] must be 'raise' or 'return', not {options['on_failure']!r}")
+    dtype = options.get("dtype", torch.float64)
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidType(f"options['dtype'] must be a torch.dtype, not a {type(dtype).__name__}")
+    if not dtype.is_floating_point:
+        raise InvalidValue(f"options['dtype'] must be real and floating, not {dtype}; it is that of time")
     known = COMMON_OPTIONS | method.options | (ADAPTIVE_OPTIONS if method.adaptive else FIXED_STEP_OPTIONS)
     unknown = {name: value for name, value in options.items() if name not in known}
     if unknown:
@@ -113,8 +118,9 @@ def check_tolerance(tolerance: Any, name: str, form: Form, y0: Tensor) -> float 
         raise InvalidValue(f"{name} cannot require gradient; detach it")
     try:
         each = torch.as_tensor(tolerance, dtype=torch.float64, device=y0.device)
-    except (TypeError, ValueError) as error:
-        raise InvalidType(f"{name} must be a number or a tensor, not a {type(tolerance).__name__}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        parts = "" if form.is_tensor else ", or have one for each part of y0, in a structure like y0's"
+        raise InvalidType(f"{name} must be a number or a tensor{parts}, not a {type(tolerance).__name__}") from error
     if not bool(torch.all((each >= 0) & (each < math.inf))):
         raise InvalidValue(f"{name} must be finite and not negative, not {tolerance}")
     if each.numel() == 1:

@@ -71,12 +71,13 @@ def odeint_dense(
     atol: float | Tensor = 1e-9,
     method: str | None = None,
     options: dict[str, Any] | None = None,
+    args: tuple[Any, ...] = (),
 ) -> DenseOutput:
     """Solves dy/dt = func(t, y) from y(t0) = y0 to t1 and returns the solution as a function of time.
 
     Args:
-        func, y0, rtol, atol, method, options: as `odeint`'s. A method that does not choose its steps takes one, or
-            those that options' step_size or grid_constructor prescribe, with a line or a cubic (interp) on each.
+        func, y0, rtol, atol, method, options, args: as `odeint`'s. A method that does not choose its steps takes one,
+            or those that options' step_size or grid_constructor prescribe, with a line or a cubic (interp) on each.
         t0, t1: numbers, or tensors of one number.
 
     Returns:
@@ -86,7 +87,7 @@ def odeint_dense(
         What `odeint` raises.
     """
     ends = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in (t0, t1)]
-    problem = pose(func, y0, torch.stack([x.reshape(()) for x in ends]), rtol, atol, method, options)
+    problem = pose(func, y0, torch.stack([x.reshape(()) for x in ends]), rtol, atol, method, options, args=args)
     segments: list[Segment] = []
     solve(problem, segments.append)
     start, end = problem.times.values

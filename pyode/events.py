@@ -33,7 +33,7 @@ def odeint_event(
         event_fn: returns a tensor of one or several numbers; the earliest change of sign counts.
         reverse_time: whether time runs backwards.
         odeint_interface: `odeint` or `odeint_adjoint`, or what has their arguments.
-        kwargs: passed on to it; options may have event_t_max and skip_initial_event, see `odeint`.
+        kwargs: passed on to it, args among them; options may have event_t_max and skip_initial_event, see `odeint`.
 
     Returns:
         The event's time, a 0-dim tensor, and the states at t0 and at the event, [2, *y0.shape].
@@ -49,7 +49,7 @@ def odeint_event(
     event_t, ys = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
     form, args = Form(y0), kwargs.get("args", ())
     event_t = event_t.detach()
-    flat = form.pack(tuple(part[-1] for part in ys) if form.is_tuple else ys[-1])
+    flat = form.pack(form.at(ys, -1))
     if not torch.is_grad_enabled():
         return event_t, ys
 
@@ -65,7 +65,7 @@ def odeint_event(
     here = event(event_t, flat)[crossed]
     moved = (here.detach() - here) / along
     event_t = event_t + moved.to(event_t)
-    start = form.pack(tuple(part[0] for part in ys) if form.is_tuple else ys[0])
+    start = form.pack(form.at(ys, 0))
     return event_t, form.unpack(torch.stack([start, flat + slope * moved.to(slope.real)]), (2,))
 
 

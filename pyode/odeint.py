@@ -33,9 +33,9 @@ from .control import (
 from .errors import DynamicsError, InvalidType, InvalidValue, SolveError, Status
 from .gradients.checkpoint import Recipe, checkpointed
 from .methods import Method, Tableau
-from .parameters import find_parameters
+from .parameters import reachable
 from .solution import Stats
-from .state import Dynamics, Form, Func, State, check_y0
+from .state import Dynamics, Form, Func, State, check_y0, with_args
 from .stepping.event import EventSearch
 from .stepping.fixed_grid import check_interp, grid_of
 from .stepping.hooks import Callback, Hooks
@@ -44,7 +44,7 @@ from .stepping.segment import RungeKuttaSegment, Segment
 from .stepping.tape import Tape
 
 GRADIENTS = ("direct", "adjoint", "checkpoint")
-GRADIENT_OPTIONS = ("gradient", "params", "checkpoints")
+GRADIENT_OPTIONS = ("gradient", "checkpoints")
 
 
 def odeint(
@@ -57,6 +57,7 @@ def odeint(
     options: dict[str, Any] | None = None,
     *,
     event_fn: Any = None,
+    args: tuple[Any, ...] = (),
 ) -> Any:
     """Solves dy/dt = func(t, y) with y(t[0]) = y0, and returns y at every time of t.
 
@@ -66,18 +67,21 @@ def odeint(
     Args:
         func: called as func(t, y) with t a 0-dim tensor of y's real dtype and device; returns dy/dt, of y's shape.
             It may keep what it gets, and must not write into y.
-        y0: a tensor of any shape, or a tuple of tensors; float32, float64, complex64, complex128, or bfloat16 and
+        y0: a tensor of any shape, or a tuple, list, dict, named tuple, dataclass ... of tensors, nested or not (torch's
+            pytrees), which func then gets and returns too; float32, float64, complex64, complex128, or bfloat16 and
             float16, which are computed with in float32.
         t: [T] floating, strictly increasing or decreasing.
         rtol, atol: the error estimate of a step is kept below atol + rtol |y|, in the root-mean-square sense; for a
-            tuple, in each part. Numbers, tensors that broadcast to y0, or for a tuple one for each part.
+            structure, in each part. Numbers, tensors that broadcast to y0, or for a structure one for each part, in a
+            like structure or in a row.
         method: "dopri5" (default), "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun" choose their steps;
             "euler", "midpoint", "heun2", "heun3", "rk4" take those that t or the options prescribe.
         options: for methods that choose their steps: first_step, min_step, max_step, safety (0.9), ifactor (10),
             dfactor (0.2), max_num_steps (between two output times), norm (of the scaled error, a function of the
             state), step_t and jump_t (times at which steps end, and at which func is discontinuous), dtype (accepted;
             time is always float64). For the others: step_size or grid_constructor(func, y0, t), interp ("linear" or
-            "cubic"), perturb. For all: stats, a `pyode.Stats` that counts are added to; on_failure, "raise" (default)
+            "cubic"), perturb. For all: stats, a `pyode.Stats` that counts are added to; params, the tensors
+            that func uses (accepted; backpropagation finds them by itself); on_failure, "raise" (default)
             or "return", which warns and repeats the last good state.
         event_fn: a function of (t, y) that returns a tensor of one or several numbers: the solve ends where the first
             of them changes its sign. t then has two entries: where the solve starts, and on which side it goes on. A
@@ -85,10 +89,11 @@ def odeint(
             has been left. options' event_t_max bounds the search; without it, max_num_steps does (100 000 by default),
             or 20 000 steps of a method that does not choose them and needs step_size here. The event's time carries no
             gradient: that of `odeint_event` does.
+        args: passed on, as func(t, y, *args) and event_fn(t, y, *args).
 
     Returns:
-        [T, *y0.shape], or a tuple of such tensors. With event_fn, the time of the event, a 0-dim tensor, and the states
-        at the start and at the event, [2, *y0.shape].
+        [T, *y0.shape], or for a structure one of such tensors. With event_fn, the time of the event, a 0-dim tensor,
+        and the states at the start and at the event, [2, *y0.shape].
 
     Raises:
         InvalidValue, InvalidType: an argument is wrong; nothing has been computed.
@@ -108,47 +113,47 @@ def odeint(
     if kind == "adjoint":
         from .adjoint import odeint_adjoint  # which is made of this module's parts
 
-        params = parameters_from(choice, func)
-        return odeint_adjoint(func, y0, t, rtol, atol, method, options, event_fn=event_fn, adjoint_params=params)
-    problem = pose(func, y0, t, rtol, atol, method, options, event_fn)
-    solved = _solve_checkpointed(problem, choice) if kind == "checkpoint" else solve(problem)
+        return odeint_adjoint(
+            func, y0, t, rtol, atol, method, options,
+            event_fn=event_fn, args=args, adjoint_params=options.get("params"),
+        )  # fmt: skip
+    problem = pose(func, y0, t, rtol, atol, method, options, event_fn, args)
+    if kind == "direct":
+        solved = solve(problem)
+    else:
+        params = options.get("params")
+        found = list(reachable((func, args)).values()) if params is None else list(params)
+        solved = _solve_checkpointed(problem, found, choice.get("checkpoints"))
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved), ys)
 
 
-def _solve_checkpointed(problem: Problem, choice: dict[str, Any]) -> Solved:
-    """A solve whose gradient is found by undoing its steps; without a graph where none is wanted."""
+def _solve_checkpointed(problem: Problem, params: list[Tensor], checkpoints: Any) -> Solved:
+    """A solve whose gradient is found by undoing its steps.
+
+    Args:
+        problem: with a graph behind y0 and the times, if there is one.
+        params: what func depends on beside its arguments.
+        checkpoints: how many states to keep at most; None for one a step.
+    """
     method, y0, t = problem.method, problem.y0, problem.times.tensor
     if not isinstance(method, Tableau):
         raise InvalidValue(f"options['gradient'] = 'checkpoint' needs a Runge-Kutta method, not {method.name}")
-    most = None if choice.get("checkpoints") is None else int(number_from(choice, "checkpoints", 1, 1))
-    params = parameters_from(choice, problem.func)
-    start = problem.form.unpack(y0.detach())
+    most = None if checkpoints is None else int(number_from({"checkpoints": checkpoints}, "checkpoints", 1, 1))
     quiet = replace(problem, y0=y0.detach(), times=replace(problem.times, tensor=t.detach()))
     solved: list[Solved] = []
-
-    def grid(t: Tensor) -> Tensor:
-        return grid_of(problem.options, replace(problem.times, tensor=t), problem.func, start)
 
     def carry_out(tape: Tape) -> Tensor:
         solved.append(solve(quiet, tape=tape))
         return solved[0].ys
 
+    def grid(t: Tensor) -> Tensor:
+        times = replace(problem.times, tensor=t)
+        return grid_of(problem.options, times, problem.func, problem.form.unpack(quiet.y0))
+
     recipe = Recipe(problem.func, problem.form, method, None if method.adaptive else grid, most)
     ys = checkpointed(carry_out, recipe, t, y0, [p for p in params if p.requires_grad])
     return replace(solved[0], ys=ys)
-
-
-def parameters_from(options: dict[str, Any], func: Func) -> list[Tensor]:
-    """The tensors beside y0 and t to which gradients are wanted: those that options' params name, or func's own."""
-    params = options.get("params")
-    if params is None:
-        return find_parameters(func)
-    params = list(params)
-    for i, param in enumerate(params):
-        if not isinstance(param, Tensor):
-            raise InvalidType(f"options['params'][{i}] must be a tensor, not a {type(param).__name__}")
-    return params
 
 
 @dataclass
@@ -200,6 +205,7 @@ def pose(
     method: str | None,
     options: dict[str, Any] | None,
     event_fn: Any = None,
+    args: Any = (),
 ) -> Problem:
     """Checks everything that can be checked before func is called."""
     if not callable(func):
@@ -218,7 +224,7 @@ def pose(
     if t.device != packed.device:
         warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)
     return Problem(
-        func=func,
+        func=with_args(func, args),
         form=form,
         y0=packed,
         times=times,
@@ -230,14 +236,15 @@ def pose(
         grid=grid_from(options, times, packed.device),
         first_step=first_step_from(options),
         callbacks=callbacks_of(func, found, times.tensor, form.unpack),
-        event=None if event_fn is None else event_of(event_fn, form, packed.device),
+        event=None if event_fn is None else event_of(event_fn, args, form, packed.device),
     )
 
 
-def event_of(event_fn: Any, form: Form, device: torch.device) -> Callable[[float, Tensor], Tensor]:
+def event_of(event_fn: Any, args: Any, form: Form, device: torch.device) -> Callable[[float, Tensor], Tensor]:
     """A user's event function, on a time and a packed state."""
     if not callable(event_fn):
         raise InvalidType(f"event_fn must be callable as event_fn(t, y), not a {type(event_fn).__name__}")
+    event_fn = with_args(event_fn, args)
 
     def event(t: float, y: Tensor) -> Tensor:
         value = event_fn(torch.tensor(t, dtype=torch.float64, device=device), form.unpack(y))
@@ -253,10 +260,9 @@ def solve(
 ) -> Solved:
     """Carries out a solve; `watch` is told every accepted step, and the tape notes it."""
     y0, times, form, options = problem.y0, problem.times, problem.form, problem.options
-    solved = Solved(y0.unsqueeze(0), None, times.values[-1], len(times.values))
     if len(times.values) == 1:
-        solved.ys = solved.ys.clone()
-        return solved
+        return Solved(y0.unsqueeze(0).clone(), None, times.values[0], 1)
+    solved = Solved(y0, None, times.values[-1], len(times.values))
     search = None
     if problem.event is not None:
         tolerance = problem.atol if isinstance(problem.atol, float) else float(problem.atol.min())
@@ -276,8 +282,7 @@ def solve(
 
     with torch.cuda.device(y0.device) if y0.device.type == "cuda" else nullcontext():
         ops = backend_for(y0)
-        segments = form.segments if form.is_tuple else (0, y0.numel())
-        layout = ops.Layout(1, y0.numel(), segments, y0.dtype, y0.device)
+        layout = ops.Layout(1, y0.numel(), form.segments, y0.dtype, y0.device)
         dynamics = Dynamics(problem.func, form, y0, partial(ops.copy, layout))
         norm = options.get("norm")
         loop = loop_for(

@@ -1,30 +1,135 @@
-"""Which tensors a func uses beside its arguments."""
+"""Which tensors a func uses beside its arguments: found without being told, for the gradients of an adjoint solve."""
 
 from __future__ import annotations
 
+import dis
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import InvalidValue
+# Functions and objects of these are not looked into.
+_LIBRARIES = {*sys.stdlib_module_names, "numpy", "pyode", "scipy", "torch", "torchdiffeq"}
+_COLLECTIONS = (list, tuple, set, frozenset, deque)
+_ATTRIBUTES_OF_MODULES = frozenset(vars(nn.Module()))
+_MAX_HOPS = 2  # from object to object by attributes: a trainer is looked into, all that it leads to is not
 
 
 def find_parameters(func: Any) -> list[Tensor]:
-    """The parameters of a module; of a DataParallel replica, whose parameters are plain attributes, those.
+    """The tensors to which an adjoint solve returns gradients by default.
 
-    Raises:
-        InvalidValue: func is not a module.
+    Those of a module are its parameters, as in torchdiffeq; of any other callable all that `reachable` finds.
     """
     if not isinstance(func, nn.Module):
-        raise InvalidValue(
-            "func must be an nn.Module for its parameters to be found; name the tensors that it uses in "
-            "options['params'] (an empty list if there are none)"
-        )
+        return list(reachable(func).values())
     if not getattr(func, "_is_replica", False):
         return list(func.parameters())
-    return [
-        value
-        for part in func.modules()
-        for value in vars(part).values()
-        if isinstance(value, Tensor) and value.requires_grad
-    ]
+    # A DataParallel replica's parameters are plain attributes.
+    attributes = (value for part in func.modules() for value in vars(part).values())
+    return [value for value in attributes if isinstance(value, Tensor) and value.requires_grad]
+
+
+def lost_gradient(func: Any, listed: Iterable[Tensor]) -> str | None:
+    """The name of a tensor that func can reach and that wants a gradient, but gets none from those listed."""
+    known = {id(tensor) for tensor in listed}
+    known_nodes = {tensor.grad_fn for tensor in listed if tensor.grad_fn is not None}
+    for name, tensor in reachable(func).items():
+        if not tensor.requires_grad or id(tensor) in known:
+            continue
+        # A tensor computed from those listed passes its gradient on to them.
+        nodes, seen = [tensor.grad_fn], set(known_nodes)
+        while nodes:
+            node = nodes.pop()
+            if node is None or hasattr(node, "variable"):
+                if id(tensor if node is None else node.variable) not in known:
+                    return name
+            elif node not in seen:
+                seen.add(node)
+                nodes.extend(before for before, _ in node.next_functions if before is not None)
+    return None
+
+
+def reachable(root: Any, name: str = "func") -> dict[str, Tensor]:
+    """Every tensor that requires gradient, and every module's parameter, to be reached from an object, by name.
+
+    The ways: items, attributes, what a bound method or functools.partial holds, a function's closure, its defaults and
+    the globals it names. Functions and objects of torch and other libraries are not looked into.
+    """
+    found: dict[str, Tensor] = {}
+    seen: dict[int, Any] = {}  # keeps the objects, whose ids would be given out again
+    waiting = [(name, root, 0)]
+    while waiting:
+        name, value, hops = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tensor):
+            if value.requires_grad or isinstance(value, nn.Parameter):
+                found[name] = value
+        else:
+            waiting.extend(reversed(list(_inside(name, value, hops))))
+    return found
+
+
+def _inside(name: str, value: Any, hops: int) -> Iterator[tuple[str, Any, int]]:
+    """What an object holds, with names, and how many objects lie on the way."""
+    if isinstance(value, dict):
+        yield from ((f"{name}[{key!r}]", item, hops) for key, item in value.items())
+    elif isinstance(value, _COLLECTIONS):
+        yield from ((f"{name}[{i}]", item, hops) for i, item in enumerate(value))
+    elif isinstance(value, partial):
+        yield f"{name}.func", value.func, hops
+        yield f"{name}.args", value.args, hops
+        yield f"{name}.keywords", value.keywords, hops
+    elif isinstance(value, MethodType):
+        yield f"{name}.__self__", value.__self__, hops
+        yield name, value.__func__, hops
+    elif isinstance(value, FunctionType):
+        yield from ((f"{name}: {its}", held, hops) for its, held in _held_by(value))
+    elif isinstance(value, nn.Module):
+        for members in (value._parameters, value._buffers, value._modules):
+            yield from ((f"{name}.{key}", member, hops) for key, member in members.items())
+        own = ((key, member) for key, member in vars(value).items() if key not in _ATTRIBUTES_OF_MODULES)
+        if not _of_library(type(value)):
+            yield from ((f"{name}.{key}", member, hops) for key, member in own)
+            yield name, type(value).forward, hops
+    elif not isinstance(value, type) and not _of_library(type(value)) and hops < _MAX_HOPS:
+        slots = [slot for kind in type(value).__mro__ for slot in getattr(kind, "__slots__", ())]
+        attributes = {**getattr(value, "__dict__", {}), **{slot: getattr(value, slot, None) for slot in slots}}
+        yield from ((f"{name}.{key}", member, hops + 1) for key, member in attributes.items())
+        if callable(value):
+            yield name, type(value).__call__, hops
+
+
+def _held_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function holds on to, with names."""
+    if _of_library(function):
+        return
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    yield "defaults", function.__defaults__
+    yield "defaults", function.__kwdefaults__
+    yield "attributes", vars(function)
+    for name in _globals_in(function.__code__):
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
+
+
+@lru_cache(maxsize=256)
+def _globals_in(code: CodeType) -> tuple[str, ...]:
+    """The global variables that code names, and the code of functions inside it."""
+    own = [str(step.argval) for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"]
+    inner = [name for constant in code.co_consts if isinstance(constant, CodeType) for name in _globals_in(constant)]
+    return tuple(dict.fromkeys(own + inner))
+
+
+def _of_library(thing: Any) -> bool:
+    """Whether a function or class is a library's."""
+    return str(getattr(thing, "__module__", None)).partition(".")[0] in _LIBRARIES

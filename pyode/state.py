@@ -1,40 +1,110 @@
-"""What users have (a tensor or a tuple of them, and a func on it) and what the loops work on: one contiguous tensor.
+"""What users have (a tensor or a structure of tensors, and a func on it) and what the loops work on: one tensor.
 
-A tensor keeps its shape. The parts of a tuple lie one behind the other in a flat tensor, each a segment of the norm.
+A tensor keeps its shape. The parts of a structure lie one behind the other in a flat one, each a segment of the norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from functools import reduce
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ._ops.autograd import plain
 from .errors import DynamicsError, InvalidType, InvalidValue
 
-State = Tensor | tuple[Tensor, ...]
-Func = Callable[[Tensor, Any], Any]
+State = Any  # a tensor, a tuple of tensors, or any structure that `Tree` knows
+Func = Callable[..., Any]  # of (t, y)
+
+
+def with_args(func: Func, args: Any) -> Func:
+    """func(t, y, *args) as a function of (t, y); func itself where there are none.
+
+    Raises:
+        InvalidType: args are not a tuple or list.
+    """
+    if not isinstance(args, (tuple, list)):
+        raise InvalidType(f"args must be a tuple of what func takes behind t and y, not {_kind(args)}; for one: (x,)")
+    return (lambda t, y: func(t, y, *args)) if args else func
+
+
+class Tree:
+    """How a state is nested: torch's pytrees, and in them dataclasses, by the fields that their constructors take."""
+
+    def __init__(self, state: Any) -> None:
+        nodes, self.spec = pytree.tree_flatten(state)
+        self.nodes = [_DataclassTree(node) if _is_dataclass_instance(node) else None for node in nodes]
+        try:
+            self.paths = [pytree.keystr(path) for path, _ in pytree.tree_leaves_with_path(state)]
+        except ValueError:  # a class that was registered without the names of its parts
+            self.paths = [f"[{i}]" for i in range(len(nodes))]
+
+    def names(self, root: str) -> list[str]:
+        """How each leaf is written, given the name of the whole."""
+        named = zip(self.paths, self.nodes)
+        return [name for path, node in named for name in (node.names(root + path) if node else (root + path,))]
+
+    def leaves(self, state: Any) -> list[Any]:
+        """What `state` has in the places of the leaves, in their order.
+
+        Raises:
+            ValueError: `state` is of another structure.
+        """
+        found = zip(self.spec.flatten_up_to(state), self.nodes)
+        return [leaf for value, node in found for leaf in (node.leaves(value) if node else (value,))]
+
+    def build(self, leaves: Iterator[Any]) -> Any:
+        """The structure with these leaves."""
+        return pytree.tree_unflatten((node.build(leaves) if node else next(leaves) for node in self.nodes), self.spec)
+
+
+def _is_dataclass_instance(value: Any) -> bool:
+    return is_dataclass(value) and not isinstance(value, type)
+
+
+class _DataclassTree:
+    """A dataclass inside a Tree, which torch's pytree takes for a leaf."""
+
+    def __init__(self, instance: Any) -> None:
+        self.type = type(instance)
+        self.fields = {field.name: Tree(getattr(instance, field.name)) for field in fields(instance) if field.init}
+
+    def names(self, root: str) -> list[str]:
+        return [name for field, tree in self.fields.items() for name in tree.names(f"{root}.{field}")]
+
+    def leaves(self, instance: Any) -> list[Any]:
+        if type(instance) is not self.type:
+            raise ValueError(f"expected a {self.type.__name__}, but got {_kind(instance)}")
+        return [leaf for name, tree in self.fields.items() for leaf in tree.leaves(getattr(instance, name))]
+
+    def build(self, leaves: Iterator[Any]) -> Any:
+        return self.type(**{name: tree.build(leaves) for name, tree in self.fields.items()})
 
 
 def check_y0(y0: State) -> None:
     """Raises InvalidType or InvalidValue unless y0 is a state that can be solved for."""
-    parts = y0 if isinstance(y0, tuple) else (y0,)
     if isinstance(y0, Tensor) and (y0.is_floating_point() or y0.is_complex()):
         return
-    if not parts or not all(isinstance(part, Tensor) for part in parts):
-        raise InvalidType(f"y0 must be a tensor or a tuple of tensors, not {_kind(y0)}")
+    tree = Tree(y0)
+    parts, names = tree.leaves(y0), tree.names("y0")
+    if not parts:
+        raise InvalidType(f"y0 must be a tensor or a tuple, list, dict, ... of tensors, not {_kind(y0)}")
+    for part, name in zip(parts, names):
+        if not isinstance(part, Tensor):
+            raise InvalidType(f"y0 must be a tensor or a tuple, list, dict, ... of tensors; {name} is {_kind(part)}")
     dtype = reduce(torch.promote_types, (part.dtype for part in parts))  # parts of several dtypes are promoted
     if not (dtype.is_floating_point or dtype.is_complex):
         raise InvalidType(f"y0 must be floating or complex, not {dtype}; convert it: y0.float()")
-    for i, part in enumerate(parts):
-        name = f"y0[{i}]" if isinstance(y0, tuple) else "y0"
+    for part, name in zip(parts, names):
         if part.device != parts[0].device:
             raise InvalidValue(
-                f"all of y0 must be on one device; y0[0] is on {parts[0].device}, {name} on {part.device}"
+                f"all of y0 must be on one device; {names[0]} is on {parts[0].device}, {name} on {part.device}"
             )
 
 
@@ -45,42 +115,83 @@ def _kind(value: object) -> str:
 
 
 class Form:
-    """The shape of the user's state, and the way to and from the tensor that the loops work on."""
+    """The shape of the user's state, and the way to and from the tensor that the loops work on.
+
+    Attributes:
+        is_tensor: whether the state is one, and keeps its shape.
+        is_tuple: whether it is a flat tuple, named or not; func may return any tuple or list for it.
+    """
 
     def __init__(self, y0: State) -> None:
-        self.is_tuple = isinstance(y0, tuple)
-        parts = y0 if isinstance(y0, tuple) else (y0,)
+        self.is_tensor = isinstance(y0, Tensor)
+        self.is_tuple = isinstance(y0, tuple) and all(isinstance(part, Tensor) for part in y0)
+        self.tree = None if self.is_tensor or (self.is_tuple and type(y0) is tuple) else Tree(y0)
+        parts = self.parts(y0)
         self.shapes = [part.shape for part in parts]
         self.sizes = [part.numel() for part in parts]
         self.segments = (0, *accumulate(self.sizes))
 
+    def parts(self, state: State) -> Sequence[Any]:
+        """The tensors of a state.
+
+        Raises:
+            ValueError: the state is of another structure than y0.
+        """
+        if self.is_tensor:
+            return (state,)
+        return state if self.tree is None else self.tree.leaves(state)
+
+    def names(self, root: str) -> list[str]:
+        """How each part is written, given the name of the whole."""
+        if self.is_tensor:
+            return [root]
+        return [f"{root}[{i}]" for i in range(len(self.sizes))] if self.tree is None else self.tree.names(root)
+
     def pack(self, state: State) -> Tensor:
         """One contiguous tensor; parts of different dtypes are promoted."""
-        if isinstance(state, tuple):
-            return torch.cat([part.reshape(-1) for part in state])
-        return plain(state)
+        return plain(state) if self.is_tensor else torch.cat([part.reshape(-1) for part in self.parts(state)])
+
+    def at(self, states: State, i: int) -> State:
+        """The state at the i-th of the output times whose states these are."""
+        return self._build(part[i] for part in self.parts(states))
 
     def unpack(self, y: Tensor, leading: tuple[int, ...] = ()) -> State:
         """The user's state, as views; `leading` dimensions come before those of the state."""
-        if not self.is_tuple:
+        if self.is_tensor:
             return y
-        return tuple(part.view((*leading, *shape)) for part, shape in zip(torch.split(y, self.sizes, -1), self.shapes))
+        flat = zip(torch.split(y, self.sizes, -1), self.shapes)
+        return self._build(part.view((*leading, *shape)) for part, shape in flat)
+
+    def _build(self, parts: Iterator[Tensor]) -> State:
+        if self.is_tensor:
+            return next(parts)
+        return tuple(parts) if self.tree is None else self.tree.build(parts)
 
     def spread(self, tolerance: Any, name: str) -> Any:
-        """A tolerance for the packed state from one for the user's: a number or tensor, or one for each part."""
-        if not self.is_tuple or not isinstance(tolerance, (Sequence, Tensor)):
+        """A tolerance for the packed state from one for the user's: a number or tensor, or one for each part.
+
+        Those for the parts are in a structure like y0's, or in a flat sequence.
+        """
+        each = self._for_each(tolerance)
+        if each is None:
             return tolerance
-        if isinstance(tolerance, Tensor) and tolerance.dim() == 0:
-            return tolerance
-        if len(tolerance) != len(self.sizes):
+        if len(each) != len(self.sizes):
             raise InvalidValue(
-                f"{name} must have one entry for each of the {len(self.sizes)} parts of y0, not {len(tolerance)}"
+                f"{name} must have one entry for each of the {len(self.sizes)} parts of y0, not {len(each)}"
             )
-        parts = [torch.as_tensor(part, dtype=torch.float64) for part in tolerance]
-        for i, (part, shape) in enumerate(zip(parts, self.shapes)):
+        tensors = [torch.as_tensor(part, dtype=torch.float64) for part in each]
+        for part, shape, its_name, whole in zip(tensors, self.shapes, self.names(name), self.names("y0")):
             if part.numel() != 1 and part.numel() != shape.numel():
-                raise InvalidValue(f"{name}[{i}] has shape {tuple(part.shape)}; y0[{i}] has {tuple(shape)}")
-        return torch.cat([part.reshape(-1).expand(size) for part, size in zip(parts, self.sizes)])
+                raise InvalidValue(f"{its_name} has shape {tuple(part.shape)}; {whole} has {tuple(shape)}")
+        return torch.cat([part.reshape(-1).expand(size) for part, size in zip(tensors, self.sizes)])
+
+    def _for_each(self, tolerance: Any) -> Sequence[Any] | Tensor | None:
+        """The parts' tolerances; None if there is one for all."""
+        if self.tree is not None:
+            with suppress(ValueError):
+                return self.tree.leaves(tolerance)
+        several = isinstance(tolerance, Sequence) or (isinstance(tolerance, Tensor) and tolerance.dim() > 0)
+        return tolerance if several and not self.is_tensor else None
 
 
 class Dynamics:
@@ -96,6 +207,7 @@ class Dynamics:
     def __init__(self, func: Func, form: Form, y0: Tensor, copy: Callable[[Tensor], Tensor] = torch.clone) -> None:
         self.func, self.form, self.copy = func, form, copy
         self.shape, self.dtype, self.device = y0.shape, y0.dtype, y0.device
+        self._names = form.names("func()")
         self.n_evals = 0
         self._watch = not y0.is_inference() and not torch.is_inference_mode_enabled()
         self._may_be_lazy = y0.is_complex() or y0.numel() == 1  # a conj() or neg view that is contiguous all the same
@@ -107,7 +219,7 @@ class Dynamics:
         """Returns func(t, y), packed."""
         n = self.n_evals = self.n_evals + 1
         version = y._version if self._watch else 0
-        if self.form.is_tuple:
+        if not self.form.is_tensor:
             k = self._pack(self.func(t, self.form.unpack(y)))
         else:
             k = self.func(t, y)
@@ -145,20 +257,31 @@ class Dynamics:
         if self._first is not None:
             self._copies = k.data_ptr() == self._first.data_ptr()
             self._first = None
-            if not (self._copies or self._may_be_lazy or self.form.is_tuple):
+            if self.form.is_tensor and not (self._copies or self._may_be_lazy):
                 self.direct = (self.func, Tensor, self.dtype, self.shape, self.device, self._watch)
         return self.copy(k) if self._copies else k
 
     def _pack(self, k: Any) -> Tensor:
         form = self.form
-        if not form.is_tuple:
+        if form.is_tensor:
             return self._checked(k, self.shape, "func")
-        if not isinstance(k, (tuple, list)):
-            raise DynamicsError(f"func must return a tuple of {len(form.shapes)} tensors, as y0 is one, not {_kind(k)}")
-        if len(k) != len(form.shapes):
-            raise DynamicsError(f"func must return {len(form.shapes)} tensors, one for each of y0's, not {len(k)}")
-        parts = enumerate(zip(k, form.shapes))
-        return torch.cat([self._checked(part, shape, f"func()[{i}]").reshape(-1) for i, (part, shape) in parts])
+        parts = zip(self._parts(k), form.shapes, self._names)
+        return torch.cat([self._checked(part, shape, name).reshape(-1) for part, shape, name in parts])
+
+    def _parts(self, k: Any) -> Sequence[Any]:
+        form = self.form
+        if form.is_tuple:
+            if not isinstance(k, (tuple, list)):
+                raise DynamicsError(
+                    f"func must return a tuple of {len(form.shapes)} tensors, as y0 is one, not {_kind(k)}"
+                )
+            if len(k) != len(form.shapes):
+                raise DynamicsError(f"func must return {len(form.shapes)} tensors, one for each of y0's, not {len(k)}")
+            return k
+        try:
+            return form.parts(k)
+        except ValueError as error:
+            raise DynamicsError(f"func must return a structure like y0's: {error}") from error
 
     def _checked(self, k: Any, shape: torch.Size, name: str) -> Tensor:
         if not isinstance(k, Tensor):

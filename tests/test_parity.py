@@ -281,6 +281,39 @@ def test_a_user_norm_is_given_what_torchdiffeq_gives_it():
     assert seen[pyode] == seen[torchdiffeq]
 
 
+@METHODS
+def test_a_user_norm_of_a_tuple_with_a_first_step_takes_torchdiffeqs_steps(method):
+    calls = {pyode: 0, torchdiffeq: 0}
+    for module in calls:
+
+        def f(t, parts, module=module):
+            calls[module] += 1
+            return coupled(t, parts)
+
+        options = {"first_step": 0.05, "max_num_steps": 1000, "norm": lambda e: max(part.abs().max() for part in e)}
+        module.odeint(f, PARTS, tensor(0.0, 2.0), rtol=1e-3, atol=1e-4, method=method, options=options)
+    assert calls[pyode] == calls[torchdiffeq]
+
+
+@METHODS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("state", [torch.float32, torch.float64], ids=str)
+def test_a_dtype_for_time_is_accepted_and_time_stays_float64(method, dtype, state):
+    y0, t, seen = tensor(2.0, 0.0).to(state), tensor(0.0, 0.5, 1.0), set()
+
+    def f(t, y):
+        seen.add(t.dtype)
+        return van_der_pol(t, y)
+
+    kwargs = {"rtol": 1e-5, "atol": 1e-5, "method": method}
+    y = pyode.odeint(f, y0, t, options={"first_step": 0.1, "dtype": dtype}, **kwargs)
+    assert torch.equal(y, pyode.odeint(f, y0, t, options={"first_step": 0.1}, **kwargs))
+    assert seen == {state}
+    # Steps in float32 have noise, and dense output hands it on.
+    theirs = torchdiffeq.odeint(f, y0, t, options={"first_step": 0.1, "dtype": dtype}, **kwargs)
+    assert torch.allclose(y, theirs, atol=3e-4)
+
+
 def test_defaults_are_torchdiffeqs():
     y, expected = (module.odeint(van_der_pol, tensor(2.0, 0.0), tensor(0.0, 1.0)) for module in (pyode, torchdiffeq))
     assert torch.allclose(y, expected, rtol=1e-11)

@@ -6,6 +6,7 @@ for the whole state (B = 1) and one for each sample.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -107,6 +108,7 @@ class AdaptiveLoop:
         tape = hooks.tape
         layout, rows = self.layout, self.tableau.rows
         recording = torch.is_grad_enabled()
+        lasting = recording or tape is not None or hooks.watch is not None  # dt is needed when the next one is planned
         shift = self._shift() if recording else None
         stages = partial(autograd.stages, self.ops) if recording else self.ops.stages
         output = RecordedOutput(self) if recording else Output(self, y0)
@@ -116,15 +118,13 @@ class AdaptiveLoop:
         # The derivatives of the step under way. An old one is let go only when its successor is there: freeing all of
         # them at once would make malloc return the memory to the system, and the next step fetch it page by page.
         ks = _ballast.take(len(rows) + 1, y0)
-        opening: Tensor | None = self._at_start(y0)  # the time of a first evaluation that no step before has made
-        y, ks[0] = y0, dynamics(opening, y0)
+        start = self._at_start(y0)
+        y, ks[0] = y0, dynamics(start, y0)
+        opening: Tensor | None = start  # the time of a first evaluation, if the step before has not made it
         flags = self._first_step(y, ks[0], first_step)
         while flags & _RUNNING:
             if hooks.step is not None:
                 hooks.step(self._field("t"), y, abs(self._field("dt_whole")))
-            lasting = (
-                recording or hooks.watch is not None or tape is not None
-            )  # dt is needed after the next step is planned
             dt = controller.dt.clone() if lasting else controller.dt
             times = controller.stage_times
             if shift is not None:
@@ -236,8 +236,11 @@ class AdaptiveLoop:
             y, k = y.detach(), k.detach()
         n = sum(part.n_segments for part in controller.layouts)
         if first_step is not None:  # the state and slope have to be finite, no more
-            controller.error_norm((1.0,), y, y, [y], dt, 0.0, 1.0, 0)
-            controller.error_norm((1.0,), y, y, [k], dt, 0.0, 1.0, n)
+            for x, slot in ((y, 0), (k, n)):
+                if self.norm is None:
+                    controller.error_norm((1.0,), y, y, [x], dt, 0.0, 1.0, slot)
+                else:  # the user's norm is the only one: those of the segments stay 0
+                    controller.put_norm(0.0 if bool(x.isfinite().all()) else math.nan, slot)
             return int(controller.run(Phase.GIVEN_FIRST, first_step))
         self._note_norm((1.0,), y, y, [y], dt, 0)
         self._note_norm((1.0,), y, y, [k], dt, n)
@@ -265,7 +268,9 @@ class AdaptiveLoop:
             return
         with torch.no_grad():
             error = reference.scaled_step_error(self.layout, weights, y, y1, ks, dt, self.rtol, self.atol)
-            errors = [] if self.quadrature is None else self.quadrature.scaled_errors(weights, y1 is y, dt)
+            errors = []
+            if self.quadrature is not None:
+                errors = self.quadrature.scaled_errors(weights, dt, at_start=y1 is y, of_values=ks[0] is y)
             self.controller.put_norm(self.norm(error, errors), slot)
 
     def _behind_jump(self, y: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:

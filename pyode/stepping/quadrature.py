@@ -118,10 +118,10 @@ class Quadrature:
                 controller.error_norm(weights, value, end, gs, dt, self.rtol, self.atol, slot, layout)
                 slot += 1
 
-    def scaled_errors(self, weights: tuple[float, ...], at_start: bool, dt: Tensor) -> list[Tensor]:
-        """Their errors over the step's weights, scaled, for a norm of the user's."""
+    def scaled_errors(self, weights: tuple[float, ...], dt: Tensor, *, at_start: bool, of_values: bool) -> list[Tensor]:
+        """Their errors over the step's weights, scaled, for a norm of the user's; or themselves, for a first step's."""
         ends = self.values if at_start else self._ends
-        columns = [[v] for v in self.values] if at_start and len(weights) == 1 else self._columns()
+        columns = [[v] for v in self.values] if of_values else self._columns()
         return [
             reference.scaled_step_error(layout, weights, value, end, gs, dt, self.rtol, self.atol)
             for layout, value, end, gs in zip(self._all_layouts, self.values, ends, columns)
