@@ -138,7 +138,9 @@ def _solve_checkpointed(problem: Problem, params: list[Tensor], checkpoints: Any
     """
     method, y0, t = problem.method, problem.y0, problem.times.tensor
     if not isinstance(method, Tableau):
-        raise InvalidValue(f"options['gradient'] = 'checkpoint' needs a Runge-Kutta method, not {method.name}")
+        raise InvalidValue(
+            f"options={{'gradient': 'checkpoint'}} needs an explicit Runge-Kutta method, not {method.name!r}"
+        )
     most = None if checkpoints is None else int(number_from({"checkpoints": checkpoints}, "checkpoints", 1, 1))
     quiet = replace(problem, y0=y0.detach(), times=replace(problem.times, tensor=t.detach()))
     solved: list[Solved] = []

@@ -71,16 +71,20 @@ class _Checkpointed(torch.autograd.Function):
     ) -> Tensor:
         tape = Tape(y0.detach(), recipe.checkpoints)
         ys = solve(tape)
-        ctx.recipe, ctx.steps, ctx.kept, ctx.n_params = recipe, tape.steps, list(tape.states), len(params)
+        ctx.recipe, ctx.steps, ctx.n_params = recipe, tape.steps, len(params)
         ctx.autocast = autocast_of(y0.device)
-        ctx.save_for_backward(t, *params, *tape.states.values(), tape.end)
+        # Where they are few, a backward pass uses them up and makes others in their places; one after it makes all.
+        first = 1 if recipe.checkpoints else len(tape.states)
+        indices, states = list(tape.states), list(tape.states.values())
+        ctx.kept, ctx.consumed = indices[:first], dict(zip(indices[first:], states[first:]))
+        ctx.save_for_backward(t, *params, *states[:first], tape.end)
         return ys
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         t, *saved, end = ctx.saved_tensors
-        states = dict(zip(ctx.kept, saved[ctx.n_params :]))
+        states, ctx.consumed = {**dict(zip(ctx.kept, saved[ctx.n_params :])), **ctx.consumed}, {}
         _, _, time_wanted, y0_wanted, *wanted = ctx.needs_input_grad
         params = [p for p, want in zip(saved, wanted) if want]
         (gradient,) = gradients
