@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from ..state import Dynamics, Form, Func
 from ..stepping.tape import Step, Tape
 from .revolve import backwards
 from .time import TimeGradients
-from .vjp import autocast_of, hooks_resting, vjp
+from .vjp import accumulate, autocast_of, hooks_resting, vjp
 
 
 @dataclass
@@ -86,9 +86,9 @@ class _Checkpointed(torch.autograd.Function):
         t, *saved, end = ctx.saved_tensors
         states, ctx.consumed = {**dict(zip(ctx.kept, saved[ctx.n_params :])), **ctx.consumed}, {}
         _, _, time_wanted, y0_wanted, *wanted = ctx.needs_input_grad
-        params = [p for p, want in zip(saved, wanted) if want]
+        params = tuple(p for p, want in zip(saved, wanted) if want)
         (gradient,) = gradients
-        reversal = Reversal(ctx.recipe, ctx.steps, end, gradient, params, time_wanted, y0_wanted)
+        reversal = Reversal(ctx.recipe, ctx.steps, end, gradient, params, time_wanted)
         on_device = torch.cuda.device(gradient.device) if gradient.is_cuda else nullcontext()
         with on_device, hooks_resting(params), ctx.autocast(), torch.enable_grad():
             start = reversal.run(states)
@@ -97,8 +97,7 @@ class _Checkpointed(torch.autograd.Function):
         return None, None, times, start if y0_wanted else None, *(next(found) if want else None for want in wanted)
 
 
-@dataclass
-class _Evaluation:
+class _Evaluation(NamedTuple):
     """f(t, y) with a graph of its own."""
 
     t: Tensor
@@ -115,7 +114,7 @@ class Reversal:
         end: the state behind the last one.
         gradient: [T, ...] what arrives at the outputs.
         params: the tensors whose gradients are wanted.
-        time, y0: whether those of the times and the start are.
+        time: whether those of the times are.
 
     Attributes:
         param_gradients: of the steps undone.
@@ -128,13 +127,11 @@ class Reversal:
         steps: list[Step],
         end: Tensor,
         gradient: Tensor,
-        params: list[Tensor],
+        params: tuple[Tensor, ...],
         time: bool,
-        y0: bool,
     ) -> None:
         self.recipe, self.steps, self.end, self.params = recipe, steps, end, params
         self.gradient = gradient = plain(gradient.detach())
-        self.start_wanted = y0
         self.param_gradients = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
         self.zero = y = torch.zeros_like(end)
         self.ops = ops = backend_for(y)
@@ -257,17 +254,14 @@ class Reversal:
 
     def _pull_back(self, n: int, i: int, evaluation: _Evaluation, g: Tensor) -> Tensor:
         """Returns g df/dy for evaluation i of step n, and adds what it does to the parameters and times."""
-        clock, has_start = self.clock, self.start_wanted or n > 0 or i != 0
-        inputs = [evaluation.y] if has_start else []
-        if clock is not None:
-            inputs.append(evaluation.t)
-        gradients = list(vjp(evaluation.k, [*inputs, *self.params], g))
-        h = gradients.pop(0) if has_start else None
-        if clock is not None:
-            clock.add_evaluation(n, i, gradients.pop(0))
-        for total, gradient in zip(self.param_gradients, gradients):
-            if gradient is not None:
-                total += gradient
+        t, y, k = evaluation
+        own = (y,) if self.clock is None else (y, t)
+        gradients = vjp(k, own + self.params, g)
+        if self.clock is not None:
+            self.clock.add_evaluation(n, i, gradients[1])
+        if self.params:
+            accumulate(self.param_gradients, gradients[len(own) :])
+        h = gradients[0]
         return self.zero if h is None else plain(h)
 
 

@@ -11,12 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What torch.autograd.grad calls behind its checks: for a network of 2-50-2 they take 22 of 117 us, f's own 32 included.
+_run_backward = torch.autograd.Variable._execution_engine.run_backward
 
-def vjp(f: Tensor, inputs: Sequence[Tensor], g: Tensor) -> Sequence[Tensor | None]:
-    """The gradients of <g, f> with respect to the inputs; None for those that f does not depend on."""
+
+def vjp(f: Tensor, inputs: tuple[Tensor, ...], g: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of <g, f> with respect to the inputs; None for those that f does not depend on.
+
+    g is of f's shape, dtype and device. Nothing is kept of f's graph.
+    """
     if not inputs or not f.requires_grad:
         return (None,) * len(inputs)
-    return torch.autograd.grad(f, inputs, g, allow_unused=True)
+    return _run_backward((f,), (g,), False, False, inputs, allow_unreachable=True, accumulate_grad=False)
+
+
+def accumulate(totals: list[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Adds gradients, where there are any, to totals, in place."""
+    for total, gradient in zip(totals, gradients):
+        if gradient is not None:
+            total += gradient
 
 
 def autocast_of(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
