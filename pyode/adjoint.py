@@ -15,6 +15,7 @@ from .callbacks import callbacks_of
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidType, InvalidValue
 from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
+from .gradients.vjp import autocast_of, hooks_resting
 from .odeint import Problem, pose, solve
 from .parameters import find_parameters, lost_gradient, reachable
 from .state import Form, Func, State
@@ -185,6 +186,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         if config.first_step is None and not config.restart and config.method is problem.method:
             # The backward solve starts where the forward one ended, and with its step size.
             config = replace(config, first_step=solved.last_step)
+        ctx.autocast = autocast_of(y0.device)
         ctx.problem, ctx.config, ctx.end, ctx.n_reached = problem, config, solved.end, solved.n_reached
         ctx.adjoint_options = {**config.options, "norm": config.norm}  # where torchdiffeq's users find and replace it
         ctx.save_for_backward(t, solved.ys, *params)
@@ -209,7 +211,8 @@ class _OdeintAdjoint(torch.autograd.Function):
             config = replace(config, norm=norm, fused=False)
         with_time = ctx.needs_input_grad[2]
         backsolve = Backsolve(problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time)
-        y0_gradient, t_gradient, param_gradients = backsolve.solve()
+        with hooks_resting(params), ctx.autocast():
+            y0_gradient, t_gradient, param_gradients = backsolve.solve()
         if t_gradient is not None:
             t_gradient = torch.cat([t_gradient[:n], torch.zeros_like(t[n:])])
         return (None, None, t_gradient, y0_gradient, *param_gradients)

@@ -31,6 +31,7 @@ from ..stepping.hooks import NO_HOOKS, Callback, Hooks
 from ..stepping.loops import Loop, loop_for
 from ..stepping.quadrature import Quadrature
 from .augmented import AugmentedDynamics, AugmentedState
+from .vjp import vjp
 
 AdjointNorm = Callable[[tuple[Tensor, ...]], Any]
 
@@ -86,16 +87,14 @@ class _AdjointDynamics:
         wanted = quadrature is not None and quadrature.wanted
         with torch.enable_grad():
             y = y.detach().requires_grad_()
-            inputs = [y]
+            inputs: tuple[Tensor, ...] = (y,)
             if wanted and self.time:
                 t = t.detach().requires_grad_()
-                inputs.append(t)
+                inputs += (t,)
             if wanted:
                 inputs += self.params
             f = self.forward(t, y)
-            gradients: tuple[Tensor | None, ...] = (None,) * len(inputs)
-            if f.requires_grad:
-                gradients = torch.autograd.grad(f, inputs, a.neg(), allow_unused=True)
+        gradients = vjp(f, inputs, a.neg())
         if quadrature is not None:
             quadrature.note(self._integrands(t, gradients[1:]) if wanted else None)
         slope = gradients[0]
