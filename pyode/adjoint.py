@@ -15,10 +15,11 @@ from .callbacks import callbacks_of
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidType, InvalidValue
 from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
+from .gradients.twice import backsolve_with_graph
 from .gradients.vjp import autocast_of, hooks_resting
-from .odeint import Problem, pose, solve
+from .odeint import Problem, odeint, pose, solve
 from .parameters import find_parameters, lost_gradient, reachable
-from .state import Form, Func, State
+from .state import Dynamics, Form, Func, State
 from .stepping.fixed_grid import check_interp
 
 NOT_INHERITED = frozenset({"norm", "stats"})
@@ -44,7 +45,7 @@ def odeint_adjoint(
     """Solves dy/dt = func(t, y) as `odeint` does; gradients come from a second solve, backwards in time.
 
     The memory of a backward pass does not grow with the number of steps; its gradients are as accurate as the backward
-    solve's tolerances. They can't be differentiated again.
+    solve's tolerances. With create_graph=True they can be differentiated once more; that backward solve is recorded.
 
     Args:
         func: an nn.Module, or any callable in which parameters can be found, or for which adjoint_params are given.
@@ -193,7 +194,6 @@ class _OdeintAdjoint(torch.autograd.Function):
         return problem.event_time(solved), solved.ys
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         t, ys, *params = ctx.saved_tensors
         problem, config, n, end = ctx.problem, ctx.config, ctx.n_reached, ctx.end
@@ -205,14 +205,20 @@ class _OdeintAdjoint(torch.autograd.Function):
                 values = values[:n]
             else:
                 ys, gradient, values = ys[: n + 1], torch.cat([gradient[:n], behind]), [*values[:n], end]
-        times = Times(t.new_tensor(values), values)
         norm = ctx.adjoint_options["norm"]
         if norm is not config.norm:
             config = replace(config, norm=norm, fused=False)
-        with_time = ctx.needs_input_grad[2]
-        backsolve = Backsolve(problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time)
         with hooks_resting(params), ctx.autocast():
-            y0_gradient, t_gradient, param_gradients = backsolve.solve()
+            if torch.is_grad_enabled():
+                t_reached = t[:n] if len(values) == n else torch.cat([t[:n], t.new_tensor(values[n:])])
+                forward = Dynamics(problem.func, problem.form, ys[0])
+                found = backsolve_with_graph(odeint, forward, t_reached, config, ys, gradient, tuple(params))
+            else:
+                times = Times(t.new_tensor(values), values)
+                with_time = ctx.needs_input_grad[2]
+                backsolve = Backsolve(problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time)
+                found = backsolve.solve()
+        y0_gradient, t_gradient, param_gradients = found
         if t_gradient is not None:
             t_gradient = torch.cat([t_gradient[:n], torch.zeros_like(t[n:])])
         return (None, None, t_gradient, y0_gradient, *param_gradients)
