@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from . import methods
 from .callbacks import callbacks_of
+from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidType, InvalidValue
 from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
 from .gradients.twice import backsolve_with_graph
-from .gradients.vjp import autocast_of, hooks_resting
+from .gradients.vjp import Circumstances
 from .odeint import Problem, odeint, pose, solve
 from .parameters import find_parameters, lost_gradient, reachable
 from .state import Dynamics, Form, Func, State
@@ -25,6 +26,7 @@ from .stepping.fixed_grid import check_interp
 NOT_INHERITED = frozenset({"norm", "stats"})
 
 
+@not_compiled
 def odeint_adjoint(
     func: Func,
     y0: State,
@@ -187,7 +189,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         if config.first_step is None and not config.restart and config.method is problem.method:
             # The backward solve starts where the forward one ended, and with its step size.
             config = replace(config, first_step=solved.last_step)
-        ctx.autocast = autocast_of(y0.device)
+        ctx.circumstances = Circumstances(problem.func, y0.device)
         ctx.problem, ctx.config, ctx.end, ctx.n_reached = problem, config, solved.end, solved.n_reached
         ctx.adjoint_options = {**config.options, "norm": config.norm}  # where torchdiffeq's users find and replace it
         ctx.save_for_backward(t, solved.ys, *params)
@@ -208,11 +210,13 @@ class _OdeintAdjoint(torch.autograd.Function):
         norm = ctx.adjoint_options["norm"]
         if norm is not config.norm:
             config = replace(config, norm=norm, fused=False)
-        with hooks_resting(params), ctx.autocast():
+        with ctx.circumstances.again(params):
             if torch.is_grad_enabled():
-                t_reached = t[:n] if len(values) == n else torch.cat([t[:n], t.new_tensor(values[n:])])
+                reached = t[:n] if len(values) == n else torch.cat([t[:n], t.new_tensor(values[n:])])
                 forward = Dynamics(problem.func, problem.form, ys[0])
-                found = backsolve_with_graph(odeint, forward, t_reached, config, ys, gradient, tuple(params))
+                found = backsolve_with_graph(
+                    odeint, ctx.circumstances, forward, reached, config, ys, gradient, tuple(params)
+                )
             else:
                 times = Times(t.new_tensor(values), values)
                 with_time = ctx.needs_input_grad[2]

@@ -17,6 +17,7 @@ from . import methods
 from ._ops import backend_for
 from ._ops.contract import Grid, Policy
 from .callbacks import callbacks_of
+from .compiling import not_compiled
 from .control import (
     STEPS_TO_EVENT,
     Times,
@@ -47,6 +48,7 @@ GRADIENTS = ("direct", "adjoint", "checkpoint")
 GRADIENT_OPTIONS = ("gradient", "checkpoints")
 
 
+@not_compiled
 def odeint(
     func: Func,
     y0: State,

@@ -29,7 +29,7 @@ from ..state import Dynamics, Form, Func
 from ..stepping.tape import Step, Tape
 from .revolve import backwards
 from .time import TimeGradients
-from .vjp import accumulate, autocast_of, hooks_resting, vjp
+from .vjp import Circumstances, accumulate, vjp
 
 
 @dataclass
@@ -72,7 +72,7 @@ class _Checkpointed(torch.autograd.Function):
         tape = Tape(y0.detach(), recipe.checkpoints)
         ys = solve(tape)
         ctx.recipe, ctx.steps, ctx.n_params = recipe, tape.steps, len(params)
-        ctx.autocast = autocast_of(y0.device)
+        ctx.circumstances = Circumstances(recipe.func, y0.device)
         # Where they are few, a backward pass uses them up and makes others in their places; one after it makes all.
         first = 1 if recipe.checkpoints else len(tape.states)
         indices, states = list(tape.states), list(tape.states.values())
@@ -90,7 +90,7 @@ class _Checkpointed(torch.autograd.Function):
         (gradient,) = gradients
         reversal = Reversal(ctx.recipe, ctx.steps, end, gradient, params, time_wanted)
         on_device = torch.cuda.device(gradient.device) if gradient.is_cuda else nullcontext()
-        with on_device, hooks_resting(params), ctx.autocast(), torch.enable_grad():
+        with on_device, ctx.circumstances.again(params), torch.enable_grad():
             start = reversal.run(states)
         found = iter(reversal.param_gradients)
         times = None if reversal.clock is None else reversal.clock.of(t)

@@ -15,17 +15,19 @@ from torch import Tensor
 from ..state import Dynamics
 from .augmented import AugmentedState
 from .backsolve import BacksolveConfig
-from .vjp import autocast_of, hooks_resting
+from .vjp import Circumstances
 
 
 class _AdjointSlopes(torch.autograd.Function):
     """f and the vjps of -a with respect to t, y and the parameters; can be differentiated once."""
 
     @staticmethod
-    def forward(ctx: Any, f: Dynamics, t: Tensor, y: Tensor, a: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-        ctx.f, ctx.autocast = f, autocast_of(y.device)
+    def forward(
+        ctx: Any, circumstances: Circumstances, f: Dynamics, t: Tensor, y: Tensor, a: Tensor, *params: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.f, ctx.circumstances = f, circumstances
         ctx.save_for_backward(t, y, a, *params)
-        with hooks_resting(params):
+        with circumstances.again(params):
             _, slopes = _slopes(f, t, y, a, params, create_graph=False)
         return tuple(slope.detach() for slope in slopes)
 
@@ -33,13 +35,13 @@ class _AdjointSlopes(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         t, y, a, *params = ctx.saved_tensors
-        with hooks_resting(params), ctx.autocast():
+        with ctx.circumstances.again(params):
             inputs, slopes = _slopes(ctx.f, t, y, a, tuple(params), create_graph=True)
             pairs = [(slope, g) for slope, g in zip(slopes, gradients) if slope.requires_grad]
             if not pairs:
-                return (None,) * (1 + len(inputs))
+                return (None,) * (2 + len(inputs))
             outputs, cotangents = zip(*pairs)
-            return None, *torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+            return None, None, *torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
 
 
 def _slopes(
@@ -58,6 +60,7 @@ def _slopes(
 
 def backsolve_with_graph(
     odeint: Callable[..., Tensor],
+    circumstances: Circumstances,
     f: Dynamics,
     t: Tensor,
     config: BacksolveConfig,
@@ -69,7 +72,7 @@ def backsolve_with_graph(
 
     Args:
         odeint: records a graph.
-        f: the forward solve's dynamics.
+        circumstances, f: the forward solve's, and its dynamics.
         t: the output times.
         config: see there.
         ys: [T, ...] the forward solve's outputs, packed.
@@ -83,7 +86,7 @@ def backsolve_with_graph(
 
     def slopes(t: Tensor, flat: Tensor) -> Tensor:
         (y, a), *_ = like.unpack(flat)
-        k, by_t, by_y, *by_params = _AdjointSlopes.apply(f, t, y, a, *params)  # type: ignore[no-untyped-call]
+        k, by_t, by_y, *by_params = _AdjointSlopes.apply(circumstances, f, t, y, a, *params)  # type: ignore[no-untyped-call]
         return like.pack([torch.stack([k, by_y]), by_t, *by_params])
 
     def norm(flat: Tensor) -> Any:

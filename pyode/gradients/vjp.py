@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..parameters import Loan
+from ..state import Func
 
 # What torch.autograd.grad calls behind its checks: for a network of 2-50-2 they take 22 of 117 us, f's own 32 included.
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
@@ -32,26 +33,37 @@ def accumulate(totals: list[Tensor], gradients: Sequence[Tensor | None]) -> None
             total += gradient
 
 
-def autocast_of(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes contexts in which autocast is as it is now: a backward pass has to compute what the forward pass did."""
-    kind = device.type
-    return partial(
-        torch.autocast,
-        kind,
-        dtype=torch.get_autocast_dtype(kind),
-        enabled=torch.is_autocast_enabled(kind),
-        cache_enabled=torch.is_autocast_cache_enabled(),
-    )
+class Circumstances:
+    """Under which func is evaluated in the forward pass, to be the same in the backward pass: autocast, parameters.
 
+    Args:
+        func: the user's.
+        device: of the state.
+    """
 
-@contextlib.contextmanager
-def hooks_resting(params: Sequence[Tensor]) -> Iterator[None]:
-    """Within it hooks on leaves are not called: they are to see the whole gradient, once, not every stage's share."""
-    hooks = [(p, p._backward_hooks) for p in params if p.is_leaf and p._backward_hooks]
-    for p, _ in hooks:
-        p._backward_hooks = None
-    try:
-        yield
-    finally:
-        for p, its in hooks:
-            p._backward_hooks = its
+    def __init__(self, func: Func, device: torch.device) -> None:
+        kind = device.type
+        self._loan = Loan(func)
+        self._autocast = partial(
+            torch.autocast,
+            kind,
+            dtype=torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=torch.is_autocast_cache_enabled(),
+        )
+
+    @contextlib.contextmanager
+    def again(self, params: Sequence[Tensor]) -> Iterator[None]:
+        """Within it all is as it was, and hooks on the parameters are not called.
+
+        They are to see the whole gradient, once, not every stage's share.
+        """
+        hooks = [(p, p._backward_hooks) for p in params if p.is_leaf and p._backward_hooks]
+        for p, _ in hooks:
+            p._backward_hooks = None
+        try:
+            with self._loan.renewed(), self._autocast():
+                yield
+        finally:
+            for p, its in hooks:
+                p._backward_hooks = its
