@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from . import methods
 from .callbacks import callbacks_of
 from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
-from .errors import InvalidType, InvalidValue
+from .errors import InvalidType, InvalidValue, warn
 from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
 from .gradients.twice import backsolve_with_graph
 from .gradients.vjp import Circumstances
@@ -94,10 +93,9 @@ def odeint_adjoint(
         inherited if adjoint_options is None else dict(adjoint_options),
     )
     if not config.fused and len(params) < len(found):
-        warnings.warn(
+        warn(
             "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from "
-            "the adjoint pass, and will not appear as a tensor in the adjoint norm.",
-            stacklevel=2,
+            "the adjoint pass, and will not appear as a tensor in the adjoint norm."
         )
     y0_packed, problem = problem.y0, replace(problem, y0=problem.y0.detach())
     end, ys = _OdeintAdjoint.apply(problem, config, t, y0_packed, *params)  # type: ignore[no-untyped-call]
@@ -125,10 +123,9 @@ def _parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args: Any) 
     if torch.is_grad_enabled() and (given or (given is None and is_module)):
         lost = lost_gradient(func, params)
         if lost is not None:
-            warnings.warn(
+            warn(
                 f"{lost} requires gradient, and odeint_adjoint returns none to it: name it in adjoint_params, make it "
-                "a parameter of func, or pass it in args. If its gradient is not wanted, detach it.",
-                stacklevel=3,
+                "a parameter of func, or pass it in args. If its gradient is not wanted, detach it."
             )
     return params
 

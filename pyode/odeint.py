@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from .control import (
     policy_from,
     times_until_event,
 )
-from .errors import DynamicsError, InvalidType, InvalidValue, SolveError, Status
+from .errors import DynamicsError, InvalidType, InvalidValue, SolveError, Status, warn
 from .gradients.checkpoint import Recipe, checkpointed
 from .methods import Method, Tableau
 from .parameters import reachable
@@ -226,7 +225,7 @@ def pose(
     form = Form(y0)
     packed = form.pack(y0)
     if t.device != packed.device:
-        warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)
+        warn("t is not on the same device as y0. Coercing to y0.device.")
     return Problem(
         func=with_args(func, args),
         form=form,
@@ -280,7 +279,7 @@ def solve(
             error = SolveError(Status.NO_EVENT, error.t, error.dt, error.n_steps)
         if options.get("on_failure", "raise") == "raise":
             raise error
-        warnings.warn(f"the solve failed, and its last state stands for the rest: {error}", stacklevel=4)
+        warn(f"the solve failed, and its last state stands for the rest: {error}")
         solved.end = error.t
         solved.n_reached = sum(times.sign * (t - error.t) <= 0 for t in times.values)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .._ops import backend_for
 from .._ops.autograd import plain
+from ..errors import InvalidValue
 from ..methods import Tableau
 from ..state import Dynamics, Form, Func
 from ..stepping.tape import Step, Tape
@@ -81,8 +82,13 @@ class _Checkpointed(torch.autograd.Function):
         return ys
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        # Not once_differentiable, which is silent where only what was saved requires a gradient.
+        if torch.is_grad_enabled():
+            raise InvalidValue(
+                "the gradient of a checkpointed solve can't be differentiated, for which create_graph=True prepares; "
+                "leave it out, or take options={'gradient': 'direct'}"
+            )
         t, *saved, end = ctx.saved_tensors
         states, ctx.consumed = {**dict(zip(ctx.kept, saved[ctx.n_params :])), **ctx.consumed}, {}
         _, _, time_wanted, y0_wanted, *wanted = ctx.needs_input_grad

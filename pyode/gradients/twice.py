@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..state import Dynamics
 from .augmented import AugmentedState
 from .backsolve import BacksolveConfig
@@ -32,8 +33,13 @@ class _AdjointSlopes(torch.autograd.Function):
         return tuple(slope.detach() for slope in slopes)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        # Not once_differentiable, which is silent where only what was saved requires a gradient.
+        if torch.is_grad_enabled():
+            raise InvalidValue(
+                "odeint_adjoint has first and second derivatives, and create_graph=True prepares for a third; leave it "
+                "out in the second, or take odeint, which has them all"
+            )
         t, y, a, *params = ctx.saved_tensors
         with ctx.circumstances.again(params):
             inputs, slopes = _slopes(ctx.f, t, y, a, tuple(params), create_graph=True)
