@@ -62,8 +62,9 @@ def odeint(
 ) -> Any:
     """Solves dy/dt = func(t, y) with y(t[0]) = y0, and returns y at every time of t.
 
-    Gradients reach y0, t, and whatever func uses, by backpropagation through the steps taken, any number of times.
-    Step sizes count as constants; output times act through the interpolant, t[0] by shifting all steps.
+    Gradients reach y0, t, and whatever func uses, by backpropagation through the steps taken, any number of times; or,
+    with options={"gradient": "checkpoint"}, without a graph through the solve: see there. Step sizes count as
+    constants; output times act through the interpolant, t[0] by shifting all steps.
 
     Args:
         func: called as func(t, y) with t a 0-dim tensor of y's real dtype and device; returns dy/dt, of y's shape.
@@ -81,9 +82,11 @@ def odeint(
             dfactor (0.2), max_num_steps (between two output times), norm (of the scaled error, a function of the
             state), step_t and jump_t (times at which steps end, and at which func is discontinuous), dtype (accepted;
             time is always float64). For the others: step_size or grid_constructor(func, y0, t), interp ("linear" or
-            "cubic"), perturb. For all: stats, a `pyode.Stats` that counts are added to; params, the tensors
-            that func uses (accepted; backpropagation finds them by itself); on_failure, "raise" (default)
-            or "return", which warns and repeats the last good state.
+            "cubic"), perturb. For all: stats, a `pyode.Stats` that counts are added to; on_failure, "raise" (default)
+            or "return", which warns and repeats the last good state; gradient, "direct" (default), "checkpoint", the
+            same gradient, once, by undoing the steps of an explicit Runge-Kutta method one by one, in the memory of
+            their states, or "adjoint", `odeint_adjoint`'s; checkpoints, how many states "checkpoint" keeps at most,
+            taking steps again (None: all); params, the tensors that func uses, if the last two are not to search it.
         event_fn: a function of (t, y) that returns a tensor of one or several numbers: the solve ends where the first
             of them changes its sign. t then has two entries: where the solve starts, and on which side it goes on. A
             solve that starts on an event ends there, unless options has skip_initial_event=True, which waits until it
