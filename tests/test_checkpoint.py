@@ -281,7 +281,7 @@ def test_memory_is_flat_with_a_number_of_checkpoints():
 
 def test_ten_thousand_steps():
     # Against the closed form of the rotation, and nothing is left behind.
-    steps, size = 10_000, 1e-3
+    steps, size = 10_000, 1e-3  # of a method of two stages
 
     def run(n):
         y0, rate = tensor(1.0, 0.0).requires_grad_(), tensor(1.0).requires_grad_()
