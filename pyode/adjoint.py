@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -12,17 +11,21 @@ from torch import Tensor, nn
 
 from . import methods
 from .callbacks import callbacks_of
+from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
-from .errors import InvalidType, InvalidValue
+from .errors import InvalidType, InvalidValue, warn
 from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
-from .odeint import Problem, pose, solve
+from .gradients.twice import backsolve_with_graph
+from .gradients.vjp import Circumstances
+from .odeint import Problem, odeint, pose, solve
 from .parameters import find_parameters, lost_gradient, reachable
-from .state import Form, Func, State
+from .state import Dynamics, Form, Func, State
 from .stepping.fixed_grid import check_interp
 
 NOT_INHERITED = frozenset({"norm", "stats"})
 
 
+@not_compiled
 def odeint_adjoint(
     func: Func,
     y0: State,
@@ -43,7 +46,7 @@ def odeint_adjoint(
     """Solves dy/dt = func(t, y) as `odeint` does; gradients come from a second solve, backwards in time.
 
     The memory of a backward pass does not grow with the number of steps; its gradients are as accurate as the backward
-    solve's tolerances. They can't be differentiated again.
+    solve's tolerances. With create_graph=True they can be differentiated once more; that backward solve is recorded.
 
     Args:
         func: an nn.Module, or any callable in which parameters can be found, or for which adjoint_params are given.
@@ -90,10 +93,9 @@ def odeint_adjoint(
         inherited if adjoint_options is None else dict(adjoint_options),
     )
     if not config.fused and len(params) < len(found):
-        warnings.warn(
+        warn(
             "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from "
-            "the adjoint pass, and will not appear as a tensor in the adjoint norm.",
-            stacklevel=2,
+            "the adjoint pass, and will not appear as a tensor in the adjoint norm."
         )
     y0_packed, problem = problem.y0, replace(problem, y0=problem.y0.detach())
     end, ys = _OdeintAdjoint.apply(problem, config, t, y0_packed, *params)  # type: ignore[no-untyped-call]
@@ -121,10 +123,9 @@ def listed_parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args:
     if torch.is_grad_enabled() and (given or (given is None and is_module)):
         lost = lost_gradient(func, params)
         if lost is not None:
-            warnings.warn(
+            warn(
                 f"{lost} requires gradient, and odeint_adjoint returns none to it: name it in adjoint_params, make it "
-                "a parameter of func, or pass it in args. If its gradient is not wanted, detach it.",
-                stacklevel=3,
+                "a parameter of func, or pass it in args. If its gradient is not wanted, detach it."
             )
     return params
 
@@ -185,6 +186,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         if config.first_step is None and not config.restart and config.method is problem.method:
             # The backward solve starts where the forward one ended, and with its step size.
             config = replace(config, first_step=solved.last_step)
+        ctx.circumstances = Circumstances(problem.func, y0.device)
         ctx.problem, ctx.config, ctx.end, ctx.n_reached = problem, config, solved.end, solved.n_reached
         ctx.adjoint_options = {**config.options, "norm": config.norm}  # where torchdiffeq's users find and replace it
         ctx.save_for_backward(t, solved.ys, *params)
@@ -193,7 +195,6 @@ class _OdeintAdjoint(torch.autograd.Function):
         return end, solved.ys
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         t, ys, *params = ctx.saved_tensors
         problem, config, n, end = ctx.problem, ctx.config, ctx.n_reached, ctx.end
@@ -205,13 +206,22 @@ class _OdeintAdjoint(torch.autograd.Function):
                 values = values[:n]
             else:
                 ys, gradient, values = ys[: n + 1], torch.cat([gradient[:n], behind]), [*values[:n], end]
-        times = Times(t.new_tensor(values), values)
         norm = ctx.adjoint_options["norm"]
         if norm is not config.norm:
             config = replace(config, norm=norm, fused=False)
-        with_time = ctx.needs_input_grad[2]
-        backsolve = Backsolve(problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time)
-        y0_gradient, t_gradient, param_gradients = backsolve.solve()
+        with ctx.circumstances.again(params):
+            if torch.is_grad_enabled():
+                reached = t[:n] if len(values) == n else torch.cat([t[:n], t.new_tensor(values[n:])])
+                forward = Dynamics(problem.func, problem.form, ys[0])
+                found = backsolve_with_graph(
+                    odeint, ctx.circumstances, forward, reached, config, ys, gradient, tuple(params)
+                )
+            else:
+                times = Times(t.new_tensor(values), values)
+                with_time = ctx.needs_input_grad[2]
+                backsolve = Backsolve(problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time)
+                found = backsolve.solve()
+        y0_gradient, t_gradient, param_gradients = found
         if t_gradient is not None:
             t_gradient = torch.cat([t_gradient[:n], torch.zeros_like(t[n:])])
         return (None, None, t_gradient, y0_gradient, *param_gradients)

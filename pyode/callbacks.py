@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .errors import warn
 from .methods import Method
 from .methods.external import ScipySolver
 from .stepping.hooks import Callback
@@ -36,7 +36,7 @@ def callbacks_of(
     names = [name for name in NAMES if name + suffix in own or hasattr(type(func), name + suffix)]
     supported = () if isinstance(method, ScipySolver) else NAMES if method.adaptive else NAMES[:1]
     if unsupported := {name + suffix for name in names if name not in supported}:
-        warnings.warn(f"Solver '{method.name}' does not support callbacks {unsupported}", stacklevel=4)
+        warn(f"Solver '{method.name}' does not support callbacks {unsupported}")
     dtype = torch.float64 if method.adaptive else time.dtype
 
     def wrap(callback: Callable[[Tensor, Any, Tensor], Any]) -> Callback:

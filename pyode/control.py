@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._ops.contract import REAL, Grid, Policy
-from .errors import InvalidType, InvalidValue
+from .errors import InvalidType, InvalidValue, warn
 from .methods import Method
 from .methods.external import ScipySolver
 from .state import Form
@@ -75,9 +74,7 @@ def check_options(options: dict[str, Any], method: Method, strict: bool = False)
     if unknown and strict:
         raise InvalidValue(f"options has {', '.join(unknown)}; {method.name} knows {', '.join(sorted(known))}")
     if unknown:
-        warnings.warn(
-            f"{method.name}: Unexpected arguments {unknown}; it knows {', '.join(sorted(known))}", stacklevel=4
-        )
+        warn(f"{method.name}: Unexpected arguments {unknown}; it knows {', '.join(sorted(known))}")
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiling import not_compiled
 from .errors import InvalidValue
 from .odeint import pose, solve
 from .state import Form, Func, State
@@ -63,6 +64,7 @@ class DenseOutput:
         return self._form.unpack(states.reshape(*t.shape, *self._y0.shape), tuple(t.shape))
 
 
+@not_compiled
 def odeint_dense(
     func: Func,
     y0: State,

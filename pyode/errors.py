@@ -6,6 +6,8 @@ keeps working.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from enum import IntEnum
 
 
@@ -90,3 +92,11 @@ class SolveError(PyodeError, AssertionError, RuntimeError):
     def __str__(self) -> str:
         who = "" if self.sample is None else f"sample {self.sample} "
         return f"{who}at t = {self.t:.9g}, with dt = {self.dt:.3g}, after {self.n_steps} steps: {self.status.sentence}"
+
+
+def warn(message: str) -> None:
+    """Warns, and points at the frame that called into pyode, or had torch do so."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("pyode", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiling import not_compiled
 from .odeint import odeint
 from .state import Form, Func, State
 
 
+@not_compiled
 def odeint_event(
     func: Func,
     y0: State,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from . import methods
 from ._ops import backend_for
 from ._ops.contract import Grid, Policy
 from .callbacks import callbacks_of
+from .compiling import not_compiled
 from .control import (
     CONTROLS,
     STEPS_TO_EVENT,
@@ -28,20 +28,28 @@ from .control import (
     check_tolerance,
     first_step_from,
     grid_from,
+    number_from,
     policy_from,
     times_until_event,
 )
-from .errors import DynamicsError, InvalidType, InvalidValue, SolveError, Status
+from .errors import DynamicsError, InvalidType, InvalidValue, SolveError, Status, warn
+from .gradients.checkpoint import Recipe, checkpointed
 from .methods import TABLEAUS, Method, Tableau
+from .parameters import reachable
 from .solution import Stats
 from .state import Dynamics, Form, Func, State, check_y0, with_args
 from .stepping.event import EventSearch
 from .stepping.fixed_grid import check_interp, grid_of
 from .stepping.hooks import Callback, Hooks
 from .stepping.loops import Loop, loop_for
-from .stepping.segment import Segment
+from .stepping.segment import RungeKuttaSegment, Segment
+from .stepping.tape import Tape
+
+GRADIENTS = ("direct", "adjoint", "checkpoint")
+GRADIENT_OPTIONS = ("gradient", "checkpoints")
 
 
+@not_compiled
 def odeint(
     func: Func,
     y0: State,
@@ -57,8 +65,9 @@ def odeint(
     """Solves dy/dt = func(t, y) with y(t[0]) = y0, and returns y at every time of t.
 
     Gradients reach y0, t, and whatever func uses, by backpropagation through the steps taken, any number of times; of
-    implicit methods, whose steps are differentiated by the implicit function theorem, once.
-    Step sizes count as constants; output times act through the interpolant, t[0] by shifting all steps.
+    implicit methods, whose steps are differentiated by the implicit function theorem, once. With
+    options={"gradient": "checkpoint"} there is no graph through the solve: see there. Step sizes count as constants;
+    output times act through the interpolant, t[0] by shifting all steps.
 
     Args:
         func: called as func(t, y) with t a 0-dim tensor of y's real dtype and device; returns dy/dt, of y's shape.
@@ -80,9 +89,11 @@ def odeint(
             state), step_t and jump_t (times at which steps end, and at which func is discontinuous), dtype (accepted;
             time is always float64). For the others: step_size or grid_constructor(func, y0, t), interp ("linear" or
             "cubic"), perturb; for Adams methods max_order (12) and max_iters (4), for implicit ones max_iters (100) and
-            newton_tol. For all: stats, a `pyode.Stats` that counts are added to; params, the tensors
-            that func uses (accepted; backpropagation finds them by itself); on_failure, "raise" (default)
-            or "return", which warns and repeats the last good state.
+            newton_tol. For all: stats, a `pyode.Stats` that counts are added to; on_failure, "raise" (default)
+            or "return", which warns and repeats the last good state; gradient, "direct" (default), "checkpoint", the
+            same gradient, once, by undoing the steps of an explicit Runge-Kutta method one by one, in the memory of
+            their states, or "adjoint", `odeint_adjoint`'s; checkpoints, how many states "checkpoint" keeps at most,
+            taking steps again (None: all); params, the tensors that func uses, if the last two are not to search it.
         event_fn: a function of (t, y) that returns a tensor of one or several numbers: the solve ends where the first
             of them changes its sign. t then has two entries: where the solve starts, and on which side it goes on. A
             solve that starts on an event ends there, unless options has skip_initial_event=True, which waits until it
@@ -105,10 +116,58 @@ def odeint(
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, sections II.1 to II.6; the interface is
         torchdiffeq's.
     """
+    options = {} if options is None else check_dict(options, "options")
+    choice = {name: options[name] for name in GRADIENT_OPTIONS if name in options}
+    options = {name: value for name, value in options.items() if name not in choice}
+    kind = choice.get("gradient", "direct")
+    if kind not in GRADIENTS:
+        raise InvalidValue(f"options['gradient'] must be one of {', '.join(GRADIENTS)}, not {kind!r}")
+    if kind == "adjoint":
+        from .adjoint import odeint_adjoint  # which is made of this module's parts
+
+        return odeint_adjoint(
+            func, y0, t, rtol, atol, method, options,
+            event_fn=event_fn, args=args, adjoint_params=options.get("params"),
+        )  # fmt: skip
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn, args)
-    solved = solve(problem)
+    if kind == "direct":
+        solved = solve(problem)
+    else:
+        params = options.get("params")
+        found = [x for _, x in reachable((func, args))] if params is None else list(params)
+        solved = _solve_checkpointed(problem, found, choice.get("checkpoints"))
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved), ys)
+
+
+def _solve_checkpointed(problem: Problem, params: list[Tensor], checkpoints: Any) -> Solved:
+    """A solve whose gradient is found by undoing its steps.
+
+    Args:
+        problem: with a graph behind y0 and the times, if there is one.
+        params: what func depends on beside its arguments.
+        checkpoints: how many states to keep at most; None for one a step.
+    """
+    method, y0, t = problem.method, problem.y0, problem.times.tensor
+    if not isinstance(method, Tableau):
+        raise InvalidValue(
+            f"options={{'gradient': 'checkpoint'}} needs an explicit Runge-Kutta method, not {method.name!r}"
+        )
+    most = None if checkpoints is None else int(number_from({"checkpoints": checkpoints}, "checkpoints", 1, 1))
+    quiet = replace(problem, y0=y0.detach(), times=replace(problem.times, tensor=t.detach()))
+    solved: list[Solved] = []
+
+    def carry_out(tape: Tape) -> Tensor:
+        solved.append(solve(quiet, tape=tape))
+        return solved[0].ys
+
+    def grid(t: Tensor) -> Tensor:
+        times = replace(problem.times, tensor=t)
+        return grid_of(problem.options, times, problem.func, problem.form.unpack(quiet.y0))
+
+    recipe = Recipe(problem.func, problem.form, method, None if method.adaptive else grid, most)
+    ys = checkpointed(carry_out, recipe, t, y0, [p for p in params if p.requires_grad])
+    return replace(solved[0], ys=ys)
 
 
 @dataclass
@@ -185,7 +244,7 @@ def pose(
         raise InvalidType(f"all of y0 must be of one dtype; it has {', '.join(sorted(map(str, dtypes)))}")
     packed = form.pack(y0)
     if t.device != packed.device:
-        warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)
+        warn("t is not on the same device as y0. Coercing to y0.device.")
     return Problem(
         func=_for_one_sample(with_args(func, args), form),
         form=form,
@@ -265,8 +324,10 @@ def loop_of(problem: Problem, hooks: Hooks) -> Loop:
     )
 
 
-def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = None) -> Solved:
-    """Carries out a solve; `watch` is told every accepted step."""
+def solve(
+    problem: Problem, watch: Callable[[Segment], Tensor | None] | None = None, tape: Tape | None = None
+) -> Solved:
+    """Carries out a solve; `watch` is told every accepted step, and the tape notes it."""
     y0, times, options = problem.y0, problem.times, problem.options
     if len(times.values) == 1:
         return Solved(y0.unsqueeze(0).clone(), None, times.values[0], 1)
@@ -284,12 +345,12 @@ def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = N
             error = SolveError(Status.NO_EVENT, error.t, error.dt, error.n_steps)
         if options.get("on_failure", "raise") == "raise":
             raise error
-        warnings.warn(f"the solve failed, and its last state stands for the rest: {error}", stacklevel=4)
+        warn(f"the solve failed, and its last state stands for the rest: {error}")
         solved.end = error.t
         solved.n_reached = sum(times.sign * (t - error.t) <= 0 for t in times.values)
 
     with on_device_of(y0):
-        loop = loop_of(problem, Hooks(watch=watch, fail=fail, **problem.callbacks))  # type: ignore[arg-type]
+        loop = loop_of(problem, Hooks(watch=watch, tape=tape, fail=fail, **problem.callbacks))  # type: ignore[arg-type]
         try:
             solved.ys, solved.last_step = loop.solve(y0, problem.first_step), loop.last_step
         finally:
@@ -297,6 +358,9 @@ def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = N
     if search is not None:
         if search.time is not None:
             solved.end, solved.n_reached = search.time, 1
+            if tape is not None:
+                assert isinstance(search.segment, RungeKuttaSegment)
+                tape.end_within(search.segment, search.time)
         elif solved.end == times.values[-1]:
             stats = Stats()
             loop.add_to(stats)

@@ -6,6 +6,7 @@ import dis
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -59,7 +60,45 @@ def reachable(root: Any, name: str = "func") -> list[tuple[str, Tensor]]:
     The ways: items, attributes, what a bound method or functools.partial holds, a function's closure, its defaults and
     the globals it names. Functions and objects of torch and other libraries are not looked into.
     """
-    found: list[tuple[str, Tensor]] = []
+    return [
+        (path, value)
+        for path, value in _walk(root, name)
+        if isinstance(value, Tensor) and (value.requires_grad or isinstance(value, nn.Parameter))
+    ]
+
+
+class Loan:
+    """The parameters that the modules in a func have now, to be lent to them again when func is evaluated later.
+
+    torch.func.functional_call gives a module other parameters for the time of a call: in the backward pass it has its
+    own again, to which the gradients do not belong.
+    """
+
+    def __init__(self, func: Any) -> None:
+        modules = [value for _, value in _walk(func, "") if isinstance(value, nn.Module)]
+        self._held: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (held, dict(held)) for module in modules for held in (module._parameters, module._buffers)
+        ]
+
+    @contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Within it they have them."""
+        other = [
+            (held, then, dict(held))
+            for held, then in self._held
+            if any(held.get(name) is not tensor for name, tensor in then.items())
+        ]
+        for held, then, _ in other:
+            held.update(then)
+        try:
+            yield
+        finally:
+            for held, _, now in other:
+                held.update(now)
+
+
+def _walk(root: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Every object to be reached from one, once, with the way as its name."""
     seen: dict[int, Any] = {}  # keeps the objects, whose ids would be given out again
     waiting = [(name, root, 0)]
     while waiting:
@@ -67,12 +106,9 @@ def reachable(root: Any, name: str = "func") -> list[tuple[str, Tensor]]:
         if id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, Tensor):
-            if value.requires_grad or isinstance(value, nn.Parameter):
-                found.append((name, value))
-        else:
+        yield name, value
+        if not isinstance(value, Tensor):
             waiting.extend(reversed(list(_inside(name, value, hops))))
-    return found
 
 
 def _inside(name: str, value: Any, hops: int) -> Iterator[tuple[str, Any, int]]:

@@ -32,6 +32,7 @@ from ..stepping.hooks import NO_HOOKS, Callback, Hooks
 from ..stepping.loops import Loop, loop_for
 from ..stepping.quadrature import Quadrature
 from .augmented import AugmentedDynamics, AugmentedState
+from .vjp import vjp
 
 AdjointNorm = Callable[[tuple[Tensor, ...]], Any]
 
@@ -86,13 +87,14 @@ class _AdjointDynamics:
         wanted = quadrature is not None and quadrature.wanted
         y, a = z.detach().unbind()
         with torch.enable_grad():
-            inputs = [y.requires_grad_()]
+            inputs: tuple[Tensor, ...] = (y.requires_grad_(),)
             if wanted and self.time:
                 t = t.detach().requires_grad_()
-                inputs.append(t)
+                inputs += (t,)
             if wanted:
                 inputs += self.params
-            f, gradients = self._products(t, y, a, inputs)
+            f = self.forward(t, y)
+        gradients = vjp(f, inputs, a.neg())
         if quadrature is not None:
             quadrature.note(self._integrands(t, gradients[1:]) if wanted else None)
         return self._stacked(f.detach(), gradients[0])

@@ -25,6 +25,7 @@ from ..solution import SampleStats, Stats
 from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment, unmoved
+from .tape import Step
 
 Norm = Callable[[Tensor, list[Tensor]], Any]
 AtJump = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -106,8 +107,10 @@ class AdaptiveLoop:
             SolveError: says why and where the solve could not go on.
         """
         controller, dynamics, quadrature, hooks = self.controller, self.dynamics, self.quadrature, self.hooks
+        tape = hooks.tape
         layout, rows = self.layout, self.tableau.rows
         recording = torch.is_grad_enabled()
+        lasting = recording or tape is not None or hooks.after_step  # dt is needed when the next one is planned
         shift = self._shift() if recording else None
         stages = partial(autograd.stages, self.ops) if recording else self.ops.stages
         recorded = RecordedOutput if layout.samples == 1 else RecordedBatchOutput
@@ -118,13 +121,14 @@ class AdaptiveLoop:
         # The derivatives of the step under way. An old one is let go only when its successor is there: freeing all of
         # them at once would make malloc return the memory to the system, and the next step fetch it page by page.
         ks = _ballast.take(len(rows) + 1, y0)
-        y, ks[0] = y0, dynamics(self._at_start(y0), y0)
+        start = self._at_start(y0)
+        y, ks[0] = y0, dynamics(start, y0)
+        opening: Tensor | None = start  # the time of a first evaluation, if the step before has not made it
         flags = self._first_step(y, ks[0], first_step)
         self._evals_before_steps, self._n_jumps = dynamics.n_evals, torch.zeros(layout.samples, dtype=torch.int64)
         while flags & _RUNNING:
             if hooks.step is not None:
                 hooks.step(self._field("t"), y, abs(self._field("dt_whole")))
-            lasting = recording or hooks.after_step  # dt is needed after the next step is planned
             dt = controller.dt.clone() if lasting else controller.dt
             times = controller.stage_times
             if shift is not None:
@@ -132,6 +136,9 @@ class AdaptiveLoop:
             y1 = stages(layout, rows, y, ks, dt, times.unbind(), dynamics)
             self._measure(y, y1, ks)
             flags = controller.run(Phase.JUDGE)
+            if tape is not None and flags & _ACCEPTED:
+                tape.add(self._noted(flags, dt, times, opening), y, y1)
+                opening = None
             if hooks.after_step:
                 end = self._call_hooks(bool(flags & _ACCEPTED), y, ks, dt, shift)
                 if end is not None:
@@ -157,7 +164,7 @@ class AdaptiveLoop:
             if flags & _JUMP and flags & _RUNNING:
                 if shift is not None:  # what comes behind a discontinuity does not move with the start
                     shift = torch.where(self._on_jump(), torch.zeros_like(shift), shift)
-                y, ks[0] = self._behind_jump(y, ks[0])
+                y, ks[0], opening = self._behind_jump(y, ks[0])
         if flags & _FAILED:
             hooks.fail(self._error(y, ks[0]))
         if flags & _FAILED or hooks.watch_batch is not None:  # some outputs may not have been reached
@@ -200,6 +207,17 @@ class AdaptiveLoop:
         t0, t1, size = (self._field(name) for name in ("t_prev", "t", "dt_prev"))
         shift = None if shift is None else shift.reshape(())
         return RungeKuttaSegment(self.layout, polynomial, t0, t1, size, y, list(ks), dt, shift)
+
+    def _noted(self, flags: int, dt: Tensor, times: Tensor, opening: Tensor | None) -> Step:
+        """The step just accepted, for a tape."""
+        on_jump = bool(flags & _JUMP)
+        if not flags & _OUTPUT:
+            return Step(dt, times, opening, on_jump)
+        outputs = range(*(int(self.controller.field(name)) for name in ("output_begin", "output_end")))
+        t0, t1, size = (self._field(name) for name in ("t_prev", "t", "dt_prev"))
+        values = self.times.values
+        positions = tuple(1.0 if values[i] == t1 else (values[i] - t0) / size for i in outputs)
+        return Step(dt, times, opening, on_jump, outputs, positions, interpolant_of(reference, self.tableau))
 
     def _call_hooks(
         self, accepted: bool, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None
@@ -263,7 +281,7 @@ class AdaptiveLoop:
         jumping = self.controller.field("on_jump").to(stage_times)
         if not bool(jumping.any()):
             return stage_times + shift.to(stage_times), dt
-        c = torch.tensor(self.tableau.abscissae).to(stage_times)
+        c = torch.tensor(self.tableau.abscissae, dtype=torch.float64).to(stage_times)
         if self.layout.samples > 1:
             c = c[:, None]
         return stage_times + (1 - c * jumping) * shift.to(stage_times), dt - (jumping * shift).to(dt)
@@ -316,8 +334,8 @@ class AdaptiveLoop:
                 errors = self.quadrature.scaled_errors(weights, dt, at_start=y1 is y, of_values=ks[0] is y)
             self.controller.put_norm(self.norm(error, errors), slot)
 
-    def _behind_jump(self, y: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The state and its derivative just behind the discontinuity at which the solve, or a sample, has arrived."""
+    def _behind_jump(self, y: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The state, its derivative, and the time just behind the jump at which the solve, or a sample, has arrived."""
         now = self.controller.field("t")
         if self.at_jump is not None:
             y = self.at_jump(now, self._on_jump(), y)
@@ -326,11 +344,11 @@ class AdaptiveLoop:
         if self.quadrature is not None:
             self.quadrature.restart()
         if self.layout.samples == 1 or self.grid.jump_t is None:
-            return y, self.dynamics(behind[0], y)
+            return y, self.dynamics(behind[0], y), behind[0]
         self._n_jumps += self._on_jump().cpu()
         jumped = self._on_jump() & (self.controller.field("status") == int(Status.RUNNING))
-        slope = self.dynamics(torch.where(jumped.to(t.device), behind, t), y)
-        return y, self._select(slope, k, jumped.to(torch.int64))
+        behind = torch.where(jumped.to(t.device), behind, t)
+        return y, self._select(self.dynamics(behind, y), k, jumped.to(torch.int64)), behind
 
     def _error(self, y: Tensor, k: Tensor) -> SolveError:
         statuses = self.controller.field("status")

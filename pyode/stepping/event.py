@@ -28,6 +28,7 @@ class EventSearch:
 
     Attributes:
         time: of the event; None as long as there is none. It is t0 where a function is zero at the start.
+        segment: the step in which it is.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class EventSearch:
             self.signs = torch.sign(event(t0, y0)).reshape(-1)
         self._staying = bool((self.signs == 0).any())
         self.time: float | None = t0 if self._staying and not skip_initial else None
+        self.segment: Segment | None = None
 
     def __call__(self, segment: Segment) -> Tensor | None:
         """Returns the state at the event if the step has one, else None."""
@@ -55,7 +57,7 @@ class EventSearch:
                 t = end if x == 1 else segment.t0 + x * (end - segment.t0)
                 value = self._values(segment, t)
                 if self._crossed(value):
-                    self.time = self._locate(segment, begin, t)
+                    self.time, self.segment = self._locate(segment, begin, t), segment
                     break
                 if self._staying:
                     self.signs = torch.where(self.signs == 0, torch.sign(value), self.signs)

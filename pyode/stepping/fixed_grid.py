@@ -24,6 +24,7 @@ from .implicit import ImplicitSteps
 from .multistep import AdamsSteps
 from .quadrature import Quadrature
 from .segment import RungeKuttaSegment
+from .tape import Step
 
 INTERPOLATIONS = ("linear", "cubic")
 MOST_STEPS = 20_000  # to an event, as in torchdiffeq
@@ -139,7 +140,10 @@ class FixedGridLoop:
                 segment = self._segment(course, n, ends, y, y1, step, moving)
                 end = hooks.watch(segment)
                 if end is not None:
+                    if hooks.tape is not None:
+                        hooks.tape.add(self._noted(steps, n, ends, range(0)), y, y1)
                     return torch.stack([y0, end])
+            passed = i
             while i < len(values) and sign * (values[i] - ends[n + 1]) <= 0:
                 if values[i] == ends[n + 1] and not moving:
                     outputs.add(y1)
@@ -147,6 +151,8 @@ class FixedGridLoop:
                     segment = segment or self._segment(course, n, ends, y, y1, step, moving)
                     outputs.add(segment.at(values[i], t[i] - t[i].detach() if moving and t.requires_grad else None))
                 i += 1
+            if hooks.tape is not None:
+                hooks.tape.add(self._noted(steps, n, ends, range(passed, i)), y, y1)
             y = y1
             del step, segment  # the derivatives are not to be kept through the next one
         if i < len(values):  # there was no event
@@ -179,17 +185,28 @@ class FixedGridLoop:
             self.counts,
         )
 
+    def _noted(self, steps: Any, n: int, ends: list[float], outputs: range) -> Step:
+        """Step n of an explicit Runge-Kutta method, for a tape."""
+        times, weights = steps.times[n], steps.tableau.weights
+        if self.cubic:
+            times = torch.cat([times, self.grid[n + 1 : n + 2].to(times)])
+        values, (t0, t1) = self.times.values, ends[n : n + 2]
+        positions = tuple(1.0 if values[i] == t1 else (values[i] - t0) / (t1 - t0) for i in outputs)
+        polynomial = _cubic(weights, 0) if self.cubic else _linear(weights)
+        return Step(steps.course.sizes[n], times[1:], times[0], False, outputs, positions, polynomial)
+
     def _segment(
         self, course: Course, n: int, ends: list[float], y: Tensor, y1: Tensor, step: Increment, moving: bool
     ) -> RungeKuttaSegment:
         """Step n, from y to y1, with what lies between."""
         ks = step.ks[: len(step.weights)]
+        polynomial = _linear(step.weights)
         if self.cubic:
             t1 = (self.grid if moving else self.grid.detach())[n + 1].to(y.device, self.layout.real_dtype)
-            ks = [*ks, step.slope, self.dynamics(t1, y1)]
+            polynomial = _cubic(step.weights, next(j for j, k in enumerate(ks) if k is step.slope))
+            ks = [*ks, self.dynamics(t1, y1)]
         shift = course.grid[n] - course.grid[n].detach() if moving else None
         size = ends[n + 1] - ends[n]
-        polynomial = _cubic(step.weights) if self.cubic else _linear(step.weights)
         return RungeKuttaSegment(self.layout, polynomial, ends[n], ends[n + 1], size, y, ks, course.sizes[n], shift)
 
 
@@ -200,10 +217,10 @@ def _linear(weights: tuple[float, ...]) -> reference.Interpolant:
 
 
 @lru_cache(maxsize=64)
-def _cubic(weights: tuple[float, ...]) -> reference.Interpolant:
-    """The cubic through a step's ends and with their slopes, which come behind the step's own derivatives."""
-    rows = (*((0.0, 3 * w, -2 * w) for w in weights), (1.0, -2.0, 1.0), (0.0, -1.0, 1.0))
-    return reference.Interpolant(rows, (*weights, 0.0, 0.0))
+def _cubic(weights: tuple[float, ...], slope: int) -> reference.Interpolant:
+    """The cubic through a step's ends and with their slopes: the derivative of that index, and one behind them all."""
+    rows = [(float(j == slope), 3 * w - 2 * (j == slope), (j == slope) - 2 * w) for j, w in enumerate(weights)]
+    return reference.Interpolant((*rows, (0.0, -1.0, 1.0)), (*weights, 0.0))
 
 
 class Outputs:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import SolveError
 from .segment import BatchSegment, Segment
+from .tape import Tape
 
 Callback = Callable[[float, Any, float], None]
 
@@ -30,6 +31,7 @@ class Hooks:
         judged: called with the controller after every step, accepted or not.
         watch: called with every accepted step. What it returns, if not None, is the state at which the solve ends.
         watch_batch: called with every step that some sample has accepted, as a BatchSegment; may finish samples.
+        tape: notes every accepted step of an explicit Runge-Kutta method.
         fail: called with the error of a solve that can't go on; where it returns, the last state stands for the rest.
     """
 
@@ -39,6 +41,7 @@ class Hooks:
     judged: Callable[[Any], None] | None = None
     watch: Callable[[Segment], Tensor | None] | None = None
     watch_batch: Callable[[BatchSegment], None] | None = None
+    tape: Tape | None = None
     fail: Callable[[SolveError], None] = raise_it
 
     @cached_property

@@ -54,10 +54,14 @@ class RungeKuttaSegment:
         self.t0, self.t1, self.size = t0, t1, size
         self.y, self.ks, self.dt, self.shift = y, ks, dt, shift
 
+    def position(self, t: float) -> float:
+        """Where in the step a time lies, from 0 to 1."""
+        return 1.0 if t == self.t1 else (t - self.t0) / self.size
+
     def at(self, t: float, moved: Tensor | None = None) -> Tensor:
         """See Segment; `moved` is 0, with the gradient of this time."""
         if moved is None and self.shift is None:
-            weights = self.polynomial.weights_at(1.0 if t == self.t1 else (t - self.t0) / self.size)
+            weights = self.polynomial.weights_at(self.position(t))
             return autograd.stage_combine(backend_of(self.layout), self.layout, weights, self.y, self.ks, self.dt)
         elapsed = torch.tensor(t - self.t0, dtype=torch.float64, device=self.dt.device)
         if moved is not None:

@@ -1,0 +1,69 @@
+"""Vector-Jacobian products of func: what both backward passes, the exact and the continuous, spend their time on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..parameters import Loan
+from ..state import Func
+
+# What torch.autograd.grad calls behind its checks: for a network of 2-50-2 they take 22 of 117 us, f's own 32 included.
+_run_backward = torch.autograd.Variable._execution_engine.run_backward
+
+
+def vjp(f: Tensor, inputs: tuple[Tensor, ...], g: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of <g, f> with respect to the inputs; None for those that f does not depend on.
+
+    g is of f's shape, dtype and device. Nothing is kept of f's graph.
+    """
+    if not inputs or not f.requires_grad:
+        return (None,) * len(inputs)
+    return _run_backward((f,), (g,), False, False, inputs, allow_unreachable=True, accumulate_grad=False)
+
+
+def accumulate(totals: list[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Adds gradients, where there are any, to totals, in place."""
+    for total, gradient in zip(totals, gradients):
+        if gradient is not None:
+            total += gradient
+
+
+class Circumstances:
+    """Under which func is evaluated in the forward pass, to be the same in the backward pass: autocast, parameters.
+
+    Args:
+        func: the user's.
+        device: of the state.
+    """
+
+    def __init__(self, func: Func, device: torch.device) -> None:
+        kind = device.type
+        self._loan = Loan(func)
+        self._autocast = partial(
+            torch.autocast,
+            kind,
+            dtype=torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=torch.is_autocast_cache_enabled(),
+        )
+
+    @contextlib.contextmanager
+    def again(self, params: Sequence[Tensor]) -> Iterator[None]:
+        """Within it all is as it was, and hooks on the parameters are not called.
+
+        They are to see the whole gradient, once, not every stage's share.
+        """
+        hooks = [(p, p._backward_hooks) for p in params if p.is_leaf and p._backward_hooks]
+        for p, _ in hooks:
+            p._backward_hooks = None
+        try:
+            with self._loan.renewed(), self._autocast():
+                yield
+        finally:
+            for p, its in hooks:
+                p._backward_hooks = its

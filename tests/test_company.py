@@ -1,0 +1,325 @@
+"""What a solve has to get along with: compilers, autocast, transforms, hooks, copies, processes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo.testing
+from fields import Y0, Field, T, assert_close, loss_of
+from torch import Tensor, nn
+
+import pyode
+
+ROUGH = {"rtol": 1e-4, "atol": 1e-5}
+HERE = Path(__file__).parent
+
+
+def direct(func, y0, t, **kwargs):
+    return pyode.odeint(func, y0, t, **ROUGH, **kwargs)
+
+
+def checkpoint(func, y0, t, **kwargs):
+    return pyode.odeint(func, y0, t, options={"gradient": "checkpoint"}, **ROUGH, **kwargs)
+
+
+def adjoint(func, y0, t, **kwargs):
+    return pyode.odeint_adjoint(func, y0, t, **ROUGH, **kwargs)
+
+
+GRADIENTS = pytest.mark.parametrize("odeint", [direct, checkpoint, adjoint])
+EXACT = pytest.mark.parametrize("odeint", [direct, checkpoint])
+
+
+class Net(nn.Module):
+    """A small network as dynamics."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(2, 8, dtype=dtype), nn.Linear(8, 2, dtype=dtype)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.outer(torch.tanh(self.inner(y)) + t)
+
+
+class Model(nn.Module):
+    """A network that holds a solve."""
+
+    def __init__(self, odeint=direct, func: nn.Module | None = None) -> None:
+        super().__init__()
+        self.func, self.odeint = Net() if func is None else func, odeint
+        self.head = nn.Linear(2, 1, dtype=torch.float64)
+        self.register_buffer("times", T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.odeint(self.func, 2 * x, self.times)[-1])
+
+
+def gradients_of(model: nn.Module, call=None) -> list[Tensor]:
+    """Of the parameters and the input."""
+    x = Y0.clone().requires_grad_()
+    y = (model if call is None else call)(x)
+    return list(torch.autograd.grad(y.square().sum(), [x, *model.parameters()]))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by the compiler itself
+@GRADIENTS
+def test_torch_compile_of_a_model_that_holds_a_solve(odeint):
+    # A graph break at the solve; what is around it is compiled once, whatever the number of steps.
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    model = Model(odeint)
+    compiled = torch.compile(model, backend=counter)
+    assert_close(gradients_of(model, compiled), gradients_of(model), 1e-12)
+    frames = counter.frame_count
+    model.times = 2 * T  # more steps
+    assert_close(gradients_of(model, compiled), gradients_of(model), 1e-12)
+    assert counter.frame_count == frames
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by the compiler itself
+@GRADIENTS
+def test_a_compiled_func_is_compiled_again_at_most_twice_for_a_training_run(odeint):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    func = Net()
+    model = Model(odeint, torch.compile(func, backend=counter))
+    reference = copy.deepcopy(Model(odeint, func))
+    reference.head = model.head
+    optimiser = torch.optim.SGD(model.parameters(), 0.05)
+    assert_close(gradients_of(model), gradients_of(reference), 1e-12)
+    for _ in range(4):
+        optimiser.zero_grad()
+        model(Y0).square().sum().backward()
+        optimiser.step()
+    assert counter.frame_count <= 1 + 2  # with gradients and without, of the state and of the parameters alone
+
+
+@EXACT
+def test_autocast(odeint):
+    # What func computes under autocast it computes in the backward pass too, though that lies outside.
+    func, y0 = Net(torch.float32), Y0.float().requires_grad_()
+    seen = set()
+    func.inner.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = odeint(func, y0, T.float())
+        around = func(T[0].float(), y0)
+    assert y.dtype == torch.float32
+    assert around.requires_grad
+    found = torch.autograd.grad(y.square().sum(), [y0, *func.parameters()])
+    assert seen == {torch.bfloat16}
+    if odeint is checkpoint:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected = torch.autograd.grad(direct(func, y0, T.float()).square().sum(), [y0, *func.parameters()])
+        for ours, theirs in zip(found, expected):  # rounded in bfloat16, in other orders
+            assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+
+
+def test_autocast_of_the_adjoint():
+    func, seen = Net(torch.float32), set()
+    func.inner.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = pyode.odeint_adjoint(func, Y0.float(), T.float(), rtol=1e-1, atol=1e-1)
+    y.sum().backward()
+    assert seen == {torch.bfloat16}
+
+
+@GRADIENTS
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_torch_checkpoint_around_a_solve(odeint, reentrant):
+    model = Model(odeint)
+
+    def call(x):
+        return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
+
+    def gradients(call):
+        x = Y0.clone().requires_grad_()
+        model.zero_grad()
+        call(x).square().sum().backward()  # the reentrant kind knows no torch.autograd.grad
+        return [x.grad, *(p.grad for p in model.parameters())]
+
+    assert_close(gradients(call), gradients(model), 1e-12)
+
+
+def test_torch_checkpoint_keeps_no_states_of_a_checkpointed_solve():
+    kept = []
+
+    def pack(x):
+        kept.append(x.shape)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        checkpoint(Net(), Y0, T)
+    assert kept.count(Y0.shape) >= 3  # the steps' states are saved as autograd's own, for whoever wants to move them
+
+
+@GRADIENTS
+def test_functional_call(odeint):
+    model = Model(odeint)
+    other = {name: (0.5 * p).detach().requires_grad_() for name, p in model.named_parameters()}
+    y = torch.func.functional_call(model, other, (Y0,))
+    found = torch.autograd.grad(y.square().sum(), list(other.values()))
+    scaled = copy.deepcopy(model)
+    scaled.load_state_dict(dict(other), strict=False)
+    expected = torch.autograd.grad(scaled(Y0).square().sum(), list(scaled.parameters()))
+    assert_close(list(found), list(expected), 1e-12)
+
+
+class TestTransforms:
+    """torch.func and forward mode, of direct mode: by the reference ops."""
+
+    @staticmethod
+    def loss(weight: Tensor, y0: Tensor) -> Tensor:
+        return pyode.odeint(lambda t, y: torch.sin(y @ weight), y0, T, **ROUGH, options={"first_step": 0.1}).sum()
+
+    WEIGHT = torch.tensor([[0.3, 1.0], [-1.2, 0.1]], dtype=torch.float64)
+
+    def test_grad_and_jacrev(self):
+        weight = self.WEIGHT.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(self.loss(weight, Y0), weight)
+        assert torch.allclose(torch.func.grad(self.loss)(self.WEIGHT, Y0), expected, rtol=1e-10)
+        assert torch.allclose(torch.func.jacrev(self.loss)(self.WEIGHT, Y0), expected, rtol=1e-10)
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+    def test_jvp(self):
+        direction = torch.ones_like(self.WEIGHT)
+        gradient = torch.func.grad(self.loss)(self.WEIGHT, Y0)
+        _, tangent = torch.func.jvp(lambda w: self.loss(w, Y0), (self.WEIGHT,), (direction,))
+        assert float(tangent) == pytest.approx(float((gradient * direction).sum()), rel=1e-9)
+
+    def test_vmap_of_grad_with_fixed_steps(self):
+        def loss(weight, y0):
+            return pyode.odeint(lambda t, y: torch.sin(y @ weight), y0, T, method="rk4").sum()
+
+        together = torch.func.vmap(torch.func.grad(loss), (None, 0))(self.WEIGHT, Y0)
+        apart = torch.stack([torch.func.grad(loss)(self.WEIGHT, y0) for y0 in Y0])
+        assert torch.allclose(together, apart, rtol=1e-12)
+
+
+@GRADIENTS
+def test_gradient_hooks_see_the_whole_gradient_once(odeint):
+    seen = []
+
+    def gradients(hooked):
+        field, y0 = Field(), Y0.clone().requires_grad_()
+        if hooked:
+            field.rate.register_hook(lambda g: seen.append(g.clone()) or 2 * g)
+            field.matrix.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+        loss_of(odeint(field, y0, T)).backward()
+        return field.rate.grad, field.matrix.grad
+
+    (rate, matrix), plain = gradients(True), gradients(False)
+    assert len(seen) == 2
+    assert torch.equal(rate, 2 * plain[0])
+    assert torch.equal(matrix, plain[1])
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@GRADIENTS
+def test_anomaly_mode(odeint):
+    model = Model(odeint)
+    expected = gradients_of(model)
+    with torch.autograd.set_detect_anomaly(True):
+        found = gradients_of(model)
+    assert_close(found, expected, 1e-12)
+
+
+@GRADIENTS
+def test_copies_and_files_of_a_module_that_holds_a_solver(odeint):
+    model = Model(odeint)
+    expected = gradients_of(model)  # a solve before, so that nothing it leaves behind is in the way
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert_close(gradients_of(other), expected, 0.0)
+
+
+@GRADIENTS
+def test_shared_and_frozen_parameters(odeint):
+    # The weight serves twice; half of the rest is frozen.
+    def build():
+        net = Net()
+        net.outer.weight = nn.Parameter(torch.linspace(-1, 1, 16, dtype=torch.float64).view(2, 8))
+        net.inner.weight = nn.Parameter(net.outer.weight.detach().T.clone())
+        net.inner.bias.requires_grad_(False)
+        net.extra = net.outer
+        return net
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(1)
+            self.net = build()
+            self.first = self.second = nn.Linear(2, 2, dtype=torch.float64)
+
+        def forward(self, t, y):
+            return self.net.extra(torch.tanh(self.net.inner(self.first(y)))) + self.second(y)
+
+    def gradients(odeint):
+        func = Shared()
+        loss_of(odeint(func, Y0, T)).backward()
+        assert func.net.inner.bias.grad is None
+        return [p.grad for p in func.parameters() if p.requires_grad]
+
+    tolerance = 1e-10 if odeint is checkpoint else 1e-2  # the adjoint's, at rough tolerances
+    assert_close(gradients(odeint), gradients(direct), tolerance)
+
+
+WORKER = """
+import os, sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from test_company import GRADIENT_MODES, Model
+from fields import assert_close
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+# The second process has a state that moves faster, and takes more steps.
+batch = torch.tensor([[[1.0, -2.0], [0.5, 0.3]], [[8.0, 5.0], [-9.0, 4.0]]], dtype=torch.float64)
+for odeint in GRADIENT_MODES:
+    torch.manual_seed(0)
+    model = Model(odeint)
+    apart = DistributedDataParallel(model)
+    apart(batch[rank]).square().mean().backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    sum(model(part).square().mean() for part in batch).div(2).backward()
+    assert_close(found, [p.grad for p in model.parameters()], 1e-12)
+dist.destroy_process_group()
+"""
+GRADIENT_MODES = (direct, checkpoint, adjoint)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    store = tmp_path / "store"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
+    code = WORKER.replace('init_process_group("gloo")', f'init_process_group("gloo", init_method="file://{store}")')
+    code = code.replace('")\nrank', '", rank=int(sys.argv[1]), world_size=2)\nrank')
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=100)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
