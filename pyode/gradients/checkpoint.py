@@ -154,6 +154,10 @@ class Reversal:
         steps, gradient = self.steps, self.gradient
         behind = max((1, *(step.outputs.stop for step in steps)))
         lam = gradient[behind:].sum(0)  # a solve that ended early has put out its last state for all the rest
+        if self.clock is not None and steps and behind < len(gradient):
+            # That state has moved with the start, and is wanted at the time where it stands.
+            slope = self._evaluate(steps[-1].times[-1], self.end).k.detach()
+            self.clock.add_start(len(steps) - 1, -lam, torch.where(slope.isfinite(), slope, 0.0))
         y1, last = self.end, None  # the state at the end of the next step to be undone, and the derivative if known
         shares = self._shares_of_outputs(len(steps) - 1)
         for n, y in self._backwards(states):
