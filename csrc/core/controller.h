@@ -77,7 +77,7 @@ struct Grid {
   int64_t n_step_t;
   const double* jump_t;  // [n_jump_t] and here f is discontinuous
   int64_t n_jump_t;
-  int64_t jump_stride, jump_sample_stride;  // as those of times
+  int64_t jump_stride = 1, jump_sample_stride = 0;  // as those of times
 };
 
 constexpr double kEpsilon = 2.220446049250313e-16;  // of double precision

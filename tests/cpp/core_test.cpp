@@ -157,7 +157,7 @@ void every_task_is_done_once_by_any_number_of_threads() {
 void a_solve_of_the_exponential_ends_where_it_should() {
   const double times[] = {0, 1};
   const Grid grid = {times, 2, 1, 0, nullptr, 0, nullptr, 0};
-  Policy policy = {0.9, 10, 0.2, 0, std::numeric_limits<double>::infinity(), 2, 1000, 1, 0, 0};
+  Policy policy = {0.9, 10, 0.2, 0, std::numeric_limits<double>::infinity(), 2, {1, 0, 0}, {0, 0}, 0, 0, 1000, 1, 0, 0};
   Sample s = start_sample(grid, 0);
   s.dt = 0.01;
   plan_step(s, policy, grid, 0);
