@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -266,8 +267,22 @@ struct Controller {
   }
 
   void set_policy(double safety, double ifactor, double dfactor, double min_step, double max_step, double order,
-                  int64_t max_num_steps, bool clip, bool count_per_output, bool resume) {
-    op.policy = {safety, ifactor, dfactor, min_step, max_step, order, max_num_steps, clip, count_per_output, resume};
+                  const std::array<double, 3>& beta, const std::array<double, 2>& alpha, double least_ulps,
+                  bool cautious, int64_t max_num_steps, bool clip, bool count_per_output, bool resume) {
+    op.policy = {safety,
+                 ifactor,
+                 dfactor,
+                 min_step,
+                 max_step,
+                 order,
+                 {beta[0], beta[1], beta[2]},
+                 {alpha[0], alpha[1]},
+                 least_ulps,
+                 cautious,
+                 max_num_steps,
+                 clip,
+                 count_per_output,
+                 resume};
   }
 
   void set_grid(py::handle times, int64_t n_times, bool per_sample, py::handle step_t, int64_t n_step_t,

@@ -37,7 +37,8 @@ def test_the_fields_are_those_of_the_struct_in_their_order():
 def test_statuses_flags_and_phases_are_those_of_the_header():
     header = CONTROLLER_H.read_text()
     statuses = dict(re.findall(r"k(\w+) = (\d)", re.search(r"enum Status.*?\{(.*?)\}", header)[1]))
-    assert {name.title().replace("_", ""): str(s.value) for name, s in Status.__members__.items()} == statuses
+    ours = {name.title().replace("_", ""): str(s.value) for name, s in Status.__members__.items()}
+    assert statuses.items() <= ours.items()  # the others are of Python's own making
     flags = dict(re.findall(r"constexpr int64_t kAny(\w+) = (\d+);", header))
     assert {flag.name.title(): str(flag.value) for flag in Flag} == flags
     phases = re.search(r"enum class Phase : int32_t \{(.*?)\};", (CONTROLLER_H.parents[1] / "ops.h").read_text(), re.S)

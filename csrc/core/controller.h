@@ -26,6 +26,10 @@ struct Sample {
   double dt_prev;   // its size
   double dt_whole;  // the step to take before a prescribed time cut it short
   double slope;     // first step only: |f(t0, y0)|, scaled
+  double error1;    // the scaled error of the step accepted last; 1 before there is one
+  double error2;    // and of the one before
+  double size1;     // size of the step accepted last; 0 before there is one
+  double ratio1;    // its size over that of the one before; 1 before there are two
   int64_t status;
   int64_t accepted;      // whether the last step was
   int64_t output_begin;  // the outputs which the last step passed: [begin, end)
@@ -37,10 +41,11 @@ struct Sample {
   int64_t n_steps;      // since the last output, or since the start: what max_num_steps bounds
   int64_t next_step_t;  // index of the next prescribed step end
   int64_t next_jump_t;  // index of the next discontinuity
+  int64_t rejected;     // whether the step tried last was
 };
 constexpr int kWords = static_cast<int>(sizeof(Sample) / 8);
-constexpr int kRealWords = 7;
-static_assert(sizeof(Sample) == 8 * 18, "Sample is a row of 8-byte words");
+constexpr int kRealWords = 11;
+static_assert(sizeof(Sample) == 8 * 23, "Sample is a row of 8-byte words");
 
 /// B samples as kWords rows of B words. In host memory on the CPU, in device memory on CUDA.
 struct StepState {
@@ -48,11 +53,16 @@ struct StepState {
   int64_t samples;
 };
 
-/// The elementary controller's constants (Hairer, Norsett, Wanner I, II.4, eq. 4.13; torchdiffeq's names).
+/// The step-size controller's constants (Hairer, Norsett, Wanner I, II.4, eq. 4.13; torchdiffeq's names), a digital
+/// filter of the errors and sizes of the last steps (Soderlind 2003).
 struct Policy {
   double safety, ifactor, dfactor;
   double min_step, max_step;
-  double order;  // the error is taken to shrink as dt^order
+  double order;       // the error is taken to shrink as dt^order
+  double beta[3];     // exponents of the last errors, the newest first, in units of 1 / order: {1, 0, 0} is I control
+  double alpha[2];    // exponents of the last ratios of step sizes
+  double least_ulps;  // a step has to move t by so many units in the last place
+  int64_t cautious;   // no growth right after a rejection
   int64_t max_num_steps;
   int64_t clip;              // the last step ends at the last output time instead of passing it
   int64_t count_per_output;  // max_num_steps bounds the steps to each output, not all
@@ -68,6 +78,9 @@ struct Grid {
   const double* jump_t;  // [n_jump_t] and here f is discontinuous
   int64_t n_jump_t;
 };
+
+constexpr double kEpsilon = 2.220446049250313e-16;  // of double precision
+constexpr double kLeastError = 1e-10;               // smaller ones count as this in the filter: 0 would be forever
 
 inline namespace PYODE_LEVEL {
 
@@ -106,7 +119,9 @@ PYODE_HD void plan_step(Sample& s, const Policy& policy, const Grid& grid, int64
   const double sign = direction(grid, b);
   s.dt = sign * smaller(larger(fabs(s.dt), policy.min_step), policy.max_step);
   s.dt_whole = s.dt;
-  if (s.status == kRunning && !(sign * (s.t + s.dt - s.t) > 0)) s.status = s.non_finite ? kNonFinite : kStepTooSmall;
+  const double least = policy.least_ulps * kEpsilon * fabs(s.t);
+  if (s.status == kRunning && (!(sign * (s.t + s.dt - s.t) > 0) || fabs(s.dt) < least))
+    s.status = s.non_finite ? kNonFinite : kStepTooSmall;
   s.on_jump = 0;
   if (s.status != kRunning) {
     s.dt = 0;
@@ -137,8 +152,11 @@ PYODE_HD void plan_step(Sample& s, const Policy& policy, const Grid& grid, int64
 PYODE_HD Sample start_sample(const Grid& grid, int64_t b) {
   Sample s = {};
   s.t = s.t1 = s.t_prev = output_time(grid, 0, b);
-  s.output_begin = s.output_end = 1;
-  s.status = grid.n_times > 1 ? kRunning : kSuccess;
+  s.output_end = 1;
+  while (s.output_end < grid.n_times && output_time(grid, s.output_end, b) == s.t) s.output_end += 1;
+  s.output_begin = s.output_end;
+  s.status = s.output_end < grid.n_times ? kRunning : kSuccess;
+  s.error1 = s.error2 = s.ratio1 = 1;
   return s;
 }
 
@@ -161,6 +179,24 @@ PYODE_HD void choose_first_step(Sample& s, const Policy& policy, const Grid& gri
   s.dt = direction(grid, b) * smaller(100 * h0, h1);
 }
 
+/// The factor by which the next step is longer than the one just tried, whose scaled error is finite.
+PYODE_HD double step_factor(const Sample& s, const Policy& policy, double error) {
+  if (error == 0) return policy.ifactor;
+  const double* const beta = policy.beta;
+  const double* const alpha = policy.alpha;
+  const bool integrating = beta[1] == 0 && beta[2] == 0 && alpha[0] == 0 && alpha[1] == 0;
+  if (integrating || !s.accepted) {
+    // Elementary control never shrinks a step that was accurate enough.
+    const double least = integrating && error < 1 ? 1.0 : policy.dfactor;
+    return smaller(policy.ifactor,
+                   larger(policy.safety / pow(error, (s.accepted ? beta[0] : 1) / policy.order), least));
+  }
+  const double ratio = s.size1 == 0 ? 1.0 : s.dt / s.size1;
+  const double filtered = pow(error, beta[0] / policy.order) * pow(s.error1, beta[1] / policy.order) *
+                          pow(s.error2, beta[2] / policy.order) * pow(ratio, alpha[0]) * pow(s.ratio1, alpha[1]);
+  return smaller(policy.ifactor, larger(policy.safety / filtered, policy.dfactor));
+}
+
 /// Accepts or rejects the step just tried, from the norm of its scaled error, and proposes the next one's size.
 /// A non-finite error rejects and shrinks; at the smallest step it ends the solve.
 PYODE_HD void judge_step(Sample& s, const Policy& policy, const Grid& grid, int64_t b, double error) {
@@ -172,12 +208,14 @@ PYODE_HD void judge_step(Sample& s, const Policy& policy, const Grid& grid, int6
   s.accepted = error <= 1 || (fabs(s.dt) <= policy.min_step && !s.non_finite);
   if (s.non_finite && fabs(s.dt) <= policy.min_step) s.status = kNonFinite;
 
-  double factor = policy.dfactor;
-  if (error == 0) {
-    factor = policy.ifactor;
-  } else if (!s.non_finite) {
-    const double least = error < 1 ? 1.0 : policy.dfactor;
-    factor = smaller(policy.ifactor, larger(policy.safety / pow(error, 1 / policy.order), least));
+  double factor = s.non_finite ? policy.dfactor : step_factor(s, policy, error);
+  if (s.rejected && policy.cautious) factor = smaller(factor, 1);
+  s.rejected = !s.accepted;
+  if (s.accepted) {
+    s.error2 = s.error1;
+    s.error1 = larger(error, kLeastError);
+    s.ratio1 = s.size1 == 0 ? 1.0 : s.dt / s.size1;
+    s.size1 = s.dt;
   }
   s.t_prev = s.t;
   s.dt_prev = s.dt;

@@ -77,6 +77,10 @@ class Policy:
         clip: whether the last step ends at the last time, instead of passing it.
         count_per_output: whether max_num_steps bounds the steps to each output time, or all steps.
         resume: whether to go on with at least the whole size of a step that a prescribed time cut short.
+        beta, alpha: exponents of the last three errors, in units of 1 / order, and of the last two ratios of step
+            sizes: the controller as a digital filter (Soderlind 2003).
+        least_ulps: a step has to move t by so many units in the last place.
+        cautious: whether a step does not grow right after a rejection.
     """
 
     order: float
@@ -89,6 +93,10 @@ class Policy:
     clip: bool = False
     count_per_output: bool = True
     resume: bool = False
+    beta: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    alpha: tuple[float, float] = (0.0, 0.0)
+    least_ulps: float = 0.0
+    cautious: bool = False
 
 
 @dataclass
@@ -127,9 +135,9 @@ class Flag(IntFlag):
 
 
 # The words of one sample's step state, in the order of `struct Sample` in csrc/core/controller.h.
-REAL_FIELDS = ("t", "dt", "t1", "t_prev", "dt_prev", "dt_whole", "slope")
+REAL_FIELDS = ("t", "dt", "t1", "t_prev", "dt_prev", "dt_whole", "slope", "error1", "error2", "size1", "ratio1")
 INTEGER_FIELDS = (
     "status", "accepted", "output_begin", "output_end", "on_jump", "non_finite",
-    "n_accepted", "n_rejected", "n_steps", "next_step_t", "next_jump_t",
+    "n_accepted", "n_rejected", "n_steps", "next_step_t", "next_jump_t", "rejected",
 )  # fmt: skip
 N_FIELDS = len(REAL_FIELDS) + len(INTEGER_FIELDS)

@@ -213,7 +213,8 @@ class Controller:
         )
         handle.set_policy(
             policy.safety, policy.ifactor, policy.dfactor, policy.min_step, policy.max_step, policy.order,
-            policy.max_num_steps, policy.clip, policy.count_per_output, policy.resume,
+            policy.beta, policy.alpha, policy.least_ulps, policy.cautious, policy.max_num_steps,
+            policy.clip, policy.count_per_output, policy.resume,
         )  # fmt: skip
         step_t, jump_t = grid.step_t, grid.jump_t
         handle.set_grid(

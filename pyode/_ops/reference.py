@@ -8,6 +8,7 @@ differentiated, any number of times, with respect to everything.
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,6 +146,9 @@ def mean_square_error(
     return max((float(part.square().mean()) for part in parts if part.numel()), default=0.0)
 
 
+_LEAST_ERROR = 1e-10  # as kLeastError
+
+
 @dataclass
 class Sample:
     """The step state of one sample; see csrc/core/controller.h for every field."""
@@ -156,6 +160,10 @@ class Sample:
     dt_prev: float = 0.0
     dt_whole: float = 0.0
     slope: float = 0.0
+    error1: float = 1.0
+    error2: float = 1.0
+    size1: float = 0.0
+    ratio1: float = 1.0
     status: int = _RUNNING
     accepted: int = 0
     output_begin: int = 1
@@ -165,6 +173,7 @@ class Sample:
     n_accepted: int = 0
     n_rejected: int = 0
     n_steps: int = 0
+    rejected: int = 0
 
 
 class _Times:
@@ -175,6 +184,12 @@ class _Times:
         self.outputs = [self.sign * t for t in times]
         self.step_t = [self.sign * t for t in step_t]
         self.jump_t = [self.sign * t for t in jump_t]
+
+    def start(self) -> Sample:
+        """A sample at its start, which may be its first output times too, or all."""
+        t, passed = self.sign * self.outputs[0], bisect_right(self.outputs, self.outputs[0])
+        status = _RUNNING if passed < len(self.outputs) else _SUCCESS
+        return Sample(t=t, t1=t, t_prev=t, output_begin=passed, output_end=passed, status=status)
 
     def next_stop(self, stops: list[float], t: float) -> float:
         i = bisect_right(stops, self.sign * t)
@@ -234,8 +249,7 @@ class Controller:
         flags = Flag(0)
         first = len(self._means) // 2
         if phase in (Phase.TRY_FIRST, Phase.GIVEN_FIRST):
-            starts = [times.sign * times.outputs[0] for times in self._times]
-            self._samples = [Sample(t=t, t1=t, t_prev=t) for t in starts]
+            self._samples = [times.start() for times in self._times]
         for b, (sample, times) in enumerate(zip(self._samples, self._times)):
             norm, slope = (_root_of_largest(means, b) for means in (self._means[:first], self._means[first:]))
             if phase in (Phase.TRY_FIRST, Phase.GIVEN_FIRST):
@@ -306,12 +320,14 @@ class Controller:
         s.accepted = int(error <= 1 or (smallest and not s.non_finite))
         if s.non_finite and smallest:
             s.status = _NON_FINITE
-        factor = policy.dfactor
-        if error == 0:
-            factor = policy.ifactor
-        elif not s.non_finite:
-            least = 1.0 if error < 1 else policy.dfactor
-            factor = min(policy.ifactor, max(policy.safety / error ** (1 / policy.order), least))
+        factor = policy.dfactor if s.non_finite else self._step_factor(s, error)
+        if s.rejected and policy.cautious:
+            factor = min(factor, 1.0)
+        s.rejected = int(not s.accepted)
+        if s.accepted:
+            s.error1, s.error2 = max(error, _LEAST_ERROR), s.error1
+            s.ratio1 = 1.0 if s.size1 == 0 else s.dt / s.size1
+            s.size1 = s.dt
         s.t_prev, s.dt_prev, s.dt = s.t, s.dt, s.dt * factor
         s.n_steps += 1
         if not s.accepted:
@@ -327,12 +343,28 @@ class Controller:
         if s.output_end == len(times.outputs):
             s.status = _SUCCESS
 
+    def _step_factor(self, s: Sample, error: float) -> float:
+        """Soderlind's digital filter; elementary control after a rejection."""
+        policy = self.policy
+        if error == 0:
+            return policy.ifactor
+        (b1, b2, b3), (a1, a2), k = policy.beta, policy.alpha, policy.order
+        integrating = b2 == b3 == a1 == a2 == 0
+        if integrating or not s.accepted:
+            least = 1.0 if integrating and error < 1 else policy.dfactor
+            return min(policy.ifactor, max(policy.safety / math.pow(error, (b1 if s.accepted else 1) / k), least))
+        ratio = 1.0 if s.size1 == 0 else s.dt / s.size1
+        powers = ((error, b1 / k), (s.error1, b2 / k), (s.error2, b3 / k), (ratio, a1), (s.ratio1, a2))
+        filtered = math.prod(math.pow(x, power) for x, power in powers)
+        return min(policy.ifactor, max(policy.safety / filtered, policy.dfactor))
+
     def _plan_step(self, s: Sample, times: _Times) -> None:
         policy, sign = self.policy, times.sign
         if s.status == _RUNNING and s.n_steps >= policy.max_num_steps:
             s.status = _TOO_MANY_STEPS
         s.dt = s.dt_whole = sign * min(max(abs(s.dt), policy.min_step), policy.max_step)
-        if s.status == _RUNNING and not sign * (s.t + s.dt - s.t) > 0:
+        least = policy.least_ulps * sys.float_info.epsilon * abs(s.t)
+        if s.status == _RUNNING and (not sign * (s.t + s.dt - s.t) > 0 or abs(s.dt) < least):
             s.status = _NON_FINITE if s.non_finite else _STEP_TOO_SMALL
         s.on_jump = 0
         if s.status != _RUNNING:
