@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "ops.h"
 
 #define PYODE_STRINGIFY_(x) #x
@@ -348,6 +349,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_STAGES") = kMaxStages;
   m.attr("MAX_DEGREE") = kMaxDegree;
   m.attr("STATE_WORDS") = kWords;
+  m.attr("RUN_PARALLEL") = reinterpret_cast<uintptr_t>(&cpu::run_parallel);  // for code that is compiled at run time
   m.attr("COMPILER") = PYODE_COMPILER;
 #if defined(PYODE_CUDA)
   m.attr("CUDA") = PYODE_STRINGIFY(PYODE_CUDA);

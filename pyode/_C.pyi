@@ -2,6 +2,7 @@
 
 from typing import Any
 
+RUN_PARALLEL: int
 MAX_STAGES: int
 MAX_DEGREE: int
 STATE_WORDS: int

@@ -32,7 +32,7 @@ ADAPTIVE_OPTIONS = frozenset(
     ]
 )
 FIXED_STEP_OPTIONS = frozenset(["step_size", "grid_constructor", "interp", "perturb", "norm"])
-COMMON_OPTIONS = frozenset(["stats", "on_failure", "event_t_max", "skip_initial_event"])
+COMMON_OPTIONS = frozenset(["stats", "on_failure", "event_t_max", "skip_initial_event", "compile"])
 STEPS_TO_EVENT = 100_000  # at most so many, by default
 
 

@@ -17,6 +17,8 @@ from . import methods
 from ._ops import backend_for
 from ._ops.contract import Grid, Policy
 from .callbacks import callbacks_of
+from .compiled.dynamics import CompiledDynamics, compiled_once
+from .compiled.solve import solve_compiled
 from .control import (
     STEPS_TO_EVENT,
     Times,
@@ -71,7 +73,8 @@ def odeint(
             state), step_t and jump_t (times at which steps end, and at which func is discontinuous), dtype (accepted;
             time is always float64). For the others: step_size or grid_constructor(func, y0, t), interp ("linear" or
             "cubic"), perturb. For all: stats, a `pyode.Stats` that counts are added to; on_failure, "raise" (default)
-            or "return", which warns and repeats the last good state.
+            or "return", which warns and repeats the last good state; compile, True to make the solve one native call
+            (see `pyode.compile`).
         event_fn: a function of (t, y) that returns a tensor of one or several numbers: the solve ends where the first
             of them changes its sign. t then has two entries: where the solve starts, and on which side it goes on. A
             solve that starts on an event ends there, unless options has skip_initial_event=True, which waits until it
@@ -115,6 +118,7 @@ class Problem:
     first_step: float | None
     callbacks: dict[str, Callback]
     event: Callable[[float, Tensor], Tensor] | None
+    compiled: CompiledDynamics | None = None
 
     def event_time(self, solved: Solved) -> Tensor:
         """The time at which a solve with an event has ended, as t has times."""
@@ -160,6 +164,9 @@ def pose(
     if event_fn is not None:
         times = times_until_event(times, options)
         options = {"max_num_steps": STEPS_TO_EVENT, **options} if found.adaptive else options
+    compiled = compiled_once(func) if isinstance(func, CompiledDynamics) or options.get("compile") else None
+    if compiled is not None:
+        func = compiled.func
     form = Form(y0)
     packed = form.pack(y0)
     if t.device != packed.device:
@@ -178,6 +185,7 @@ def pose(
         first_step=first_step_from(options),
         callbacks=callbacks_of(func, found, times.tensor, form.unpack),
         event=None if event_fn is None else event_of(event_fn, form, packed.device),
+        compiled=compiled,
     )
 
 
@@ -218,6 +226,15 @@ def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = N
         warnings.warn(f"the solve failed, and its last state stands for the rest: {error}", stacklevel=4)
         solved.end = error.t
         solved.n_reached = sum(times.sign * (t - error.t) <= 0 for t in times.values)
+
+    if problem.compiled is not None and problem.event is None and watch is None and not problem.callbacks:
+        outcome = solve_compiled(
+            problem.compiled, form, y0, times, problem.method, problem.rtol, problem.atol, problem.policy, problem.grid,
+            problem.first_step, options, fail,
+        )  # fmt: skip
+        if outcome is not None:
+            solved.ys, solved.last_step = outcome
+            return solved
 
     with torch.cuda.device(y0.device) if y0.device.type == "cuda" else nullcontext():
         ops = backend_for(y0)

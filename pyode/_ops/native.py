@@ -30,6 +30,9 @@ _SCALARS = {
 }
 
 
+RUN_PARALLEL = _C.RUN_PARALLEL  # the address of the pool's function, for code that is compiled at run time
+
+
 def supports(y: Tensor) -> bool:
     """Whether the compiled ops can work on a tensor: a plain one, on a device and of a dtype that they know.
 

@@ -1,0 +1,188 @@
+"""pyode.compile: what stands for a func whose solves are native calls."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CompileError, InvalidType
+from ..methods import Tableau
+from .emit import Dynamics, solver_source
+from .guards import Guards
+from .native import Library
+from .operators import Import
+from .trace import trace
+
+DTYPES = (torch.float32, torch.float64)
+LARGEST_ROW = 4096  # numbers in a state that is one row because its rows are mixed
+
+
+class Entry:
+    """Dynamics compiled for states of one shape, but for the number of rows, and one method.
+
+    Attributes:
+        rows: whether rows are computed side by side; otherwise the state is one row.
+        inputs: the tensors that func has closed over, read at every solve.
+        source: the C++.
+        seconds: how long it took to trace and to compile.
+        operators: the names of the ATen operators.
+    """
+
+    def __init__(
+        self, func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, method: Tableau
+    ) -> None:
+        began = time.perf_counter()
+        together = min(map(len, shapes)) > 0 and len({shape[0] for shape in shapes}) == 1
+        try:
+            if not together:
+                raise CompileError("the parts of the state have different numbers of rows")
+            imported = self._import(func, shapes, is_tuple, dtype, rows=True)
+        except CompileError as mixed:
+            if sum(shape.numel() for shape in shapes) > LARGEST_ROW:
+                raise
+            try:
+                imported = self._import(func, shapes, is_tuple, dtype, rows=False)
+            except CompileError as error:
+                raise (error if not together else mixed) from error
+        self.inputs = imported.inputs
+        self.source = solver_source(Dynamics(imported.outputs, dtype, self.rows), method)
+        self.library = Library(self.source)
+        self.seconds = time.perf_counter() - began
+
+    def _import(
+        self, func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, rows: bool
+    ) -> Import:
+        self.rows = rows
+        with torch.no_grad():
+            traced = trace(func, shapes, is_tuple, dtype, rows)
+        self.operators = [
+            node.target.overloadpacket.__name__  # type: ignore[union-attr]
+            for node in traced.graph.nodes
+            if isinstance(node.target, torch._ops.OpOverload)
+        ]
+        return Import(traced, dtype, rows)
+
+    def rows_of(self, shape: torch.Size) -> int:
+        """How many rows a state has whose first part has this shape."""
+        return shape[0] if self.rows else 1
+
+
+class CompiledDynamics(nn.Module):
+    """A func that solves with explicit Runge-Kutta methods as one native call, and can do all that the func can.
+
+    Made by `pyode.compile`. Called itself, it calls func.
+    """
+
+    def __init__(self, func: Callable[..., Any], strict: bool = False) -> None:
+        super().__init__()
+        self.func, self.strict = func, strict
+        self._entries: dict[Any, Entry] = {}
+        self._guards: Guards | None = None
+        self._refused: dict[Any, str] = {}
+        self._lock = RLock()
+
+    def forward(self, t: Tensor, y: Any) -> Any:
+        """func(t, y)."""
+        return self.func(t, y)
+
+    @property
+    def source(self) -> str:
+        """The C++ of what was compiled last; empty before the first solve."""
+        return list(self._entries.values())[-1].source if self._entries else ""
+
+    def entry(self, shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, method: Tableau) -> Entry | None:
+        """What was compiled for such a state, compiled now if need be; None, after one warning, where that can't be done.
+
+        Raises:
+            CompileError: it can't be done, and `strict` is wanted.
+        """
+        key = (*shapes, is_tuple, dtype, method.name)
+        if self._guards is not None and not self._guards.hold():
+            with self._lock:
+                self._entries.clear()
+                self._refused.clear()
+        found = self._entries.get(key)
+        if found is None and key not in self._refused:
+            with self._lock:
+                found = self._entries.get(key) or self._make(key, shapes, is_tuple, dtype, method)
+                self._guards = Guards(self.func)  # as func is after it was called; it may count its calls
+        return found
+
+    def _make(
+        self, key: Any, shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, method: Tableau
+    ) -> Entry | None:
+        """An entry that serves states of another number of rows too, or a new one."""
+        tails = (*(shape[1:] for shape in shapes), is_tuple, dtype, method.name)
+        together = all(len(shape) > 0 and shape[0] == shapes[0][0] for shape in shapes)
+        entry = self._entries.get(tails) if together else None
+        try:
+            if dtype not in DTYPES:
+                raise CompileError(f"a state of {dtype}; there are float32 and float64")
+            entry = entry or Entry(self.func, shapes, is_tuple, dtype, method)
+        except CompileError as error:
+            return self._refuse(key, str(error))
+        except Exception as error:  # whatever func or torch raises on fake tensors; run eagerly, func shows what is wrong
+            return self._refuse(key, f"it can't be traced: {type(error).__name__}: {str(error).splitlines()[0]}")
+        if entry.rows:
+            self._entries[tails] = entry
+        self._entries[key] = entry
+        return entry
+
+    def _refuse(self, key: Any, reason: str) -> None:
+        if self.strict:
+            raise CompileError(reason)
+        if reason not in self._refused.values():
+            warnings.warn(f"{_name(self.func)} is not compiled and runs eagerly: {reason}", stacklevel=6)
+        self._refused[key] = reason
+
+    def __repr__(self) -> str:
+        lines = [f"compiled {_name(self.func)}"]
+        for entry in dict.fromkeys(self._entries.values()):
+            n = sum(tensor.numel() for tensor in entry.inputs)
+            lines.append(
+                f"  operators: {', '.join(dict.fromkeys(entry.operators))}\n"
+                f"  tensors read: {len(entry.inputs)}, {n} numbers\n"
+                f"  {'rows side by side' if entry.rows else 'rows mixed: the state is one row'}\n"
+                f"  {entry.library.path}, {entry.seconds:.2f} s"
+            )
+        lines += [f"  not compiled: {reason}" for reason in dict.fromkeys(self._refused.values())]
+        return "\n".join(lines)
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__qualname__", type(func).__name__))
+
+
+def compile(func: Callable[..., Any], strict: bool = False) -> CompiledDynamics:
+    """Returns what stands for func in `odeint` and its kin, and makes a solve one native call.
+
+    func is traced at the first solve, written out as C++ and compiled around the solver's loop. Nothing else changes:
+    the same arguments, results to rounding, and in float64 the same steps. What can't be compiled runs as func does.
+
+    Args:
+        func: called as func(t, y); see docs/compiled.md for what it may do.
+        strict: raise where func can't be compiled, instead of warning and running it eagerly.
+
+    Returns:
+        A callable module; its parameters are func's. `print` it to see what was made of func; `source` is the C++.
+
+    Raises:
+        InvalidType: func is not callable.
+        CompileError: at the first solve, if strict.
+    """
+    if not callable(func):
+        raise InvalidType(f"func must be callable as func(t, y), not a {type(func).__name__}")
+    return CompiledDynamics(func, strict)
+
+
+@lru_cache(maxsize=16)
+def compiled_once(func: Callable[..., Any]) -> CompiledDynamics:
+    """The same for the same func; the last few are remembered."""
+    return func if isinstance(func, CompiledDynamics) else CompiledDynamics(func)

@@ -1,0 +1,396 @@
+"""From a graph to C++: the dynamics as a struct around which csrc/compiled has the solver's loops.
+
+Rows lie in blocks, a vector for each number of a row. Every node becomes an array, `v7[5]`, with one statement for each of
+few numbers and a loop for many. What does not differ from row to row is computed once a solve (`fixed`) or once a stage
+(`timed`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+
+from ..methods import Tableau
+from .graph import Index, Node, Place, in_order
+
+UNROLLED = 16  # so many statements at most for one node; from then on, a loop
+UNROLLED_CALLS = 3  # of functions such as tanh, each some 30 instructions
+_CALL = re.compile(r"\b(?!select|larger|lesser|indicator|abs|sqrt|sign|T\b)[a-z_0-9]+\(")
+_SCALARS = {torch.float32: "float", torch.float64: "double"}
+
+
+def _number(value: str) -> str:
+    """A number, given in hexadecimal, in C++."""
+    x = float.fromhex(value)
+    if math.isnan(x):
+        return "std::numeric_limits<T>::quiet_NaN()"
+    if math.isinf(x):
+        return ("-" if x < 0 else "") + "std::numeric_limits<T>::infinity()"
+    return f"T({x!r})" if x >= 0 else f"T({x!r})"
+
+
+def _flat(strides: Index, offset: int, at: Sequence[str | int]) -> str:
+    """The place in memory of a multi-index of numbers and loop variables."""
+    constant, terms = offset, []
+    for stride, i in zip(strides, at):
+        if isinstance(i, int):
+            constant += stride * i
+        elif stride == 1:
+            terms.append(i)
+        elif stride:
+            terms.append(f"{i} * {stride}")
+    if constant or not terms:
+        terms.append(str(constant))
+    return " + ".join(terms)
+
+
+def _without_ones(shape: Index, *strides: Index) -> tuple[Index, ...]:
+    """Shape and strides without axes of one entry."""
+    kept = [i for i, size in enumerate(shape) if size != 1]
+    return tuple(tuple(x[i] for i in kept) for x in (shape, *strides))
+
+
+@dataclass
+class _Code:
+    """Statements of one function."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, text: str, depth: int = 0) -> None:
+        self.lines.append("  " * (depth + 2) + text)
+
+
+class Dynamics:
+    """The C++ of func's graph.
+
+    Args:
+        outputs: a node for each part of the state.
+        dtype: of the state.
+        rows: whether there are several rows, side by side in vectors.
+
+    Attributes:
+        source: the struct.
+    """
+
+    def __init__(self, outputs: Sequence[Node], dtype: torch.dtype, rows: bool) -> None:
+        self.widths = [out.numel for out in outputs]
+        self._starts = [sum(self.widths[:i]) for i in range(len(outputs) + 1)]
+        self._names: dict[int, str] = {}
+        self._code = {place: _Code() for place in Place}
+        self._members = {Place.SOLVE: list[str](), Place.STAGE: list[str]()}
+        self._constants: list[str] = []
+        self._operations = 0
+        self._inputs = {place: set[int]() for place in Place}
+        nodes = in_order(outputs)
+        uses = Counter(id(x.base) for node in nodes for x in node.inputs if node.kind != "view")
+        uses.update(id(out.base) for out in outputs)
+        self._inlined = {
+            id(x.base)
+            for node in nodes
+            if node.kind == "map"
+            for x in node.inputs
+            if x.base.kind == "map" and uses[id(x.base)] == 1 and self._same_order(x, node) and x.place == node.place
+        }
+        for node in nodes:
+            if node.kind not in ("view", "literal", "time", "state", "input") and id(node) not in self._inlined:
+                self._emit(node)
+        self._write(outputs)
+        self.source = self._struct(_SCALARS[dtype], rows)
+
+    @staticmethod
+    def _same_order(x: Node, node: Node) -> bool:
+        """Whether a map's operand is another map, number by number."""
+        shape, strides = _without_ones(x.shape, x.layout[0])
+        (base,) = _without_ones(x.base.shape)
+        return x.layout[1] == 0 and shape == base and strides == _without_ones(shape, _strides(shape))[1]
+
+    def _name(self, node: Node) -> str:
+        """The array in which a node lies."""
+        return self._names[id(node)]
+
+    def _read(self, x: Node, at: Sequence[str | int], place: Place) -> str:
+        """An expression for a number of a node, to be used at a place; `at` is its index without axes of one entry."""
+        base = x.base
+        shape, strides = _without_ones(x.shape, x.layout[0])
+        if id(base) in self._inlined:
+            return f"({self._formula(base, at)})"
+        if base.kind == "literal":
+            text = str(base.detail).lower() if base.mask else _number(base.detail)
+        elif base.kind == "time":
+            text = "t"
+        elif base.kind == "state":
+            text = f"y[{_flat(strides, x.layout[1] + self._starts[base.detail], at)}]"
+        elif base.kind == "input":
+            self._inputs[place].add(base.detail)
+            text = f"p{base.detail}[{_flat(strides, x.layout[1], at)}]"
+        else:
+            text = f"{self._name(base)}[{_flat(strides, x.layout[1], at)}]"
+        if place is Place.ROW and base.place < Place.ROW:
+            return f"spread_mask<V>({text})" if base.mask else f"broadcast<V>({text})"
+        return text
+
+    def _formula(self, node: Node, at: Sequence[str | int]) -> str:
+        """A map's formula for one number."""
+        operands = [self._read(x, at, node.place) for x in node.inputs]
+        return str(node.detail).format(*operands, R="V" if node.place is Place.ROW else "T")
+
+    def _declare(self, node: Node) -> str:
+        """Makes room for a node; returns its name."""
+        number = f"v{len(self._names)}"
+        if node.kind == "constant":
+            numbers = ", ".join(map(_number, node.detail))
+            self._constants.append(f"  static constexpr T {number}[] = {{{numbers}}};")
+            self._names[id(node)] = number
+        elif node.place is Place.ROW:
+            self._code[Place.ROW].add(f"{'mask_t<V>' if node.mask else 'V'} {number}[{max(node.numel, 1)}];")
+            self._names[id(node)] = number
+        else:
+            self._members[node.place].append(f"    {'bool' if node.mask else 'T'} {number}[{max(node.numel, 1)}];")
+            self._names[id(node)] = f"{'fixed' if node.place is Place.SOLVE else 'timed'}.{number}"
+        return self._names[id(node)]
+
+    def _emit(self, node: Node) -> None:
+        name = self._declare(node)
+        if node.kind != "constant":
+            getattr(self, f"_emit_{node.kind}")(node, name, self._code[node.place])
+
+    def _loops(self, shape: Index, calls: int, code: _Code) -> Iterator[tuple[list[str | int], int]]:
+        """Multi-indices to write statements for, and their depth: all, or one within loops."""
+        if math.prod(shape) <= (UNROLLED_CALLS if calls else UNROLLED):
+            yield from ((list(at), 0) for at in product(*map(range, shape)))
+            return
+        for depth, size in enumerate(shape):
+            code.add(f"for (int i{depth} = 0; i{depth} < {size}; ++i{depth})", depth)
+        yield [f"i{depth}" for depth in range(len(shape))], len(shape)
+
+    def _emit_map(self, node: Node, name: str, code: _Code) -> None:
+        (shape,) = _without_ones(node.shape)
+        text = self._formula(node, ["0"] * len(shape))
+        calls = len(_CALL.findall(text))
+        self._count(node, (20 * calls + 1 + text.count("*") + text.count("+")) * node.numel)
+        # One loop is enough where every array is read from front to back.
+        merged = self._merged(node, shape)
+        for at, depth in self._loops(merged, calls, code):
+            index = at if merged == shape else self._split(shape, at)
+            code.add(f"{name}[{_flat(_strides(merged), 0, at)}] = {self._formula(node, index)};", depth)
+
+    def _merged(self, node: Node, shape: Index) -> Index:
+        return shape
+
+    def _split(self, shape: Index, at: Sequence[str | int]) -> list[str | int]:
+        return list(at)
+
+    def _emit_gather(self, node: Node, name: str, code: _Code) -> None:
+        table: list[tuple[int, int]] = list(node.detail)
+        self._count(node, len(table))
+        i = 0
+        while i < len(table):
+            k, start = table[i]
+            n = 1
+            while i + n < len(table) and table[i + n] == (k, start + n):
+                n += 1
+            if n <= UNROLLED:
+                n = 1
+                code.add(f"{name}[{i}] = {self._element(node.inputs[k], start, node.place)};")
+            else:
+                code.add(f"for (int i = 0; i < {n}; ++i)")
+                code.add(f"{name}[{i} + i] = {self._element(node.inputs[k], f'{start} + i', node.place)};", 1)
+            i += n
+
+    def _element(self, base: Node, at: str | int, place: Place) -> str:
+        """A number of a base node, by its place in memory."""
+        flat = Node("view", (base,), ((1,), 0), (base.numel + 1,), base.rows, base.place, base.mask)
+        return self._read(flat, [at], place)
+
+    def _emit_reduce(self, node: Node, name: str, code: _Code) -> None:
+        formula, axes = node.detail
+        (x,) = node.inputs
+        self._count(node, x.numel)
+        strides, offset = x.layout
+        kept = [i for i in range(len(x.shape)) if i not in axes]
+        shape = tuple(x.shape[i] for i in kept)
+        sizes = tuple(x.shape[i] for i in axes)
+        few = x.numel <= UNROLLED
+        for at, depth in self._loops(shape if few else (*shape, 1) if not shape else shape, not few, code):
+            start = [*at][: len(kept)]
+
+            def read(inner: Sequence[str | int], start: list[str | int] = start) -> str:
+                index = [*map(int, [0] * 0)] if not x.shape else list[str | int]([0] * len(x.shape))
+                for i, value in zip(kept, start):
+                    index[i] = value
+                for i, value in zip(axes, inner):
+                    index[i] = value
+                return self._element_at(x, strides, offset, index, node.place)
+
+            target = f"{name}[{_flat(_strides(shape), 0, start)}]"
+            if few:
+                text = read([0] * len(axes))
+                for inner in list(product(*map(range, sizes)))[1:]:
+                    text = formula.format(f"({text})", read(inner))
+                code.add(f"{target} = {text};", depth)
+                continue
+            code.add("{", depth)
+            code.add(f"{'V' if node.place is Place.ROW else 'T'} sum = {read([0] * len(axes))};", depth + 1)
+            code.add(f"for (int r = 1; r < {math.prod(sizes)}; ++r) {{", depth + 1)
+            inner = [f"(r / {math.prod(sizes[i + 1:])} % {size})" for i, size in enumerate(sizes)]
+            code.add(f"sum = {formula.format('sum', read(inner))};", depth + 2)
+            code.add("}", depth + 1)
+            code.add(f"{target} = sum;", depth + 1)
+            code.add("}", depth)
+
+    def _element_at(self, x: Node, strides: Index, offset: int, index: Sequence[str | int], place: Place) -> str:
+        return self._element(x.base, _flat(strides, offset, index), place)
+
+    def _emit_contract(self, node: Node, name: str, code: _Code) -> None:
+        n, i, j, k = node.detail
+        self._count(node, 2 * n * i * j * k)
+        a, b = (self._matrix(x, node.place) for x in node.inputs)
+        if j == 1 and i > 1:  # the longer axis is the one that is cut into blocks
+            (a, (na, ia, ka)), (b, (nb, kb, jb)) = a, b
+            a, b, i, j = (b, (nb, jb, kb)), (a, (na, ka, ia)), 1, i
+        arguments = ", ".join(f"{pointer}, {{{', '.join(map(str, strides))}}}" for pointer, strides in (a, b))
+        code.add(f"contract<{n}, {i}, {j}, {k}>({arguments}, {name});")
+
+    def _matrix(self, x: Node, place: Place) -> tuple[str, Index]:
+        """Pointer and three strides of a factor."""
+        strides, offset = x.layout
+        if x.rows is not None:
+            strides = (*strides[: x.rows], 0, *strides[x.rows :])
+        base = x.base
+        if base.kind in ("literal", "time"):
+            name = f"q{len(self._code[place].lines)}"
+            self._code[place].add(f"const T {name} = {self._read(x, [], Place.STAGE)};")
+            return f"&{name}", strides
+        if base.kind == "state":
+            return f"y + {offset + self._starts[base.detail]}", strides
+        if base.kind == "input":
+            self._inputs[place].add(base.detail)
+            return f"p{base.detail} + {offset}", strides
+        return f"{self._name(base)} + {offset}", strides
+
+    def _count(self, node: Node, operations: int) -> None:
+        if node.place is Place.ROW:
+            self._operations += operations
+
+    def _write(self, outputs: Sequence[Node]) -> None:
+        code = self._code[Place.ROW]
+        for out, start in zip(outputs, self._starts):
+            shape, strides = _without_ones(out.shape, out.layout[0])
+            for at, depth in self._loops(shape, 0, code):
+                code.add(f"k[{_flat(_strides(shape), start, at)}] = {self._read(out, at, Place.ROW)};", depth)
+
+    def _body(self, place: Place) -> str:
+        pointers = [
+            f"    const T* const p{i} = static_cast<const T*>(inputs[{i}]);" for i in sorted(self._inputs[place])
+        ]
+        return "\n".join([*pointers, *self._code[place].lines])
+
+    def _struct(self, scalar: str, rows: bool) -> str:
+        segments = ", ".join(map(str, self._starts))
+        fixed, timed = ("\n".join(self._members[place]) for place in (Place.SOLVE, Place.STAGE))
+        constants = "".join(line + "\n" for line in self._constants)
+        return f"""struct Dynamics {{
+  using T = {scalar};
+  using V = {"Vector<T, kRegister>" if rows else "T"};
+  static constexpr int size = {self._starts[-1]};
+  static constexpr int n_segments = {len(self.widths)};
+  static constexpr int segments[] = {{{segments}}};
+  static constexpr int64_t operations = {self._operations};
+{constants}
+  struct Fixed {{
+{fixed}
+  }};
+  struct Timed {{
+{timed}
+  }};
+
+  // Once a solve.
+  static void prepare([[maybe_unused]] const void* const* inputs, [[maybe_unused]] Fixed& fixed) {{
+{self._body(Place.SOLVE)}
+  }}
+
+  // Once a stage.
+  static void at([[maybe_unused]] T t, [[maybe_unused]] const void* const* inputs,
+                 [[maybe_unused]] const Fixed& fixed, [[maybe_unused]] Timed& timed) {{
+{self._body(Place.STAGE)}
+  }}
+
+  // For every row: k = f(t, y).
+  static void rows([[maybe_unused]] T t, [[maybe_unused]] const V* __restrict__ y, V* __restrict__ k,
+                   [[maybe_unused]] const void* const* inputs, [[maybe_unused]] const Fixed& fixed,
+                   [[maybe_unused]] const Timed& timed) {{
+{self._body(Place.ROW)}
+  }}
+}};
+"""
+
+
+def _strides(shape: Index) -> Index:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _table(name: str, rows: Sequence[Sequence[float]], width: int) -> str:
+    lines = (", ".join(map(repr, [*row, *[0.0] * (width - len(row))])) for row in rows)
+    return f"  static constexpr double {name}[{len(rows)}][{width}] = {{{', '.join(f'{{{line}}}' for line in lines)}}};"
+
+
+def _row(name: str, numbers: Sequence[float]) -> str:
+    return f"  static constexpr double {name}[{len(numbers)}] = {{{', '.join(map(repr, numbers))}}};"
+
+
+def method_source(tableau: Tableau) -> str:
+    """The C++ of a tableau."""
+    if tableau.adaptive:
+        n = len(tableau.rows) + 1
+        degree = max(map(len, tableau.interpolant))
+        lines = [
+            f"  static constexpr int evaluations = {n}, degree = {degree};",
+            _table("a", tableau.rows, n),
+            _row("c", tableau.abscissae),
+            _row("error", [*tableau.error_weights, *[0.0] * (n - len(tableau.error_weights))]),
+            _table("interpolant", tableau.interpolant, degree),
+            _row("end", tableau.end),
+        ]
+    else:
+        n = len(tableau.rows) + 1
+        rows = tableau.rows or ((0.0,),)
+        lines = [f"  static constexpr int evaluations = {n};", _table("a", rows, n), _row("b", tableau.weights)]
+    return "struct Method {\n" + "\n".join(lines) + "\n};\n"
+
+
+def solver_source(dynamics: Dynamics, tableau: Tableau) -> str:
+    """A whole file: dynamics, method, and what Python calls."""
+    kind, header = ("AdaptiveSolve", "adaptive.h") if tableau.adaptive else ("FixedGridSolve", "fixed_grid.h")
+    return f"""// Written by pyode.compile. Rows lie in blocks, a vector V for each number of a row.
+#include "compiled/contract.h"
+#include "compiled/functions.h"
+#include "compiled/{header}"
+
+namespace pyode {{
+inline namespace PYODE_LEVEL {{
+namespace compiled {{
+namespace {{
+
+{dynamics.source}
+{method_source(tableau)}
+using Solver = {kind}<Dynamics, Method>;
+
+}}  // namespace
+}}  // namespace compiled
+}}  // namespace PYODE_LEVEL
+}}  // namespace pyode
+
+extern "C" __attribute__((visibility("default"))) int64_t workspace(int64_t rows) {{
+  return pyode::compiled::Solver::workspace(rows);
+}}
+extern "C" __attribute__((visibility("default"))) void solve(pyode::CompiledSolve* arguments) {{
+  pyode::compiled::Solver(*arguments).run();
+}}
+extern "C" __attribute__((visibility("default"))) int64_t arguments_size() {{ return sizeof(pyode::CompiledSolve); }}
+"""

@@ -1,0 +1,203 @@
+"""A library of compiled dynamics, and a solve with it: one native call, without the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import threading
+from ctypes import CFUNCTYPE, POINTER, Structure, byref, c_double, c_int, c_int64, c_void_p
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .._ops import native as ops
+from .._ops.contract import INTEGER_FIELDS, REAL_FIELDS, Grid, Policy
+from .build import build
+
+_MOST_KEPT = 1 << 24  # bytes of workspace that a thread keeps for its next solve
+
+
+class _Grid(Structure):
+    _fields_ = (
+        ("times", c_void_p), ("n_times", c_int64), ("time_stride", c_int64), ("sample_stride", c_int64),
+        ("step_t", c_void_p), ("n_step_t", c_int64), ("jump_t", c_void_p), ("n_jump_t", c_int64),
+    )  # fmt: skip
+
+
+class _Policy(Structure):
+    _fields_ = (
+        *((name, c_double) for name in ("safety", "ifactor", "dfactor", "min_step", "max_step", "order")),
+        ("beta", c_double * 3), ("alpha", c_double * 2), ("least_ulps", c_double), ("cautious", c_int64),
+        ("max_num_steps", c_int64), ("clip", c_int64), ("count_per_output", c_int64), ("resume", c_int64),
+    )  # fmt: skip
+
+
+class _Sample(Structure):
+    _fields_ = (*((name, c_double) for name in REAL_FIELDS), *((name, c_int64) for name in INTEGER_FIELDS))
+
+
+_Interrupted = CFUNCTYPE(c_int)
+
+
+class _Solve(Structure):
+    """CompiledSolve of csrc/compiled/blocks.h."""
+
+    _fields_ = (
+        ("y0", c_void_p), ("out", c_void_p), ("workspace", c_void_p), ("inputs", c_void_p), ("rows", c_int64),
+        ("grid", _Grid), ("policy", _Policy), ("rtol", c_double), ("atol", c_double),
+        ("rtol_each", c_void_p), ("atol_each", c_void_p), ("first_step", c_double),
+        ("ends", c_void_p), ("n_ends", c_int64), ("stage_times", c_void_p),
+        ("threads", c_int64), ("run_parallel", c_void_p), ("interrupted", _Interrupted),
+        ("sample", _Sample), ("evaluations", c_int64), ("finite_start", c_int64),
+    )  # fmt: skip
+
+
+class _Signals(threading.local):
+    """The signal handlers' exception, until the native call is over."""
+
+    error: BaseException | None = None
+
+
+_signals = _Signals()
+
+
+@_Interrupted
+def _interrupted() -> int:
+    try:
+        ctypes.pythonapi.PyErr_CheckSignals()
+    except BaseException as error:  # KeyboardInterrupt, or what else a handler raises
+        _signals.error = error
+        return 1
+    return 0
+
+
+class _Workspace(threading.local):
+    """A thread's memory for solves, kept if it is not big."""
+
+    memory: Tensor | None = None
+
+    def take(self, size: int) -> Tensor:
+        memory, self.memory = self.memory, None
+        return torch.empty(size, dtype=torch.uint8) if memory is None or len(memory) < size else memory
+
+    def put(self, memory: Tensor) -> None:
+        if len(memory) <= _MOST_KEPT:
+            self.memory = memory
+
+
+_workspace = _Workspace()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a native solve ended.
+
+    Attributes:
+        status, t, dt, n_accepted, n_rejected, output_end: as in the step state.
+        n_evals: evaluations of func.
+        finite_start: whether the state and its derivative were finite, if no step was tried.
+    """
+
+    status: int
+    t: float
+    dt: float
+    n_accepted: int
+    n_rejected: int
+    output_end: int
+    n_evals: int
+    finite_start: bool
+
+
+def _policy(policy: Policy) -> _Policy:
+    values = {name.name: getattr(policy, name.name) for name in fields(policy)}
+    return _Policy(**{**values, "beta": (c_double * 3)(*policy.beta), "alpha": (c_double * 2)(*policy.alpha)})
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Library:
+    """Compiled dynamics with a method's loop.
+
+    Args:
+        source: the C++.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.path, temporary = build(source)
+        library = ctypes.CDLL(str(self.path))
+        if temporary:
+            shutil.rmtree(self.path.parent, ignore_errors=True)
+        library.arguments_size.restype = c_int64
+        assert library.arguments_size() == ctypes.sizeof(_Solve)
+        library.workspace.restype, library.workspace.argtypes = c_int64, (c_int64,)
+        library.solve.restype, library.solve.argtypes = None, (POINTER(_Solve),)
+        self._library = library
+        self._solve = library.solve
+
+    def solve(
+        self,
+        y0: Tensor,
+        rows: int,
+        inputs: list[Tensor],
+        grid: Grid,
+        policy: Policy,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        first_step: float | None,
+        steps: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Outcome]:
+        """Carries out a solve.
+
+        Args:
+            y0: packed, contiguous.
+            rows: how many rows it has.
+            inputs: the tensors that func has closed over.
+            grid, policy, rtol, atol, first_step: as the loops'.
+            steps: of a fixed grid, the ends of the steps and the times of the stages, [N - 1, S], of the state's dtype.
+
+        Returns:
+            The states at the output times, [T, *y0.shape], and how it ended.
+        """
+        kept = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in inputs]
+        pointers = (c_void_p * max(len(kept), 1))(*(tensor.data_ptr() for tensor in kept))
+        n = len(grid.times)
+        out = torch.empty((n, *y0.shape), dtype=y0.dtype)
+        memory = _workspace.take(int(self._library.workspace(rows)))
+        solve = _Solve(
+            y0=y0.data_ptr(),
+            out=out.data_ptr(),
+            workspace=memory.data_ptr(),
+            inputs=ctypes.addressof(pointers),
+            rows=rows,
+            grid=_Grid(
+                grid.times.data_ptr(), n, 1, 0,
+                _address(grid.step_t), 0 if grid.step_t is None else len(grid.step_t),
+                _address(grid.jump_t), 0 if grid.jump_t is None else len(grid.jump_t),
+            ),
+            policy=_policy(policy),
+            rtol=rtol if isinstance(rtol, float) else 0.0,
+            atol=atol if isinstance(atol, float) else 0.0,
+            rtol_each=None if isinstance(rtol, float) else rtol.data_ptr(),
+            atol_each=None if isinstance(atol, float) else atol.data_ptr(),
+            first_step=math.nan if first_step is None else first_step,
+            ends=None if steps is None else steps[0].data_ptr(),
+            n_ends=0 if steps is None else len(steps[0]),
+            stage_times=None if steps is None else steps[1].data_ptr(),
+            threads=torch.get_num_threads(),
+            run_parallel=ops.RUN_PARALLEL,
+            interrupted=_interrupted,
+        )  # fmt: skip
+        self._solve(byref(solve))
+        _workspace.put(memory)
+        error, _signals.error = _signals.error, None
+        if error is not None:
+            raise error
+        s = solve.sample
+        outcome = Outcome(
+            s.status, s.t, s.dt_prev, s.n_accepted, s.n_rejected, s.output_end, solve.evaluations, bool(solve.finite_start)
+        )
+        return out, outcome

@@ -1,0 +1,140 @@
+"""From a user's func to a graph of ATen operators, without freezing anything into it that may change.
+
+func is run once on fake tensors, which have shapes and no values. What depends on a value is therefore noticed, and the
+number of rows is a symbol. Tensors that func has closed over (parameters, buffers, others) are found by what it does with
+them, and are the graph's inputs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import CompileError
+
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_READS = (Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage)
+# Operators that only move numbers are kept, where torch would compute with indices or masks.
+_KEPT = ("select_scatter", "slice_scatter", "roll", "constant_pad_nd", "flip", "stack", "unbind", "split", "repeat")
+_EXAMPLE_ROWS = 8  # any number that torch does not take for a special case, as it does 0 and 1
+
+
+@cache
+def _decompositions() -> dict[Any, Any]:
+    """Torch's own formulas for what is composed of simpler operators."""
+    from torch._decomp import core_aten_decompositions
+
+    table = core_aten_decompositions()
+    return {op: formula for op, formula in table.items() if op.name().split("::")[1].split(".")[0] not in _KEPT}
+
+
+def user_line() -> str:
+    """Where in the user's code we are."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith((*_LIBRARIES, "<")):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "func"
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the line of every operator, and refuses those whose results can't be had from the arguments alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        line, name = user_line(), func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "item", "equal", "is_nonzero"):
+            raise CompileError(f"a tensor's value is read at {line}")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise CompileError(f"{name} draws random numbers at {line}")
+        for argument, value in zip(func._schema.arguments, args):
+            if argument.alias_info is not None and argument.alias_info.is_write and not isinstance(value, FakeTensor):
+                raise CompileError(f"{name} writes into a tensor that func has closed over at {line}")
+        out = func(*args, **(kwargs or {}))
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+        mode = get_proxy_mode()
+        for node in reversed(mode.tracer.graph.nodes) if mode is not None else ():  # type: ignore[union-attr]
+            if "line" in node.meta:
+                break
+            node.meta["line"] = line
+        return out
+
+
+class _Reads(TorchFunctionMode):
+    """Refuses to hand out the memory of a tensor, whose values may change."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS:
+            raise CompileError(f"Tensor.{func.__name__} is called at {user_line()}")
+        return func(*args, **(kwargs or {}))
+
+
+def trace(func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, rows: bool) -> GraphModule:
+    """The graph of func(t, *parts): placeholders for t and the parts of the state, and what is returned as a list.
+
+    Args:
+        func: the user's.
+        shapes: of the parts of the state.
+        is_tuple: whether func takes and returns a tuple.
+        dtype: of the state.
+        rows: whether the parts' first axis is a symbol, so that the graph serves any number of rows.
+
+    Raises:
+        CompileError: func does something that a graph can't stand for.
+        Exception: whatever func raises.
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+
+    def fake(shape: torch.Size, name: str) -> Tensor:
+        example = torch.empty((_EXAMPLE_ROWS, *shape[1:]) if rows else shape, dtype=dtype)
+        dynamic = [DimDynamic.DYNAMIC if rows and i == 0 else DimDynamic.STATIC for i in range(len(shape))]
+        # Parts with one name for their number of rows have the same symbol.
+        return mode.from_tensor(example, source=ConstantSource(name), symbolic_context=StatelessSymbolicContext(dynamic))  # type: ignore[arg-type]
+
+    def call(t: Tensor, *parts: Tensor) -> list[Tensor]:
+        with _Watch(), _Reads():
+            out = func(t, parts if is_tuple else parts[0])
+            return [torch.clone(part) for part in (out if is_tuple else (out,))]
+
+    time = mode.from_tensor(torch.tensor(0.0, dtype=dtype))
+    first = fake(shapes[0], "state")
+    with mode:
+        parts = [first, *(torch.empty((first.shape[0], *shape[1:]) if rows else shape, dtype=dtype) for shape in shapes[1:])]
+    try:
+        graph: GraphModule = make_fx(
+            torch.func.functionalize(call), _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True
+        )(time, *parts)
+    except RuntimeError as error:
+        if "data-dependent" in str(error) or "DataDependent" in type(error).__name__:
+            raise CompileError(f"a tensor's value decides what is done at {_line_of(error)}") from error
+        raise
+    if env.guards or env.replacements:
+        raise CompileError("func depends on the number of rows")
+    return graph
+
+
+def _line_of(error: BaseException) -> str:
+    """The last line of the user's that an exception has passed."""
+    line, step = "func", error.__traceback__
+    while step is not None:
+        code = step.tb_frame.f_code
+        if not code.co_filename.startswith((*_LIBRARIES, "<")):
+            line = f"{code.co_filename}:{step.tb_lineno}"
+        step = step.tb_next
+    return line
