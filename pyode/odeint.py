@@ -18,7 +18,7 @@ from ._ops import backend_for
 from ._ops.contract import Grid, Policy
 from .callbacks import callbacks_of
 from .compiled.dynamics import CompiledDynamics, compiled_once
-from .compiled.solve import solve_compiled
+from .compiled.solve import solve_again, solve_compiled
 from .control import (
     STEPS_TO_EVENT,
     Times,
@@ -95,6 +95,10 @@ def odeint(
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, sections II.1 to II.6; the interface is
         torchdiffeq's.
     """
+    if type(func) is CompiledDynamics and not options and event_fn is None:
+        again = solve_again(func, y0, t, rtol, atol, method)
+        if again is not None:
+            return again
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn)
     solved = solve(problem)
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))

@@ -51,7 +51,8 @@ class Entry:
                 imported = self._import(func, shapes, is_tuple, dtype, rows=False)
             except CompileError as error:
                 raise (error if not together else mixed) from error
-        self.inputs = imported.inputs
+        self.dtype, self.inputs = dtype, imported.inputs
+        self._shapes = [x.shape for x in self.inputs]
         self.source = solver_source(Dynamics(imported.outputs, dtype, self.rows), method)
         self.library = Library(self.source)
         self.seconds = time.perf_counter() - began
@@ -69,6 +70,11 @@ class Entry:
         ]
         return Import(traced, dtype, rows)
 
+    def fits(self) -> bool:
+        """Whether the inputs are still of their shapes and dtype."""
+        dtype = self.dtype
+        return all(x.dtype is dtype and x.shape == shape for x, shape in zip(self.inputs, self._shapes))
+
     def rows_of(self, shape: torch.Size) -> int:
         """How many rows a state has whose first part has this shape."""
         return shape[0] if self.rows else 1
@@ -84,9 +90,11 @@ class CompiledDynamics(nn.Module):
         super().__init__()
         self.func, self.strict = func, strict
         self._entries: dict[Any, Entry] = {}
+        self._distinct: list[Entry] = []
         self._guards: Guards | None = None
         self._refused: dict[Any, str] = {}
         self._lock = RLock()
+        self.last: object = None  # the last solve, prepared to be done again
 
     def forward(self, t: Tensor, y: Any) -> Any:
         """func(t, y)."""
@@ -95,7 +103,7 @@ class CompiledDynamics(nn.Module):
     @property
     def source(self) -> str:
         """The C++ of what was compiled last; empty before the first solve."""
-        return list(self._entries.values())[-1].source if self._entries else ""
+        return self._distinct[-1].source if self._distinct else ""
 
     def entry(self, shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, method: Tableau) -> Entry | None:
         """What was compiled for such a state, compiled now if need be; None, after one warning, where that can't be done.
@@ -104,16 +112,23 @@ class CompiledDynamics(nn.Module):
             CompileError: it can't be done, and `strict` is wanted.
         """
         key = (*shapes, is_tuple, dtype, method.name)
-        if self._guards is not None and not self._guards.hold():
+        if not self.unchanged():
             with self._lock:
                 self._entries.clear()
                 self._refused.clear()
+                self.last = None
         found = self._entries.get(key)
         if found is None and key not in self._refused:
             with self._lock:
                 found = self._entries.get(key) or self._make(key, shapes, is_tuple, dtype, method)
+                self._distinct = list(dict.fromkeys(self._entries.values()))
                 self._guards = Guards(self.func)  # as func is after it was called; it may count its calls
         return found
+
+    def unchanged(self) -> bool:
+        """Whether func is as it was when it was traced, but for the values of its tensors."""
+        guards = self._guards
+        return guards is None or (guards.hold() and all(entry.fits() for entry in self._distinct))
 
     def _make(
         self, key: Any, shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, method: Tableau
@@ -144,7 +159,7 @@ class CompiledDynamics(nn.Module):
 
     def __repr__(self) -> str:
         lines = [f"compiled {_name(self.func)}"]
-        for entry in dict.fromkeys(self._entries.values()):
+        for entry in self._distinct:
             n = sum(tensor.numel() for tensor in entry.inputs)
             lines.append(
                 f"  operators: {', '.join(dict.fromkeys(entry.operators))}\n"

@@ -7,7 +7,8 @@ import math
 import shutil
 import threading
 from ctypes import CFUNCTYPE, POINTER, Structure, byref, c_double, c_int, c_int64, c_void_p
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +42,8 @@ class _Sample(Structure):
 _Interrupted = CFUNCTYPE(c_int)
 
 
-class _Solve(Structure):
-    """CompiledSolve of csrc/compiled/blocks.h."""
+class Solve(Structure):
+    """A native call's arguments and results: CompiledSolve of csrc/compiled/blocks.h."""
 
     _fields_ = (
         ("y0", c_void_p), ("out", c_void_p), ("workspace", c_void_p), ("inputs", c_void_p), ("rows", c_int64),
@@ -90,26 +91,6 @@ class _Workspace(threading.local):
 _workspace = _Workspace()
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a native solve ended.
-
-    Attributes:
-        status, t, dt, n_accepted, n_rejected, output_end: as in the step state.
-        n_evals: evaluations of func.
-        finite_start: whether the state and its derivative were finite, if no step was tried.
-    """
-
-    status: int
-    t: float
-    dt: float
-    n_accepted: int
-    n_rejected: int
-    output_end: int
-    n_evals: int
-    finite_start: bool
-
-
 def _policy(policy: Policy) -> _Policy:
     values = {name.name: getattr(policy, name.name) for name in fields(policy)}
     return _Policy(**{**values, "beta": (c_double * 3)(*policy.beta), "alpha": (c_double * 2)(*policy.alpha)})
@@ -132,46 +113,34 @@ class Library:
         if temporary:
             shutil.rmtree(self.path.parent, ignore_errors=True)
         library.arguments_size.restype = c_int64
-        assert library.arguments_size() == ctypes.sizeof(_Solve)
+        assert library.arguments_size() == ctypes.sizeof(Solve)
         library.workspace.restype, library.workspace.argtypes = c_int64, (c_int64,)
-        library.solve.restype, library.solve.argtypes = None, (POINTER(_Solve),)
+        library.solve.restype, library.solve.argtypes = None, (POINTER(Solve),)
         self._library = library
         self._solve = library.solve
 
-    def solve(
+    def plan(
         self,
-        y0: Tensor,
+        shape: torch.Size,
+        dtype: torch.dtype,
         rows: int,
-        inputs: list[Tensor],
         grid: Grid,
         policy: Policy,
         rtol: float | Tensor,
         atol: float | Tensor,
         first_step: float | None,
         steps: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Outcome]:
-        """Carries out a solve.
+    ) -> Plan:
+        """What can be done again and again for other states and inputs.
 
         Args:
-            y0: packed, contiguous.
+            shape, dtype: of the packed state.
             rows: how many rows it has.
-            inputs: the tensors that func has closed over.
             grid, policy, rtol, atol, first_step: as the loops'.
             steps: of a fixed grid, the ends of the steps and the times of the stages, [N - 1, S], of the state's dtype.
-
-        Returns:
-            The states at the output times, [T, *y0.shape], and how it ended.
         """
-        kept = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in inputs]
-        pointers = (c_void_p * max(len(kept), 1))(*(tensor.data_ptr() for tensor in kept))
         n = len(grid.times)
-        out = torch.empty((n, *y0.shape), dtype=y0.dtype)
-        memory = _workspace.take(int(self._library.workspace(rows)))
-        solve = _Solve(
-            y0=y0.data_ptr(),
-            out=out.data_ptr(),
-            workspace=memory.data_ptr(),
-            inputs=ctypes.addressof(pointers),
+        form = Solve(
             rows=rows,
             grid=_Grid(
                 grid.times.data_ptr(), n, 1, 0,
@@ -187,17 +156,47 @@ class Library:
             ends=None if steps is None else steps[0].data_ptr(),
             n_ends=0 if steps is None else len(steps[0]),
             stage_times=None if steps is None else steps[1].data_ptr(),
-            threads=torch.get_num_threads(),
             run_parallel=ops.RUN_PARALLEL,
             interrupted=_interrupted,
         )  # fmt: skip
+        size = int(self._library.workspace(rows))
+        return Plan(self._solve, form, (n, *shape), dtype, size, (grid, rtol, atol, steps))
+
+
+class Plan:
+    """A solve with everything fixed but the state and the inputs' values.
+
+    Args:
+        solve: the native function.
+        form: its arguments, but for those.
+        shape, dtype: of the outputs.
+        workspace: bytes.
+        kept: whose memory the arguments point to.
+    """
+
+    def __init__(
+        self, solve: Any, form: Solve, shape: tuple[int, ...], dtype: torch.dtype, workspace: int, kept: object
+    ) -> None:
+        self._solve, self._form, self._kept = solve, form, kept
+        self._shape, self._dtype, self._workspace = shape, dtype, workspace
+        self._pointers: tuple[list[int], Any] = ([], None)
+
+    def run(self, y0: Tensor, inputs: list[Tensor]) -> tuple[Tensor, Solve]:
+        """Solves from a packed, contiguous state; returns the states at the output times and how it ended."""
+        kept = [x if x.is_contiguous() else x.contiguous() for x in inputs]
+        addresses = [x.data_ptr() for x in kept]
+        known, array = self._pointers
+        if array is None or known != addresses:
+            array = (c_void_p * max(len(addresses), 1))(*addresses)
+            self._pointers = addresses, array
+        out = torch.empty(self._shape, dtype=self._dtype)
+        memory = _workspace.take(self._workspace)
+        solve = Solve.from_buffer_copy(self._form)
+        solve.y0, solve.out, solve.workspace = y0.data_ptr(), out.data_ptr(), memory.data_ptr()
+        solve.inputs, solve.threads = ctypes.addressof(array), torch.get_num_threads()
         self._solve(byref(solve))
         _workspace.put(memory)
-        error, _signals.error = _signals.error, None
-        if error is not None:
-            raise error
-        s = solve.sample
-        outcome = Outcome(
-            s.status, s.t, s.dt_prev, s.n_accepted, s.n_rejected, s.output_end, solve.evaluations, bool(solve.finite_start)
-        )
-        return out, outcome
+        if solve.sample.status < 0:
+            error, _signals.error = _signals.error, None
+            raise error or KeyboardInterrupt
+        return out, solve
