@@ -51,8 +51,8 @@ class Entry:
                 imported = self._import(func, shapes, is_tuple, dtype, rows=False)
             except CompileError as error:
                 raise (error if not together else mixed) from error
-        self.dtype, self.inputs = dtype, imported.inputs
-        self._shapes = [x.shape for x in self.inputs]
+        self.inputs = imported.inputs
+        self._forms = [(x.dtype, x.shape) for x in self.inputs]
         self.source = solver_source(Dynamics(imported.outputs, dtype, self.rows), method)
         self.library = Library(self.source)
         self.seconds = time.perf_counter() - began
@@ -71,9 +71,8 @@ class Entry:
         return Import(traced, dtype, rows)
 
     def fits(self) -> bool:
-        """Whether the inputs are still of their shapes and dtype."""
-        dtype = self.dtype
-        return all(x.dtype is dtype and x.shape == shape for x, shape in zip(self.inputs, self._shapes))
+        """Whether the inputs are still of their shapes and dtypes."""
+        return all(x.dtype is dtype and x.shape == shape for x, (dtype, shape) in zip(self.inputs, self._forms))
 
     def rows_of(self, shape: torch.Size) -> int:
         """How many rows a state has whose first part has this shape."""

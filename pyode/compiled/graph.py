@@ -80,6 +80,14 @@ def contiguous(shape: Index) -> Index:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
+def _positions(shape: Index, strides: Index, offset: int) -> Tensor:
+    """Where in memory the numbers of an array lie."""
+    positions = torch.full(shape, offset)
+    for axis, (size, stride) in enumerate(zip(shape, strides)):
+        positions += (stride * torch.arange(size)).reshape(-1, *[1] * (len(shape) - 1 - axis))
+    return positions
+
+
 def _affine(indices: Tensor) -> tuple[Index, int] | None:
     """Strides and offset, if the indices are an affine function of the position."""
     if indices.numel() == 0:
@@ -89,10 +97,8 @@ def _affine(indices: Tensor) -> tuple[Index, int] | None:
     for axis, size in enumerate(indices.shape):
         start = indices[(0,) * axis]
         strides.append(int(start[1].reshape(-1)[0]) - offset if size > 1 else 0)
-    exact = torch.full((), offset)
-    for stride, size, axis in zip(strides, indices.shape, range(indices.dim())):
-        exact = exact + (stride * torch.arange(size)).reshape(-1, *[1] * (indices.dim() - 1 - axis))
-    return (tuple(strides), offset) if torch.equal(exact.expand(indices.shape), indices) else None
+    layout = tuple(strides), offset
+    return layout if torch.equal(_positions(tuple(indices.shape), *layout), indices) else None
 
 
 class Graph:
@@ -137,9 +143,7 @@ class Graph:
         ends = [0]
         indices = []
         for node in nodes:
-            memory = torch.arange(node.base.numel) + ends[-1]
-            strides, offset = node.layout
-            indices.append(memory.as_strided(node.shape, strides, offset) if memory.numel() else memory.reshape(node.shape))
+            indices.append(_positions(node.shape, *node.layout) + ends[-1])
             ends.append(ends[-1] + node.base.numel)
         step = ends[-1]
         for i, node in enumerate(nodes):

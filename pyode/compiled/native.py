@@ -183,13 +183,14 @@ class Plan:
 
     def run(self, y0: Tensor, inputs: list[Tensor]) -> tuple[Tensor, Solve]:
         """Solves from a packed, contiguous state; returns the states at the output times and how it ended."""
-        kept = [x if x.is_contiguous() else x.contiguous() for x in inputs]
+        dtype = self._dtype
+        kept = [x if x.dtype is dtype and x.is_contiguous() else x.detach().to(dtype).contiguous() for x in inputs]
         addresses = [x.data_ptr() for x in kept]
         known, array = self._pointers
         if array is None or known != addresses:
             array = (c_void_p * max(len(addresses), 1))(*addresses)
             self._pointers = addresses, array
-        out = torch.empty(self._shape, dtype=self._dtype)
+        out = torch.empty(self._shape, dtype=dtype)
         memory = _workspace.take(self._workspace)
         solve = Solve.from_buffer_copy(self._form)
         solve.y0, solve.out, solve.workspace = y0.data_ptr(), out.data_ptr(), memory.data_ptr()

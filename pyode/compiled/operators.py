@@ -74,7 +74,7 @@ LOGIC |= {f"logical_{name[8:]}": formula for name, formula in LOGIC.items()}
 MOVES = frozenset(
     "view _unsafe_view reshape permute t transpose expand slice select squeeze unsqueeze alias detach clone unbind split "
     "split_with_sizes flip roll repeat unfold diagonal cat stack select_scatter slice_scatter index_select index "
-    "lift_fresh_copy movedim as_strided_copy constant_pad_nd copy chunk".split()
+    "lift_fresh_copy movedim copy chunk".split()
 )
 
 OPERATORS: dict[str, Callable[..., Node]] = {}
@@ -161,6 +161,7 @@ OPERATORS |= {
     "clamp_min": lambda graph, x, low: op_clamp(graph, x, low),
     "clamp_max": lambda graph, x, high: op_clamp(graph, x, None, high),
     "relu": lambda graph, x: op_clamp(graph, x, 0.0),
+    "hardtanh": lambda graph, x, low=-1.0, high=1.0: op_clamp(graph, x, low, high),
 }
 
 
@@ -183,8 +184,10 @@ def op_gelu(graph: Graph, x: Node, approximate: str = "none") -> Node:  # noqa: 
 
 
 @_operator
-def op__to_copy(graph: Graph, x: Node, **_: Any) -> Node:  # noqa: D103
-    return x
+def op__to_copy(graph: Graph, x: Node, dtype: torch.dtype | None = None, **_: Any) -> Node:  # noqa: D103
+    if dtype == torch.bool:
+        return x if x.mask else graph.map("{0} != 0", x, mask=True)
+    return x if dtype is None else graph.number(x)
 
 
 @_operator
@@ -361,9 +364,11 @@ class Import:
         assert isinstance(value, Tensor)
         if all(getattr(user.target, "__name__", "").startswith("lift_fresh") for user in node.users):
             return value  # made by func itself, from Python's numbers
-        if value.dtype != self.dtype or value.device.type != "cpu":
+        if value.device.type != "cpu" or value.is_complex():
             raise CompileError(f"func uses a tensor of {value.dtype} on {value.device}; the state is of {self.dtype}")
-        return self._input(value)
+        # One of another dtype is converted at every solve; where torch would compute in that dtype is noticed there.
+        made = self._input(value)
+        return self.graph.map("{0} != 0", made, mask=True) if value.dtype == torch.bool else made
 
     def _input(self, tensor: Tensor) -> Node:
         i = next((i for i, known in enumerate(self.inputs) if known is tensor), len(self.inputs))
@@ -449,13 +454,10 @@ class Import:
         )
 
     def _move(self, target: Any, name: str, args: Any, options: dict[str, Any], found: list[Any], many: bool) -> Any:
-        if name == "constant_pad_nd":
-            x, pads, number = args[0], args[1], self.graph.literal(float(args[2]) if len(args) > 2 else 0.0)
-            return self.graph.rearrange(
-                lambda x, filler: target(x, pads, int(filler)), x, number, rows=self._rows_of(found[0])
-            )
         options.pop("memory_format", None)
-        constant = name in ("index", "index_select")  # the indices
+        constant = name in ("index", "index_select")
+        if constant and len(_nodes_in(args)) > 1:
+            raise CompileError("takes indices from a tensor that may change")
         filled = args if constant else _each(lambda x: self._node(x) if isinstance(x, Tensor) else x, args)
         nodes = _nodes_in(filled)
         outs = [

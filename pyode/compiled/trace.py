@@ -25,7 +25,7 @@ from ..errors import CompileError
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _READS = (Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage)
 # Operators that only move numbers are kept, where torch would compute with indices or masks.
-_KEPT = ("select_scatter", "slice_scatter", "roll", "constant_pad_nd", "flip", "stack", "unbind", "split", "repeat")
+_KEPT = ("select_scatter", "slice_scatter", "roll", "flip", "stack", "unbind", "split", "repeat")
 _EXAMPLE_ROWS = 8  # any number that torch does not take for a special case, as it does 0 and 1
 
 
@@ -35,7 +35,19 @@ def _decompositions() -> dict[Any, Any]:
     from torch._decomp import core_aten_decompositions
 
     table = core_aten_decompositions()
-    return {op: formula for op, formula in table.items() if op.name().split("::")[1].split(".")[0] not in _KEPT}
+    kept = {op: formula for op, formula in table.items() if op.name().split("::")[1].split(".")[0] not in _KEPT}
+    return kept | {torch.ops.aten.constant_pad_nd.default: _pad}
+
+
+def _pad(x: Tensor, pads: list[int], value: float = 0) -> Tensor:
+    """Padding as concatenation; torch's own looks at the number of rows."""
+    for i, (before, behind) in enumerate(zip(pads[::2], pads[1::2])):
+        axis, size = x.dim() - 1 - i, x.shape[-1 - i]
+        if before or behind:
+            x = x.narrow(axis, max(-before, 0), size + min(before, 0) + min(behind, 0))
+        fillers = [x.new_full((*x.shape[:axis], max(n, 0), *x.shape[axis + 1 :]), value) for n in (before, behind)]
+        x = torch.cat([part for part in (fillers[0], x, fillers[1]) if part.shape[axis]], axis) if before or behind else x
+    return x
 
 
 def user_line() -> str:
