@@ -168,7 +168,7 @@ def pose(
     if event_fn is not None:
         times = times_until_event(times, options)
         options = {"max_num_steps": STEPS_TO_EVENT, **options} if found.adaptive else options
-    compiled = compiled_once(func) if isinstance(func, CompiledDynamics) or options.get("compile") else None
+    compiled = func if isinstance(func, CompiledDynamics) else compiled_once(func) if options.get("compile") else None
     if compiled is not None:
         func = compiled.func
     form = Form(y0)

@@ -30,7 +30,8 @@ _SCALARS = {
 }
 
 
-RUN_PARALLEL = _C.RUN_PARALLEL  # the address of the pool's function, for code that is compiled at run time
+# For code that is compiled at run time: the addresses of functions, and what raises what the second has caught.
+RUN_PARALLEL, INTERRUPTED, raise_interruption = _C.RUN_PARALLEL, _C.INTERRUPTED, _C.raise_interruption
 
 
 def supports(y: Tensor) -> bool:

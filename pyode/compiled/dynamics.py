@@ -22,6 +22,7 @@ from .trace import trace
 
 DTYPES = (torch.float32, torch.float64)
 LARGEST_ROW = 4096  # numbers in a state that is one row because its rows are mixed
+_tracing = RLock()  # torch's tracing is one thread's at a time
 
 
 class Entry:
@@ -40,17 +41,15 @@ class Entry:
     ) -> None:
         began = time.perf_counter()
         together = min(map(len, shapes)) > 0 and len({shape[0] for shape in shapes}) == 1
-        try:
-            if not together:
-                raise CompileError("the parts of the state have different numbers of rows")
-            imported = self._import(func, shapes, is_tuple, dtype, rows=True)
-        except CompileError as mixed:
-            if sum(shape.numel() for shape in shapes) > LARGEST_ROW:
-                raise
+        with _tracing:
             try:
+                if not together:
+                    raise CompileError("the parts of the state have different numbers of rows")
+                imported = self._import(func, shapes, is_tuple, dtype, rows=True)
+            except Exception:  # rows are mixed, or func fails for another number of them
+                if sum(shape.numel() for shape in shapes) > LARGEST_ROW:
+                    raise
                 imported = self._import(func, shapes, is_tuple, dtype, rows=False)
-            except CompileError as error:
-                raise (error if not together else mixed) from error
         self.inputs = imported.inputs
         self._forms = [(x.dtype, x.shape) for x in self.inputs]
         self.source = solver_source(Dynamics(imported.outputs, dtype, self.rows), method)
@@ -199,4 +198,4 @@ def compile(func: Callable[..., Any], strict: bool = False) -> CompiledDynamics:
 @lru_cache(maxsize=16)
 def compiled_once(func: Callable[..., Any]) -> CompiledDynamics:
     """The same for the same func; the last few are remembered."""
-    return func if isinstance(func, CompiledDynamics) else CompiledDynamics(func)
+    return CompiledDynamics(func)

@@ -6,7 +6,7 @@ import ctypes
 import math
 import shutil
 import threading
-from ctypes import CFUNCTYPE, POINTER, Structure, byref, c_double, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from dataclasses import fields
 from typing import Any
 
@@ -39,9 +39,6 @@ class _Sample(Structure):
     _fields_ = (*((name, c_double) for name in REAL_FIELDS), *((name, c_int64) for name in INTEGER_FIELDS))
 
 
-_Interrupted = CFUNCTYPE(c_int)
-
-
 class Solve(Structure):
     """A native call's arguments and results: CompiledSolve of csrc/compiled/blocks.h."""
 
@@ -50,28 +47,9 @@ class Solve(Structure):
         ("grid", _Grid), ("policy", _Policy), ("rtol", c_double), ("atol", c_double),
         ("rtol_each", c_void_p), ("atol_each", c_void_p), ("first_step", c_double),
         ("ends", c_void_p), ("n_ends", c_int64), ("stage_times", c_void_p),
-        ("threads", c_int64), ("run_parallel", c_void_p), ("interrupted", _Interrupted),
+        ("threads", c_int64), ("run_parallel", c_void_p), ("interrupted", c_void_p),
         ("sample", _Sample), ("evaluations", c_int64), ("finite_start", c_int64),
     )  # fmt: skip
-
-
-class _Signals(threading.local):
-    """The signal handlers' exception, until the native call is over."""
-
-    error: BaseException | None = None
-
-
-_signals = _Signals()
-
-
-@_Interrupted
-def _interrupted() -> int:
-    try:
-        ctypes.pythonapi.PyErr_CheckSignals()
-    except BaseException as error:  # KeyboardInterrupt, or what else a handler raises
-        _signals.error = error
-        return 1
-    return 0
 
 
 class _Workspace(threading.local):
@@ -157,7 +135,7 @@ class Library:
             n_ends=0 if steps is None else len(steps[0]),
             stage_times=None if steps is None else steps[1].data_ptr(),
             run_parallel=ops.RUN_PARALLEL,
-            interrupted=_interrupted,
+            interrupted=ops.INTERRUPTED,
         )  # fmt: skip
         size = int(self._library.workspace(rows))
         return Plan(self._solve, form, (n, *shape), dtype, size, (grid, rtol, atol, steps))
@@ -198,6 +176,5 @@ class Plan:
         self._solve(byref(solve))
         _workspace.put(memory)
         if solve.sample.status < 0:
-            error, _signals.error = _signals.error, None
-            raise error or KeyboardInterrupt
+            ops.raise_interruption()
         return out, solve

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import CompileError
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-_READS = (Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage)
+_READS = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage)
 # Operators that only move numbers are kept, where torch would compute with indices or masks.
 _KEPT = ("select_scatter", "slice_scatter", "roll", "flip", "stack", "unbind", "split", "repeat")
 _EXAMPLE_ROWS = 8  # any number that torch does not take for a special case, as it does 0 and 1
