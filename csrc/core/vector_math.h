@@ -38,22 +38,24 @@ PYODE_HD R between(number_t<R> low, R x, number_t<R> high) {
   return select(x > high, broadcast<R>(high), select(x < low, broadcast<R>(low), x));
 }
 
-/// exp(r) - 1 for |r| <= log(2) / 2; float 2^-26, double 2^-55.
+/// tail in exp(r) - 1 = r + r^2 tail(r) for |r| <= log(2) / 2; float 2^-26, double 2^-55.
+template <class R>
+PYODE_HD R expm1_tail(R r) {
+  if constexpr (is_single<R>)
+    return polynomial(r, 0.5f, 1.6666543e-1f, 4.166628e-2f, 8.366584e-3f, 1.3946452e-3f);
+  else
+    return polynomial(r, 0.5000000000000006, 0.16666666666666685, 0.04166666666657362, 0.008333333333314602,
+                      0.0013888888932379986, 0.0001984126990300557, 2.4801504444709947e-05, 2.755722797817142e-06,
+                      2.7626326968741045e-07, 2.5114464904105016e-08);
+}
 template <class R>
 PYODE_HD R expm1_reduced(R r) {
-  R tail;
-  if constexpr (is_single<R>)
-    tail = polynomial(r, 0.5f, 1.6666543e-1f, 4.166628e-2f, 8.366584e-3f, 1.3946452e-3f);
-  else
-    tail = polynomial(r, 0.5, 0.16666666666666685, 0.04166666666657362, 0.008333333333314602, 0.0013888888932379986,
-                      0.0001984126990300557, 2.4801504444709947e-05, 2.755722797817142e-06, 2.7626326968741045e-07,
-                      2.5114464904105016e-08);
-  return fused_multiply_add(r * r, tail, r);
+  return fused_multiply_add(r * r, expm1_tail(r), r);
 }
 
-/// exp(x + low), where low is so small that it may be 0 but for rounding.
+/// exp(x - low), where low is below an ulp of x.
 template <class R>
-PYODE_HD R exp_of_sum(R x, R low) {
+PYODE_HD R exp_of_difference(R x, R low) {
   const auto [r, n] = reduce_by_log2(is_single<R> ? between<R>(-104, x, 89) : between<R>(-746, x, 710));
   // In two steps, since 2^n alone may overflow or be subnormal.
   const auto half = n >> 1;
@@ -62,7 +64,7 @@ PYODE_HD R exp_of_sum(R x, R low) {
 
 template <class R>
 PYODE_HD R exp(R x) {
-  return exp_of_sum(x, R{});
+  return exp_of_difference(x, R{});
 }
 
 /// exp(x) - 1.
@@ -72,7 +74,8 @@ PYODE_HD R expm1(R x) {
   // 2^n (exp(r) - 1) + (2^n - 1), where 2^n itself may be inf: half of it, then.
   const auto one = n >> (is_single<R> ? 7 : 10);
   const R scale = power_of_two<R>(n - one);
-  const R y = fused_multiply_add(scale, expm1_reduced(r), scale - power_of_two<R>(-one));
+  const R linear = fused_multiply_add(scale, r, scale - power_of_two<R>(-one));
+  const R y = fused_multiply_add(scale * (r * r), expm1_tail(r), linear);
   return copysign(y * power_of_two<R>(one), x);
 }
 
@@ -225,7 +228,7 @@ PYODE_HD R pow_of_magnitude(R x, R y) {
 
   const R exponent = y * sum;
   const R exponent_low = fused_multiply_add(y, sum, -exponent) + y * low;
-  return exp_of_sum(exponent, select(abs(exponent) < 1000, exponent_low, R{}));
+  return exp_of_difference(exponent, select(abs(exponent) < 1000, -exponent_low, R{}));
 }
 
 /// x to the power of y.
@@ -248,10 +251,10 @@ PYODE_HD R pow(R x, R y) {
     z = static_cast<float>(exp(y * log(static_cast<double>(size))));
   }
   const R half = y * number_t<R>(0.5);
-  const auto integer = floor(y) == y, odd = integer & (floor(half) != half);
+  const mask_t<R> integer = floor(y) == y, odd = integer & (floor(half) != half);
   z = select((x < 0) & !integer & (size < Limits::infinity()), broadcast<R>(Limits::quiet_NaN()), z);
   z = select(odd, copysign(z, x), z);
-  const auto one = (x == 1) | (y == 0) | ((size == 1) & (abs(y) == Limits::infinity()));
+  const mask_t<R> one = (x == 1) | (y == 0) | ((size == 1) & (abs(y) == Limits::infinity()));
   return select(one, broadcast<R>(1), z);
 }
 
