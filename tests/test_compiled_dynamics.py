@@ -26,15 +26,6 @@ from pyode.methods import TABLEAUS
 TIGHT = {"rtol": 1e-8, "atol": 1e-10}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_cache(tmp_path_factory):
-    """Libraries are shared by these tests, in a folder of their own unless one is given."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "PYODE_CACHE_DIR" not in os.environ:
-            patch.setenv("PYODE_CACHE_DIR", str(tmp_path_factory.mktemp("cache", numbered=True)))
-        yield
-
-
 def strict(f):
     return pyode.compile(f, strict=True)
 

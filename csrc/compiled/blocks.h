@@ -37,6 +37,8 @@ constexpr int64_t kInterrupted = -1;  // a status beside those of the controller
 inline namespace PYODE_LEVEL {
 namespace compiled {
 
+using namespace math;
+
 #if defined(__AVX512F__)
 constexpr int kRegister = 64;  // bytes
 #elif defined(__AVX__)

@@ -7,6 +7,8 @@ namespace pyode {
 inline namespace PYODE_LEVEL {
 namespace compiled {
 
+using namespace math;
+
 /// A number as it is, or in every lane.
 template <class R, class X>
 PYODE_HD R spread(X x) {

@@ -7,11 +7,7 @@ namespace pyode {
 inline namespace PYODE_LEVEL {
 namespace compiled {
 
-/// mask ? a : b.
-template <class M, class R>
-PYODE_HD R select_by(M mask, R a, R b) {
-  return mask ? a : b;
-}
+using namespace math;
 
 /// A mask as zeros and ones.
 template <class R>
@@ -23,12 +19,6 @@ PYODE_HD R indicator(mask_t<R> mask) {
 template <class R>
 PYODE_HD mask_t<R> spread_mask(bool mask) {
   return broadcast<R>(mask ? 1 : 0) != 0;
-}
-
-/// The smaller one; nan if either is.
-template <class R>
-PYODE_HD R lesser(R a, R b) {
-  return (a < b || a != a) ? a : b;
 }
 
 /// -1, 0, 1 or, as torch has it, 0 for nan.
@@ -66,15 +56,9 @@ PYODE_HD R by_lane(Function f, R x, R y) {
   PYODE_HD R name(R x, R y) {                                          \
     return by_lane([](auto v, auto w) { return call(v, w); }, x, y);   \
   }
-PYODE_BY_LANE(sqrt, std::sqrt)
 PYODE_BY_LANE(exp2, std::exp2)
-PYODE_BY_LANE(log, std::log)
 PYODE_BY_LANE(log2, std::log2)
 PYODE_BY_LANE(log10, std::log10)
-PYODE_BY_LANE(log1p, std::log1p)
-PYODE_BY_LANE(sin, std::sin)
-PYODE_BY_LANE(cos, std::cos)
-PYODE_BY_LANE(tan, std::tan)
 PYODE_BY_LANE(asin, std::asin)
 PYODE_BY_LANE(acos, std::acos)
 PYODE_BY_LANE(atan, std::atan)
@@ -83,23 +67,12 @@ PYODE_BY_LANE(cosh, std::cosh)
 PYODE_BY_LANE(asinh, std::asinh)
 PYODE_BY_LANE(acosh, std::acosh)
 PYODE_BY_LANE(atanh, std::atanh)
-PYODE_BY_LANE(erf, std::erf)
 PYODE_BY_LANE(erfc, std::erfc)
-PYODE_BY_LANE(floor, std::floor)
-PYODE_BY_LANE(ceil, std::ceil)
-PYODE_BY_LANE(trunc, std::trunc)
-PYODE_BY_LANE(round_to_even, std::nearbyint)
-PYODE_BY_LANE_2(pow, std::pow)
 PYODE_BY_LANE_2(atan2, std::atan2)
 PYODE_BY_LANE_2(hypot, std::hypot)
 PYODE_BY_LANE_2(fmod, std::fmod)
 #undef PYODE_BY_LANE
 #undef PYODE_BY_LANE_2
-
-using math::exp;
-using math::expm1;
-using math::sigmoid;
-using math::tanh;
 
 }  // namespace compiled
 }  // namespace PYODE_LEVEL

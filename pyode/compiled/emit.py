@@ -21,7 +21,7 @@ from .graph import Index, Node, Place, in_order
 
 UNROLLED = 16  # so many statements at most for one node; from then on, a loop
 UNROLLED_CALLS = 3  # of functions such as tanh, each some 30 instructions
-_CALL = re.compile(r"\b(?!select|larger|lesser|indicator|abs|sqrt|sign|T\b)[a-z_0-9]+\(")
+_CALL = re.compile(r"\b(?!select|maximum|minimum|indicator|abs|sqrt|sign|floor|ceil|trunc|round|T\b)[a-z_0-9]+\(")
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
 
 

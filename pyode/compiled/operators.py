@@ -52,12 +52,12 @@ FORMULAS = {
     "floor": "floor({0})",
     "ceil": "ceil({0})",
     "trunc": "trunc({0})",
-    "round": "round_to_even({0})",
+    "round": "round({0})",
     "atan2": "atan2({0}, {1})",
     "hypot": "hypot({0}, {1})",
     "fmod": "fmod({0}, {1})",
-    "maximum": "larger({0}, {1})",
-    "minimum": "lesser({0}, {1})",
+    "maximum": "maximum({0}, {1})",
+    "minimum": "minimum({0}, {1})",
     "sign": "sign({0})",
 }
 MASKS = {
@@ -146,15 +146,15 @@ def op_pow(graph: Graph, a: Value, b: Value) -> Node:  # noqa: D103
 
 @_operator
 def op_where(graph: Graph, mask: Node, a: Value, b: Value) -> Node:  # noqa: D103
-    return graph.map("select_by({0}, {1}, {2})", mask, graph.number(a), graph.number(b))
+    return graph.map("select<{R}>({0}, {1}, {2})", mask, graph.number(a), graph.number(b))
 
 
 @_operator
 def op_clamp(graph: Graph, x: Node, min: Value | None = None, max: Value | None = None) -> Node:  # noqa: D103
     low, high = min, max
     if low is not None:
-        x = graph.map("larger({0}, {1})", x, low)
-    return x if high is None else graph.map("lesser({0}, {1})", x, high)
+        x = graph.map("maximum({0}, {1})", x, low)
+    return x if high is None else graph.map("minimum({0}, {1})", x, high)
 
 
 OPERATORS |= {
@@ -167,12 +167,12 @@ OPERATORS |= {
 
 @_operator
 def op_leaky_relu(graph: Graph, x: Node, slope: float = 0.01) -> Node:  # noqa: D103
-    return graph.map("select_by({0} > 0, {0}, {0} * {1})", x, slope)
+    return graph.map("select<{R}>({0} > 0, {0}, {0} * {1})", x, slope)
 
 
 @_operator
 def op_elu(graph: Graph, x: Node, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Node:  # noqa: D103
-    return graph.map("select_by({0} > 0, {0} * {2}, expm1({0} * {3}) * {1})", x, alpha * scale, scale, input_scale)
+    return graph.map("select<{R}>({0} > 0, {0} * {2}, expm1({0} * {3}) * {1})", x, alpha * scale, scale, input_scale)
 
 
 @_operator
@@ -202,12 +202,12 @@ def op_prod(graph: Graph, x: Node, axis: Any = None, keepdim: bool = False, **_:
 
 @_operator
 def op_amax(graph: Graph, x: Node, axes: Any = (), keepdim: bool = False) -> Node:  # noqa: D103
-    return graph.reduce("larger({0}, {1})", x, axes, keepdim)
+    return graph.reduce("maximum({0}, {1})", x, axes, keepdim)
 
 
 @_operator
 def op_amin(graph: Graph, x: Node, axes: Any = (), keepdim: bool = False) -> Node:  # noqa: D103
-    return graph.reduce("lesser({0}, {1})", x, axes, keepdim)
+    return graph.reduce("minimum({0}, {1})", x, axes, keepdim)
 
 
 def _count(x: Node, axes: Any) -> int:
