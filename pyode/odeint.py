@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -234,7 +234,7 @@ def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = N
     if problem.compiled is not None and problem.event is None and watch is None and not problem.callbacks:
         outcome = solve_compiled(
             problem.compiled, form, y0, times, problem.method, problem.rtol, problem.atol, problem.policy, problem.grid,
-            problem.first_step, options, fail,
+            problem.first_step, options, fail, lambda y: solve(replace(problem, compiled=None, y0=y)).ys,
         )  # fmt: skip
         if outcome is not None:
             solved.ys, solved.last_step = outcome

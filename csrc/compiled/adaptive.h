@@ -40,6 +40,7 @@ class AdaptiveSolve : Blocks<F> {
     const Grid& grid = solve.grid;
     F::prepare(solve.inputs, fixed_);
     const T t0 = round_and_nudge<T>(output_time(grid, 0, 0), 0);
+    first_time_ = t0;
     F::at(t0, solve.inputs, fixed_, timed_[0]);
     const T* const y0 = static_cast<const T*>(solve.y0);
     this->for_each_part(F::operations, [&](int64_t part) {
@@ -78,6 +79,8 @@ class AdaptiveSolve : Blocks<F> {
   V *y_, *y1_, *first_, *last_;  // [blocks, D]: the state, the step's end, f at both
   V *rtol_, *atol_;              // the same, where every number has a tolerance of its own
   V* between_;                   // [blocks, S - 2, D]: the other stages, of steps that pass an output
+  T first_time_;         // that f saw for first_
+  bool chained_ = false;  // whether first_ is from the last step
   typename F::Fixed fixed_;
   typename F::Timed timed_[S];
   SquareSums<V> sums_[Base::kMaxParts][F::n_segments];
@@ -183,6 +186,9 @@ class AdaptiveSolve : Blocks<F> {
     if (s.accepted && s.output_end > s.output_begin) write_outputs(s);
     plan_step(s, solve.policy, grid, 0);
     if (!s.accepted) return;
+    if (solve.tape) note_step(s);
+    first_time_ = times[S - 1];
+    chained_ = true;
     swap(y_, y1_);
     swap(first_, last_);
     if (was_on_jump && s.status == kRunning) restart_behind_jump(s);
@@ -234,8 +240,18 @@ class AdaptiveSolve : Blocks<F> {
     });
   }
 
+  void note_step(const Sample& s) {
+    const int64_t n = s.n_accepted - 1;
+    if (n >= solve.capacity) return;
+    memcpy(static_cast<V*>(solve.tape) + n * blocks * D, y_, sizeof(V) * static_cast<size_t>(blocks * D));
+    solve.steps[n] = {s.t_prev, s.dt_prev, s.t, static_cast<double>(first_time_), s.output_begin, s.output_end, chained_};
+    solve.n_steps = s.n_accepted;
+  }
+
   void restart_behind_jump(const Sample& s) {
     const T t = round_and_nudge<T>(s.t, direction(solve.grid, 0) > 0 ? 1 : -1);
+    first_time_ = t;
+    chained_ = false;
     F::at(t, solve.inputs, fixed_, timed_[0]);
     this->for_each_part(F::operations, [&](int64_t part) {
       this->for_each_block(

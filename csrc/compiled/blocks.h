@@ -8,6 +8,14 @@
 
 namespace pyode {
 
+/// An accepted step, as its undoing needs it.
+struct TapeStep {
+  double t0, dt, t1;
+  double first_time;  // that f saw in the step's first evaluation
+  int64_t output_begin, output_end;
+  int64_t chained;  // whether that evaluation was the last of the step before
+};
+
 /// A solve, as Python hands it over; pyode/compiled/native.py has the same struct.
 struct CompiledSolve {
   const void* y0;             // packed as pyode/state.py does: the parts of a tuple one behind the other, each [rows, ...]
@@ -26,6 +34,14 @@ struct CompiledSolve {
   int64_t threads;
   void (*run_parallel)(int64_t n, int threads, void (*body)(int64_t, void*), void* context);
   int (*interrupted)();  // asked now and then, by the calling thread; not 0: stop
+  // A solve whose gradient is wanted notes its steps; then it is undone.
+  void* tape;        // [capacity, blocks, D] vectors: the states at their starts
+  TapeStep* steps;   // [capacity]
+  int64_t capacity;  // a solve of more steps goes on without noting them
+  int64_t n_steps;
+  const void* gradient;    // [T] states: what arrives at the outputs
+  void* y0_gradient;       // a state
+  void* const* gradients;  // of the inputs for which they are wanted
   // What comes back.
   Sample sample;
   int64_t evaluations;
@@ -47,13 +63,14 @@ constexpr int kRegister = 32;
 constexpr int kRegister = 16;
 #endif
 
-/// The rows of a solve, cut into blocks and these into parts, among which threads share. F is the emitted dynamics.
-template <class F>
+/// The rows of a solve, cut into blocks and these into at most kMost parts, among which threads share. F is the emitted
+/// dynamics.
+template <class F, int64_t kMost = 64>
 struct Blocks {
   using T = typename F::T;
   using V = typename F::V;
   static constexpr int W = lanes<V>, D = F::size;
-  static constexpr int64_t kMaxParts = 64;
+  static constexpr int64_t kMaxParts = kMost;
 
   CompiledSolve& solve;
   const int64_t blocks = (solve.rows + W - 1) / W;

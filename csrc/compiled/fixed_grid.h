@@ -34,6 +34,7 @@ class FixedGridSolve : Blocks<F> {
     solve.sample.status = interrupted_ ? kInterrupted : kSuccess;
     solve.sample.n_accepted = steps;
     solve.evaluations = S * steps;
+    solve.n_steps = steps;
   }
 
  private:
@@ -54,6 +55,8 @@ class FixedGridSolve : Blocks<F> {
         interrupted_ = solve.interrupted() != 0;
         countdown = patience;
       }
+      if (solve.tape) memcpy(static_cast<V*>(solve.tape) + (n * this->blocks + b) * D, y, sizeof y);
+      const int64_t i_begin = i;
       const double size = ends[n + 1] - ends[n];
       const V dt = broadcast<V>(static_cast<T>(size));
       evaluate_stages<0>(static_cast<const T*>(solve.stage_times) + n * S, dt, y, k, stage);
@@ -69,6 +72,9 @@ class FixedGridSolve : Blocks<F> {
       for (int d = 0; d < D; ++d)
         y[d] = advance_state(y[d], dt, sum_terms<V>(weights, [&](int j) { return k[j][d]; }));
       if (i < grid.n_times && output_time(grid, i, 0) == ends[n + 1]) write(y, b, i++);
+      if (solve.tape && b == 0)
+        solve.steps[n] = {ends[n], size, ends[n + 1], static_cast<double>(static_cast<const T*>(solve.stage_times)[n * S]),
+                          i_begin, i, false};
     }
   }
 

@@ -18,7 +18,7 @@ from .emit import Dynamics, solver_source
 from .guards import Guards
 from .native import Library
 from .operators import Import
-from .trace import trace
+from .trace import trace, trace_vjp
 
 DTYPES = (torch.float32, torch.float64)
 LARGEST_ROW = 4096  # numbers in a state that is one row because its rows are mixed
@@ -50,24 +50,38 @@ class Entry:
                 if sum(shape.numel() for shape in shapes) > LARGEST_ROW:
                     raise
                 imported = self._import(func, shapes, is_tuple, dtype, rows=False)
+        self._method, self._shapes, self._dtype = method, shapes, dtype
         self.inputs = imported.inputs
         self._forms = [(x.dtype, x.shape) for x in self.inputs]
-        self.source = solver_source(Dynamics(imported.outputs, dtype, self.rows), method)
+        self._dynamics = Dynamics(imported.outputs, dtype, self.rows)
+        self.source = solver_source(self._dynamics, method)
         self.library = Library(self.source)
+        self._trained: dict[tuple[int, ...], Library] = {}
         self.seconds = time.perf_counter() - began
 
     def _import(
         self, func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, rows: bool
     ) -> Import:
         self.rows = rows
-        with torch.no_grad():
-            traced = trace(func, shapes, is_tuple, dtype, rows)
+        self._traced = traced = trace(func, shapes, is_tuple, dtype, rows)
         self.operators = [
             node.target.overloadpacket.__name__  # type: ignore[union-attr]
             for node in traced.graph.nodes
             if isinstance(node.target, torch._ops.OpOverload)
         ]
         return Import(traced, dtype, rows)
+
+    def trained(self, wanted: tuple[int, ...]) -> Library:
+        """The library that has the gradient too, with respect to the state and to some of the inputs."""
+        if wanted not in self._trained:
+            with _tracing:
+                inputs = [self.inputs[i] for i in wanted]
+                traced = trace_vjp(self._traced, self._shapes, self._dtype, self.rows, inputs)
+                imported = Import(traced, self._dtype, self.rows, totals=True, inputs=self.inputs)
+                adjoint = Dynamics(imported.outputs, self._dtype, self.rows, imported.gradients)
+                self.source = solver_source(self._dynamics, self._method, adjoint)
+                self._trained[wanted] = Library(self.source, gradient=True)
+        return self._trained[wanted]
 
     def fits(self) -> bool:
         """Whether the inputs are still of their shapes and dtypes."""
@@ -123,6 +137,19 @@ class CompiledDynamics(nn.Module):
                 self._guards = Guards(self.func)  # as func is after it was called; it may count its calls
         return found
 
+    def trained(self, entry: Entry) -> Library | None:
+        """An entry's library with gradients to what requires them now; None, after a warning, if there is none."""
+        wanted = tuple(i for i, x in enumerate(entry.inputs) if x.requires_grad)
+        key = entry, wanted
+        if key in self._refused:
+            return None
+        try:
+            with self._lock:
+                return entry.trained(wanted)
+        except Exception as error:
+            self.refuse(key, f"its gradient: {str(error).splitlines()[0]}")
+            return None
+
     def unchanged(self) -> bool:
         """Whether func is as it was when it was traced, but for the values of its tensors."""
         guards = self._guards
@@ -140,15 +167,16 @@ class CompiledDynamics(nn.Module):
                 raise CompileError(f"a state of {dtype}; there are float32 and float64")
             entry = entry or Entry(self.func, shapes, is_tuple, dtype, method)
         except CompileError as error:
-            return self._refuse(key, str(error))
+            return self.refuse(key, str(error))
         except Exception as error:  # whatever func or torch raises on fake tensors; run eagerly, func shows what is wrong
-            return self._refuse(key, f"it can't be traced: {type(error).__name__}: {str(error).splitlines()[0]}")
+            return self.refuse(key, f"it can't be traced: {type(error).__name__}: {str(error).splitlines()[0]}")
         if entry.rows:
             self._entries[tails] = entry
         self._entries[key] = entry
         return entry
 
-    def _refuse(self, key: Any, reason: str) -> None:
+    def refuse(self, key: Any, reason: str) -> None:
+        """Notes that something runs eagerly, and says so once; raises, if `strict`."""
         if self.strict:
             raise CompileError(reason)
         if reason not in self._refused.values():

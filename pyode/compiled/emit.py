@@ -21,6 +21,7 @@ from .graph import Index, Node, Place, in_order
 
 UNROLLED = 16  # so many statements at most for one node; from then on, a loop
 UNROLLED_CALLS = 3  # of functions such as tanh, each some 30 instructions
+MOST_LANE_SUMS = 1024  # numbers of a sum over rows that is kept for every lane
 _CALL = re.compile(r"\b(?!select|maximum|minimum|indicator|abs|sqrt|sign|floor|ceil|trunc|round|T\b)[a-z_0-9]+\(")
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
 
@@ -67,18 +68,22 @@ class _Code:
 
 
 class Dynamics:
-    """The C++ of func's graph.
+    """The C++ of func's graph, or of its vector-Jacobian product's.
 
     Args:
         outputs: a node for each part of the state.
         dtype: of the state.
         rows: whether there are several rows, side by side in vectors.
+        gradients: of a vector-Jacobian product: those of inputs.
 
     Attributes:
         source: the struct.
     """
 
-    def __init__(self, outputs: Sequence[Node], dtype: torch.dtype, rows: bool) -> None:
+    def __init__(
+        self, outputs: Sequence[Node], dtype: torch.dtype, rows: bool, gradients: Sequence[Node] | None = None
+    ) -> None:
+        self._gradients = gradients
         self.widths = [out.numel for out in outputs]
         self._starts = [sum(self.widths[:i]) for i in range(len(outputs) + 1)]
         self._names: dict[int, str] = {}
@@ -87,9 +92,13 @@ class Dynamics:
         self._constants: list[str] = []
         self._operations = 0
         self._inputs = {place: set[int]() for place in Place}
-        nodes = in_order(outputs)
+        nodes = in_order([*outputs, *(gradients or ())])
+        self._rows = rows
+        self._sums: list[str] = []
+        self._totals: list[str] = []
+        self._collected: list[str] = []
         uses = Counter(id(x.base) for node in nodes for x in node.inputs if node.kind != "view")
-        uses.update(id(out.base) for out in outputs)
+        uses.update(id(out.base) for out in [*outputs, *(gradients or ())])
         self._inlined = {
             id(x.base)
             for node in nodes
@@ -110,6 +119,11 @@ class Dynamics:
         (base,) = _without_ones(x.base.shape)
         return x.layout[1] == 0 and shape == base and strides == _without_ones(shape, _strides(shape))[1]
 
+    def _state(self, base: Node) -> tuple[str, int]:
+        """Where a part of the state lies, or of the vector that is multiplied with the Jacobian."""
+        n = len(self.widths)
+        return ("y", self._starts[base.detail]) if base.detail < n else ("g", self._starts[base.detail - n])
+
     def _name(self, node: Node) -> str:
         """The array in which a node lies."""
         return self._names[id(node)]
@@ -125,7 +139,8 @@ class Dynamics:
         elif base.kind == "time":
             text = "t"
         elif base.kind == "state":
-            text = f"y[{_flat(strides, x.layout[1] + self._starts[base.detail], at)}]"
+            name, start = self._state(base)
+            text = f"{name}[{_flat(strides, x.layout[1] + start, at)}]"
         elif base.kind == "input":
             self._inputs[place].add(base.detail)
             text = f"p{base.detail}[{_flat(strides, x.layout[1], at)}]"
@@ -147,8 +162,11 @@ class Dynamics:
             numbers = ", ".join(map(_number, node.detail))
             self._constants.append(f"  static constexpr T {number}[] = {{{numbers}}};")
             self._names[id(node)] = number
-        elif node.place is Place.ROW:
-            self._code[Place.ROW].add(f"{'mask_t<V>' if node.mask else 'V'} {number}[{max(node.numel, 1)}];")
+        elif node.kind == "total":
+            self._names[id(node)] = f"totals.{number}"
+        elif node.place in (Place.ROW, Place.TOTAL):
+            scalar, vector = ("bool", "mask_t<V>") if node.mask else ("T", "V")
+            self._code[node.place].add(f"{vector if node.place is Place.ROW else scalar} {number}[{max(node.numel, 1)}];")
             self._names[id(node)] = number
         else:
             self._members[node.place].append(f"    {'bool' if node.mask else 'T'} {number}[{max(node.numel, 1)}];")
@@ -257,6 +275,30 @@ class Dynamics:
         arguments = ", ".join(f"{pointer}, {{{', '.join(map(str, strides))}}}" for pointer, strides in (a, b))
         code.add(f"contract<{n}, {i}, {j}, {k}>({arguments}, {name});")
 
+    def _emit_total(self, node: Node, name: str, _: _Code) -> None:
+        code, number = self._code[Place.ROW], name.removeprefix("totals.")
+        n = max(node.numel, 1)
+        self._operations += 2 * n
+        lanes = len(node.inputs) == 1 or n <= MOST_LANE_SUMS or not self._rows or any(x.place < Place.ROW for x in node.inputs)
+        self._sums.append(f"    {'V' if lanes else 'T'} {number}[{n}];")
+        self._totals.append(f"    T {number}[{n}];")
+        self._collected.append(
+            f"    for (int i = 0; i < {n}; ++i) {{\n      totals.{number}[i] = 0;\n"
+            f"      for (int64_t p = 0; p < n; ++p) totals.{number}[i] += over_lanes(parts[p].{number}[i]);\n    }}"
+        )
+        if len(node.inputs) == 1:
+            (x,) = node.inputs
+            shape, _strides_ = _without_ones(x.shape, x.layout[0])
+            for at, depth in self._loops(shape, 0, code):
+                code.add(f"sums.{number}[{_flat(_strides(shape), 0, at)}] += {self._read(x, at, Place.ROW)};", depth)
+            return
+        a, b = node.inputs
+        (pa, sa), (pb, sb) = self._matrix(a, Place.ROW), self._matrix(b, Place.ROW)
+        sizes = ", ".join(map(str, node.detail))
+        function = "add_outer" if lanes else "add_outer_of_lanes"
+        operands = ", ".join(f"{p}, {{{', '.join(map(str, s))}}}" for p, s in ((pa, sa), (pb, sb)))
+        code.add(f"{function}<{sizes}>({operands}, sums.{number});")
+
     def _matrix(self, x: Node, place: Place) -> tuple[str, Index]:
         """Pointer and three strides of a factor."""
         strides, offset = x.layout
@@ -268,7 +310,8 @@ class Dynamics:
             self._code[place].add(f"const T {name} = {self._read(x, [], Place.STAGE)};")
             return f"&{name}", strides
         if base.kind == "state":
-            return f"y + {offset + self._starts[base.detail]}", strides
+            name, start = self._state(base)
+            return f"{name} + {offset + start}", strides
         if base.kind == "input":
             self._inputs[place].add(base.detail)
             return f"p{base.detail} + {offset}", strides
@@ -285,6 +328,13 @@ class Dynamics:
             for at, depth in self._loops(shape, 0, code):
                 code.add(f"k[{_flat(_strides(shape), start, at)}] = {self._read(out, at, Place.ROW)};", depth)
 
+        finish = self._code[Place.TOTAL]
+        for i, x in enumerate(self._gradients or ()):
+            shape, strides = _without_ones(x.shape, x.layout[0])
+            finish.add(f"T* const to{i} = static_cast<T*>(gradients[{i}]);")
+            for at, depth in self._loops(shape, 0, finish):
+                finish.add(f"to{i}[{_flat(_strides(shape), 0, at)}] = {self._read(x, at, Place.TOTAL)};", depth)
+
     def _body(self, place: Place) -> str:
         pointers = [
             f"    const T* const p{i} = static_cast<const T*>(inputs[{i}]);" for i in sorted(self._inputs[place])
@@ -295,7 +345,8 @@ class Dynamics:
         segments = ", ".join(map(str, self._starts))
         fixed, timed = ("\n".join(self._members[place]) for place in (Place.SOLVE, Place.STAGE))
         constants = "".join(line + "\n" for line in self._constants)
-        return f"""struct Dynamics {{
+        adjoint = self._gradients is not None
+        return f"""struct {"Adjoint" if adjoint else "Dynamics"} {{
   using T = {scalar};
   using V = {"Vector<T, kRegister>" if rows else "T"};
   static constexpr int size = {self._starts[-1]};
@@ -309,7 +360,7 @@ class Dynamics:
   struct Timed {{
 {timed}
   }};
-
+{self._struct_of_sums() if adjoint else ""}
   // Once a solve.
   static void prepare([[maybe_unused]] const void* const* inputs, [[maybe_unused]] Fixed& fixed) {{
 {self._body(Place.SOLVE)}
@@ -321,13 +372,35 @@ class Dynamics:
 {self._body(Place.STAGE)}
   }}
 
-  // For every row: k = f(t, y).
-  static void rows([[maybe_unused]] T t, [[maybe_unused]] const V* __restrict__ y, V* __restrict__ k,
-                   [[maybe_unused]] const void* const* inputs, [[maybe_unused]] const Fixed& fixed,
-                   [[maybe_unused]] const Timed& timed) {{
+  // For every row: {"k = g df/dy, and sums += g df/dp" if adjoint else "k = f(t, y)"}.
+  static void rows([[maybe_unused]] T t, [[maybe_unused]] const V* __restrict__ y,{" const V* __restrict__ g," if adjoint else ""}
+                   V* __restrict__ k, [[maybe_unused]] const void* const* inputs, [[maybe_unused]] const Fixed& fixed,
+                   [[maybe_unused]] const Timed& timed{", [[maybe_unused]] Sums& sums" if adjoint else ""}) {{
 {self._body(Place.ROW)}
   }}
 }};
+"""
+
+    def _struct_of_sums(self) -> str:
+        sums, totals, collected = ("\n".join(x) for x in (self._sums, self._totals, self._collected))
+        return f"""
+  struct Sums {{
+{sums}
+  }};
+  struct Totals {{
+{totals}
+  }};
+
+  // The sums over all rows, from those of parts.
+  static void collect([[maybe_unused]] const Sums* parts, [[maybe_unused]] int64_t n, [[maybe_unused]] Totals& totals) {{
+{collected}
+  }}
+
+  // The inputs' gradients.
+  static void finish([[maybe_unused]] const void* const* inputs, [[maybe_unused]] const Fixed& fixed,
+                     [[maybe_unused]] const Totals& totals, [[maybe_unused]] void* const* gradients) {{
+{self._body(Place.TOTAL)}
+  }}
 """
 
 
@@ -346,31 +419,54 @@ def _row(name: str, numbers: Sequence[float]) -> str:
 
 def method_source(tableau: Tableau) -> str:
     """The C++ of a tableau."""
+    n = len(tableau.rows) + 1
     if tableau.adaptive:
-        n = len(tableau.rows) + 1
         degree = max(map(len, tableau.interpolant))
         lines = [
             f"  static constexpr int evaluations = {n}, degree = {degree};",
+            "  static constexpr bool ends_with_slope = true;  // the last evaluation is at the step's end",
             _table("a", tableau.rows, n),
             _row("c", tableau.abscissae),
             _row("error", [*tableau.error_weights, *[0.0] * (n - len(tableau.error_weights))]),
             _table("interpolant", tableau.interpolant, degree),
             _row("end", tableau.end),
+            "  static double output_weight(int j, double x) {",
+            "    return x == 1 ? end[j] : interpolant_weight(interpolant[j], degree, x);",
+            "  }",
+            "  template <class T>",
+            "  static T stage_time(const CompiledSolve&, const TapeStep& step, int64_t, int j, T) {",
+            "    Sample s = {};",
+            "    s.t = step.t0, s.dt = step.dt, s.t1 = step.t1;",
+            "    return pyode::stage_time<T>(s, c[j - 1]);",
+            "  }",
         ]
     else:
-        n = len(tableau.rows) + 1
-        rows = tableau.rows or ((0.0,),)
-        lines = [f"  static constexpr int evaluations = {n};", _table("a", rows, n), _row("b", tableau.weights)]
+        lines = [
+            f"  static constexpr int evaluations = {n};",
+            "  static constexpr bool ends_with_slope = false;",
+            _table("a", tableau.rows or ((0.0,),), n),
+            _row("b", tableau.weights),
+            "  static double output_weight(int j, double x) { return b[j] * x; }",
+            "  template <class T>",
+            "  static T stage_time(const CompiledSolve& solve, const TapeStep&, int64_t n, int j, T) {",
+            "    return static_cast<const T*>(solve.stage_times)[n * evaluations + j];",
+            "  }",
+        ]
     return "struct Method {\n" + "\n".join(lines) + "\n};\n"
 
 
-def solver_source(dynamics: Dynamics, tableau: Tableau) -> str:
-    """A whole file: dynamics, method, and what Python calls."""
+def solver_source(dynamics: Dynamics, tableau: Tableau, adjoint: Dynamics | None = None) -> str:
+    """A whole file: dynamics, method, and what Python calls; with an adjoint, the gradient too."""
     kind, header = ("AdaptiveSolve", "adaptive.h") if tableau.adaptive else ("FixedGridSolve", "fixed_grid.h")
+    headers = ["contract.h", "functions.h", header, *(["reversal.h"] if adjoint else [])]
+    includes = "\n".join(f'#include "compiled/{name}"' for name in headers)
+    solvers = f"using Solver = {kind}<Dynamics, Method>;\n"
+    functions = _functions("Solver", "")
+    if adjoint is not None:
+        solvers += "using Undoing = Reversal<Dynamics, Adjoint, Method>;\n"
+        functions += _functions("Undoing", "reversal_")
     return f"""// Written by pyode.compile. Rows lie in blocks, a vector V for each number of a row.
-#include "compiled/contract.h"
-#include "compiled/functions.h"
-#include "compiled/{header}"
+{includes}
 
 namespace pyode {{
 inline namespace PYODE_LEVEL {{
@@ -378,19 +474,21 @@ namespace compiled {{
 namespace {{
 
 {dynamics.source}
+{adjoint.source if adjoint else ""}
 {method_source(tableau)}
-using Solver = {kind}<Dynamics, Method>;
-
+{solvers}
 }}  // namespace
 }}  // namespace compiled
 }}  // namespace PYODE_LEVEL
 }}  // namespace pyode
 
-extern "C" __attribute__((visibility("default"))) int64_t workspace(int64_t rows) {{
-  return pyode::compiled::Solver::workspace(rows);
-}}
-extern "C" __attribute__((visibility("default"))) void solve(pyode::CompiledSolve* arguments) {{
-  pyode::compiled::Solver(*arguments).run();
-}}
-extern "C" __attribute__((visibility("default"))) int64_t arguments_size() {{ return sizeof(pyode::CompiledSolve); }}
+#define PYODE_EXPORT extern "C" __attribute__((visibility("default")))
+PYODE_EXPORT int64_t arguments_size() {{ return sizeof(pyode::CompiledSolve); }}
+PYODE_EXPORT int64_t lanes() {{ return pyode::lanes<pyode::compiled::Dynamics::V>; }}
+{functions}"""
+
+
+def _functions(solver: str, prefix: str) -> str:
+    return f"""PYODE_EXPORT int64_t {prefix}workspace(int64_t rows) {{ return pyode::compiled::{solver}::workspace(rows); }}
+PYODE_EXPORT void {prefix}solve(pyode::CompiledSolve* solve) {{ pyode::compiled::{solver}(*solve).run(); }}
 """

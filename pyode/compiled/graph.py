@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import CompileError
 
 Index = tuple[int, ...]
+SUM = "{0} + {1}"
 ROWS = 3  # on so many rows is tried whether an operator mixes them
 
 
@@ -27,6 +28,7 @@ class Place(IntEnum):
     SOLVE = 0  # once a solve: of the inputs alone
     STAGE = 1  # once a stage: of time
     ROW = 2  # for every row
+    TOTAL = 3  # once, of sums over all rows: gradients of inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,8 @@ class Node:
 
     Attributes:
         kind: "input", "time", "state", "literal", "constant"; "view" (the same memory, read in another order), "gather"
-            (numbers of several nodes, moved), "map" (a formula for each number), "reduce", "contract" (matrices).
+            (numbers of several nodes, moved), "map" (a formula for each number), "reduce", "contract" (matrices), "total" (a
+            sum over all rows, of numbers or of outer products).
         inputs: what it is computed from. A view's is never a view.
         detail: what is to be known beside: a view's strides and offset, a map's formula, ...
         shape: within one row.
@@ -102,9 +105,14 @@ def _affine(indices: Tensor) -> tuple[Index, int] | None:
 
 
 class Graph:
-    """Makes nodes; the same one for the same computation."""
+    """Makes nodes; the same one for the same computation.
 
-    def __init__(self) -> None:
+    Args:
+        totals: whether there may be sums over rows, as the gradients of inputs are.
+    """
+
+    def __init__(self, totals: bool = False) -> None:
+        self.totals = totals
         self._nodes: dict[Hashable, Node] = {}
 
     def node(
@@ -118,7 +126,10 @@ class Graph:
         mask: bool = False,
     ) -> Node:
         """The node, made if there is no such one yet."""
-        place = max((x.place for x in inputs), default=Place.SOLVE) if place is None else place
+        places = {x.place for x in inputs}
+        if Place.TOTAL in places and places & {Place.STAGE, Place.ROW}:
+            raise CompileError("mixes rows")  # or takes a sum over them, of one stage, times what differs between stages
+        place = max(places, default=Place.SOLVE) if place is None else place
         key = (kind, tuple(map(id, inputs)), detail, tuple(shape), rows, mask)
         if key not in self._nodes:
             self._nodes[key] = Node(kind, tuple(inputs), detail, tuple(shape), rows, place, mask)
@@ -221,7 +232,7 @@ class Graph:
         dims = len(node.sizes())
         torch_axes = sorted({axis % dims for axis in axes} if axes and dims else set(range(dims)))
         if node.rows is not None and node.rows in torch_axes:
-            raise CompileError("mixes rows")
+            return self._total(formula, node, [axis for axis in torch_axes if axis != node.rows], keepdim)
         within = tuple(a - (node.rows is not None and a > node.rows) for a in torch_axes)
         kept = [size for i, size in enumerate(node.shape) if i not in within]
         if math.prod(node.shape[i] for i in within) == 0:
@@ -233,8 +244,20 @@ class Graph:
             out = self.reshape(out, sizes, node.rows)
         return out
 
+    def _total(self, formula: str, node: Node, axes: Sequence[int], keepdim: bool) -> Node:
+        """A sum over all rows, and within them over some axes."""
+        if not self.totals or formula != SUM:
+            raise CompileError("mixes rows")
+        sizes = [1 if i in axes or i == node.rows else size for i, size in enumerate(node.sizes())]
+        within = self.reduce(formula, node, axes, True) if axes else node
+        total = self.node("total", (within,), None, within.shape, None, Place.TOTAL)
+        return self.reshape(total, sizes if keepdim else [s for i, s in enumerate(sizes) if i not in (*axes, node.rows)], None)
+
     def contract(self, a: Node, b: Node) -> Node:
         """Matrix products, [n, i, k] times [n, k, j]."""
+        if self.totals and (a.rows, b.rows) == (2, 1):
+            (n, i), (_, j) = a.shape, b.shape
+            return self.node("total", (self.number(a), self.number(b)), (n, i, j), (n, i, j), None, Place.TOTAL)
         if a.rows is not None and b.rows is not None and (a.rows, b.rows) != (0, 0):
             raise CompileError("mixes rows")
         if a.rows == 2 or b.rows == 1 or (None in (a.rows, b.rows) and 0 in (a.rows, b.rows)):

@@ -39,6 +39,15 @@ class _Sample(Structure):
     _fields_ = (*((name, c_double) for name in REAL_FIELDS), *((name, c_int64) for name in INTEGER_FIELDS))
 
 
+class TapeStep(Structure):
+    """An accepted step, noted for the gradient."""
+
+    _fields_ = (
+        *((name, c_double) for name in ("t0", "dt", "t1", "first_time")),
+        *((name, c_int64) for name in ("output_begin", "output_end", "chained")),
+    )
+
+
 class Solve(Structure):
     """A native call's arguments and results: CompiledSolve of csrc/compiled/blocks.h."""
 
@@ -48,6 +57,8 @@ class Solve(Structure):
         ("rtol_each", c_void_p), ("atol_each", c_void_p), ("first_step", c_double),
         ("ends", c_void_p), ("n_ends", c_int64), ("stage_times", c_void_p),
         ("threads", c_int64), ("run_parallel", c_void_p), ("interrupted", c_void_p),
+        ("tape", c_void_p), ("steps", c_void_p), ("capacity", c_int64), ("n_steps", c_int64),
+        ("gradient", c_void_p), ("y0_gradient", c_void_p), ("gradients", c_void_p),
         ("sample", _Sample), ("evaluations", c_int64), ("finite_start", c_int64),
     )  # fmt: skip
 
@@ -83,19 +94,25 @@ class Library:
 
     Args:
         source: the C++.
+        gradient: whether it has the gradient too.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, gradient: bool = False) -> None:
         self.path, temporary = build(source)
         library = ctypes.CDLL(str(self.path))
         if temporary:
             shutil.rmtree(self.path.parent, ignore_errors=True)
         library.arguments_size.restype = c_int64
         assert library.arguments_size() == ctypes.sizeof(Solve)
-        library.workspace.restype, library.workspace.argtypes = c_int64, (c_int64,)
-        library.solve.restype, library.solve.argtypes = None, (POINTER(Solve),)
+        library.lanes.restype = c_int64
+        self.lanes = int(library.lanes())
+        for prefix in ("", "reversal_") if gradient else ("",):
+            getattr(library, prefix + "workspace").restype = c_int64
+            getattr(library, prefix + "workspace").argtypes = (c_int64,)
+            getattr(library, prefix + "solve").restype = None
+            getattr(library, prefix + "solve").argtypes = (POINTER(Solve),)
         self._library = library
-        self._solve = library.solve
+        self.capacity = 32  # steps that a tape has room for; as many as the last solve took, and some
 
     def plan(
         self,
@@ -137,44 +154,95 @@ class Library:
             run_parallel=ops.RUN_PARALLEL,
             interrupted=ops.INTERRUPTED,
         )  # fmt: skip
-        size = int(self._library.workspace(rows))
-        return Plan(self._solve, form, (n, *shape), dtype, size, (grid, rtol, atol, steps))
+        return Plan(self, form, (n, *shape), dtype, (grid, rtol, atol, steps))
+
+    def call(self, name: str, solve: Solve) -> None:
+        """Calls a native function, with workspace; raises what a signal's handler has raised meanwhile."""
+        memory = _workspace.take(int(getattr(self._library, f"{name}workspace")(solve.rows)))
+        solve.workspace, solve.threads = memory.data_ptr(), torch.get_num_threads()
+        getattr(self._library, f"{name}solve")(byref(solve))
+        _workspace.put(memory)
+        if solve.sample.status < 0:
+            ops.raise_interruption()
 
 
 class Plan:
     """A solve with everything fixed but the state and the inputs' values.
 
     Args:
-        solve: the native function.
-        form: its arguments, but for those.
+        library: of its dynamics.
+        form: the native call's arguments, but for those.
         shape, dtype: of the outputs.
-        workspace: bytes.
         kept: whose memory the arguments point to.
     """
 
-    def __init__(
-        self, solve: Any, form: Solve, shape: tuple[int, ...], dtype: torch.dtype, workspace: int, kept: object
-    ) -> None:
-        self._solve, self._form, self._kept = solve, form, kept
-        self._shape, self._dtype, self._workspace = shape, dtype, workspace
+    def __init__(self, library: Library, form: Solve, shape: tuple[int, ...], dtype: torch.dtype, kept: object) -> None:
+        self.library, self._form, self._kept = library, form, kept
+        self.shape, self.dtype = shape, dtype
         self._pointers: tuple[list[int], Any] = ([], None)
 
-    def run(self, y0: Tensor, inputs: list[Tensor]) -> tuple[Tensor, Solve]:
-        """Solves from a packed, contiguous state; returns the states at the output times and how it ended."""
-        dtype = self._dtype
+    def run(self, y0: Tensor, inputs: list[Tensor], tape: Tape | None = None) -> tuple[Tensor, Solve]:
+        """Solves from a packed, contiguous state.
+
+        Args:
+            y0: the state.
+            inputs: the tensors that func has closed over.
+            tape: where the steps are noted, if the gradient is wanted.
+
+        Returns:
+            The states at the output times, and how it ended.
+        """
+        out = torch.empty(self.shape, dtype=self.dtype)
+        solve = Solve.from_buffer_copy(self._form)
+        solve.y0, solve.out = y0.data_ptr(), out.data_ptr()
+        kept = self._point_to(inputs, solve)
+        if tape is not None:
+            tape.attach(solve)
+        self.library.call("", solve)
+        del kept
+        return out, solve
+
+    def undo(
+        self, solve: Solve, gradient: Tensor, y0: Tensor, inputs: list[Tensor], wanted: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The gradients of the start and of the wanted inputs, from that of the outputs and a tape's notes."""
+        start = torch.empty_like(y0)
+        found = [torch.empty(x.shape, dtype=self.dtype) for x in wanted]
+        array = (c_void_p * max(len(found), 1))(*(x.data_ptr() for x in found))
+        solve.gradient, solve.y0_gradient, solve.gradients = gradient.data_ptr(), start.data_ptr(), ctypes.addressof(array)
+        kept = self._point_to(inputs, solve)
+        self.library.call("reversal_", solve)
+        del kept
+        return start, [g.to(x.dtype) for g, x in zip(found, wanted)]
+
+    def _point_to(self, inputs: list[Tensor], solve: Solve) -> object:
+        """Sets the inputs' addresses; returns what has to live until the call is over."""
+        dtype = self.dtype
         kept = [x if x.dtype is dtype and x.is_contiguous() else x.detach().to(dtype).contiguous() for x in inputs]
         addresses = [x.data_ptr() for x in kept]
         known, array = self._pointers
         if array is None or known != addresses:
             array = (c_void_p * max(len(addresses), 1))(*addresses)
             self._pointers = addresses, array
-        out = torch.empty(self._shape, dtype=dtype)
-        memory = _workspace.take(self._workspace)
-        solve = Solve.from_buffer_copy(self._form)
-        solve.y0, solve.out, solve.workspace = y0.data_ptr(), out.data_ptr(), memory.data_ptr()
-        solve.inputs, solve.threads = ctypes.addressof(array), torch.get_num_threads()
-        self._solve(byref(solve))
-        _workspace.put(memory)
-        if solve.sample.status < 0:
-            ops.raise_interruption()
-        return out, solve
+        solve.inputs = ctypes.addressof(array)
+        return kept, array
+
+
+class Tape:
+    """Memory for the notes of a solve's steps.
+
+    Args:
+        capacity: of so many steps.
+        numbers: of a state, with the last block's padding.
+        dtype: of the state.
+    """
+
+    def __init__(self, capacity: int, numbers: int, dtype: torch.dtype) -> None:
+        self.capacity = capacity
+        # Vectors want to begin at multiples of 64 bytes, which torch gives.
+        self.states = torch.empty(capacity * numbers, dtype=dtype)
+        self.steps = (TapeStep * capacity)()
+
+    def attach(self, solve: Solve) -> None:
+        """Lets a solve note its steps here."""
+        solve.tape, solve.steps, solve.capacity = self.states.data_ptr(), ctypes.addressof(self.steps), self.capacity

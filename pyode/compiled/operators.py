@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from torch.fx import Node as TracedNode
 
 from ..errors import CompileError
-from .graph import ROWS, Graph, Node, Place, Value
+from .graph import ROWS, SUM, Graph, Node, Place, Value
 
 FORMULAS = {
     "abs": "abs({0})",
@@ -74,7 +74,7 @@ LOGIC |= {f"logical_{name[8:]}": formula for name, formula in LOGIC.items()}
 MOVES = frozenset(
     "view _unsafe_view reshape permute t transpose expand slice select squeeze unsqueeze alias detach clone unbind split "
     "split_with_sizes flip roll repeat unfold diagonal cat stack select_scatter slice_scatter index_select index "
-    "lift_fresh_copy movedim copy chunk".split()
+    "lift_fresh_copy movedim squeeze_ unsqueeze_ transpose_ t_ copy".split()
 )
 
 OPERATORS: dict[str, Callable[..., Node]] = {}
@@ -192,7 +192,7 @@ def op__to_copy(graph: Graph, x: Node, dtype: torch.dtype | None = None, **_: An
 
 @_operator
 def op_sum(graph: Graph, x: Node, axes: Any = (), keepdim: bool = False, **_: Any) -> Node:  # noqa: D103
-    return graph.reduce("{0} + {1}", x, axes or (), keepdim)
+    return graph.reduce(SUM, x, axes or (), keepdim)
 
 
 @_operator
@@ -318,19 +318,22 @@ class Import:
         traced: as `trace` made it.
         dtype: of the state; all numbers have it.
         rows: whether the state's first axis are its rows; otherwise all of it is one row.
+        totals: whether sums over rows are allowed, and returned behind the parts.
+        inputs: those known already, which keep their numbers.
 
     Attributes:
         outputs: one for each part of the state.
+        gradients: what is returned beside, of a vjp: sums over all rows.
         inputs: the tensors that func has closed over, by the number of their "input" nodes.
     """
 
-    def __init__(self, traced: GraphModule, dtype: torch.dtype, rows: bool, time: Place = Place.STAGE) -> None:
-        self.graph = Graph()
-        self.dtype, self.inputs = dtype, list[Tensor]()
+    def __init__(self, traced: GraphModule, dtype: torch.dtype, rows: bool, totals: bool = False, inputs: list[Tensor] | None = None) -> None:
+        self.graph = Graph(totals)
+        self.dtype, self.inputs = dtype, list[Tensor]() if inputs is None else inputs
         self._traced, self._values = traced, dict[TracedNode, Any]()
         self._symbol: Any = None
         placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
-        self._values[placeholders[0]] = self.graph.node("time", (), None, (), None, time)
+        self._values[placeholders[0]] = self.graph.node("time", (), None, (), None, Place.STAGE)
         for i, node in enumerate(placeholders[1:]):
             sizes = node.meta["val"].shape
             if rows:
@@ -347,15 +350,19 @@ class Import:
                     name = getattr(node.target, "overloadpacket", node.target).__name__
                     raise CompileError(f"{name} at {node.meta.get('line', 'func')}: {error}") from error
         (returned,) = next(node for node in traced.graph.nodes if node.op == "output").args
-        self.outputs = []
-        for out, node in zip(returned, placeholders[1:]):
+        self.outputs, self.gradients = list[Node](), list[Node]()
+        parts = placeholders[1 : 1 + (len(placeholders) - 1) // (2 if totals else 1)]
+        for out, node in zip(returned, parts):
             state = self._values[node]
             if tuple(map(str, out.meta["val"].shape)) != tuple(map(str, node.meta["val"].shape)):
                 raise CompileError("func does not return the state's shape")
             value = self.graph.number(self._node(self._values[out]))
-            if value.rows != state.rows:
-                value = self.graph.expand(value, state.sizes(), state.rows)
-            self.outputs.append(value)
+            self.outputs.append(self.graph.expand(value, state.sizes(), state.rows))
+        for out in returned[len(self.outputs) :] if totals else ():
+            value = self.graph.number(self._node(self._values[out]))
+            if value.place is Place.ROW:  # the only row
+                value = self.graph.node("total", (value,), None, value.shape, None, Place.TOTAL)
+            self.gradients.append(value)
 
     def _closed_over(self, node: TracedNode) -> Any:
         value = self._traced

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._ops import backend_for, native
+from .._ops.autograd import plain
 from .._ops.contract import Grid, Policy
 from ..control import Times
 from ..errors import SolveError, Status
@@ -19,7 +20,7 @@ from ..state import Form
 from ..stepping.course import stage_times
 from ..stepping.fixed_grid import grid_of
 from .dynamics import CompiledDynamics, Entry
-from .native import Plan, Solve
+from .native import Plan, Solve, Tape
 
 
 @dataclass
@@ -83,11 +84,13 @@ def solve_compiled(
     first_step: float | None,
     options: dict[str, Any],
     fail: Callable[[SolveError], None],
+    eagerly: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, float | None] | None:
     """The states at the output times, [T, *y0.shape], and the size of the last step; None if a loop has to do it.
 
-    That is where a norm is the user's, a method is not an explicit Runge-Kutta method, gradients are wanted, the state is
-    not on the CPU or empty, or func can't be compiled.
+    That is where a norm is the user's, a method is not an explicit Runge-Kutta method, gradients of times are wanted, the
+    state is not on the CPU or empty, or func can't be compiled. Where gradients are wanted, the states are one node of
+    autograd's graph; `eagerly` does the same solve by a loop, for gradients of gradients.
     """
     cubic = options.get("interp", "linear") == "cubic"
     if (
@@ -100,7 +103,11 @@ def solve_compiled(
     ):
         return None
     entry = compiled.entry(form.shapes, form.is_tuple, y0.dtype, method)
-    if entry is None or _is_recorded(y0, times.tensor, entry):
+    if entry is None or (torch.is_grad_enabled() and times.tensor.requires_grad):
+        return None
+    recorded = _is_recorded(y0, times.tensor, entry)
+    library = compiled.trained(entry) if recorded else entry.library
+    if library is None:
         return None
     steps = None
     if not method.adaptive:
@@ -109,9 +116,15 @@ def solve_compiled(
         times_of_stages = stage_times(ends, abscissae, y0.dtype, times.sign, bool(options.get("perturb", False)))
         steps = ends, times_of_stages.contiguous()
     rows = entry.rows_of(form.shapes[0])
-    plan = entry.library.plan(y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, steps)
-    ys, solve = plan.run(y0, entry.inputs)
-    if not (form.is_tuple or options or steps) and type(rtol) is float and type(atol) is float:
+    plan = library.plan(y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, steps)
+    if recorded:
+        wanted = [x for x in entry.inputs if x.requires_grad]
+        notes: list[Solve] = []
+        ys = _Recorded.apply(plan, rows, entry.inputs, eagerly, notes, y0, *wanted)  # type: ignore[no-untyped-call]
+        solve = notes[0]
+    else:
+        ys, solve = plan.run(y0, entry.inputs)
+    if not recorded and not (form.is_tuple or options or steps) and type(rtol) is float and type(atol) is float:
         key = (y0.shape, y0.dtype, rtol, atol, None if method.name == DEFAULT else method.name)
         compiled.last = Prepared(key, times.tensor, times.tensor._version, entry, plan)
     sample = solve.sample
@@ -123,6 +136,48 @@ def solve_compiled(
     if sample.status != _SUCCESS:
         fail(_error(solve))
     return ys, abs(sample.dt_prev) if method.adaptive else None
+
+
+class _Recorded(torch.autograd.Function):
+    """A solve as one node: the forward pass notes its steps, the backward pass undoes them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        rows: int,
+        inputs: list[Tensor],
+        eagerly: Callable[[Tensor], Tensor],
+        notes: list[Solve],
+        y0: Tensor,
+        *wanted: Tensor,
+    ) -> Tensor:
+        library = plan.library
+        numbers = -(-rows // library.lanes) * library.lanes * (y0.numel() // rows)
+        while True:
+            tape = Tape(library.capacity, numbers, y0.dtype)
+            ys, solve = plan.run(y0, inputs, tape)
+            n = solve.sample.n_accepted
+            fits = n <= tape.capacity
+            library.capacity = n + n // 4 + 4
+            if fits:
+                break
+        notes.append(solve)
+        ctx.plan, ctx.inputs, ctx.eagerly, ctx.solve, ctx.tape = plan, inputs, eagerly, solve, tape
+        ctx.save_for_backward(y0, *wanted)
+        return ys
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        y0, *wanted = ctx.saved_tensors
+        (gradient,) = gradients
+        needed = ctx.needs_input_grad[5:]
+        if torch.is_grad_enabled():  # this gradient is to have one itself
+            asked = [x for x, need in zip([y0, *wanted], needed) if need]
+            found = iter(torch.autograd.grad(ctx.eagerly(y0), asked, gradient, create_graph=True, allow_unused=True))
+            return None, None, None, None, None, *(next(found) if need else None for need in needed)
+        start, of_wanted = ctx.plan.undo(ctx.solve, plain(gradient), y0, ctx.inputs, wanted)
+        return None, None, None, None, None, start, *of_wanted
 
 
 def _error(solve: Solve) -> SolveError:

@@ -106,32 +106,58 @@ def trace(func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dt
         CompileError: func does something that a graph can't stand for.
         Exception: whatever func raises.
     """
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
-    env = ShapeEnv()
-    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-
-    def fake(shape: torch.Size, name: str) -> Tensor:
-        example = torch.empty((_EXAMPLE_ROWS, *shape[1:]) if rows else shape, dtype=dtype)
-        dynamic = [DimDynamic.DYNAMIC if rows and i == 0 else DimDynamic.STATIC for i in range(len(shape))]
-        # Parts with one name for their number of rows have the same symbol.
-        return mode.from_tensor(example, source=ConstantSource(name), symbolic_context=StatelessSymbolicContext(dynamic))  # type: ignore[arg-type]
 
     def call(t: Tensor, *parts: Tensor) -> list[Tensor]:
         with _Watch(), _Reads():
             out = func(t, parts if is_tuple else parts[0])
             return [torch.clone(part) for part in (out if is_tuple else (out,))]
 
+    with torch.no_grad():
+        return _graph_of(torch.func.functionalize(call), shapes, dtype, rows)
+
+
+def trace_vjp(traced: GraphModule, shapes: list[torch.Size], dtype: torch.dtype, rows: bool, wanted: list[Tensor]) -> GraphModule:
+    """The graph of the vector-Jacobian product: of t, the state's parts and as many of the vector's.
+
+    Args:
+        traced: func's graph.
+        shapes, dtype, rows: as `trace`'s.
+        wanted: the closed-over tensors to which gradients are wanted.
+
+    Returns:
+        A graph of a list: the gradient of every part, then of every tensor.
+    """
+
+    def pull_back(t: Tensor, *parts: Tensor) -> list[Tensor]:
+        n = len(shapes)
+        ys = [part.detach().requires_grad_() for part in parts[:n]]
+        out = traced(t, *ys)
+        found = torch.autograd.grad(out, [*ys, *wanted], parts[n:], allow_unused=True)
+        return [torch.zeros_like(x) if g is None else torch.clone(g) for g, x in zip(found, [*ys, *wanted])]
+
+    with torch.enable_grad():
+        return _graph_of(pull_back, shapes * 2, dtype, rows)
+
+
+def _graph_of(call: Callable[..., Any], shapes: list[torch.Size], dtype: torch.dtype, rows: bool) -> GraphModule:
+    """The graph of call(t, *parts)."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    example = torch.empty((_EXAMPLE_ROWS, *shapes[0][1:]) if rows else shapes[0], dtype=dtype)
+    dynamic = [DimDynamic.DYNAMIC if rows and i == 0 else DimDynamic.STATIC for i in range(example.dim())]
+    context: Any = StatelessSymbolicContext(dynamic)  # type: ignore[arg-type]
+    first = mode.from_tensor(example, source=ConstantSource("state"), symbolic_context=context)
     time = mode.from_tensor(torch.tensor(0.0, dtype=dtype))
-    first = fake(shapes[0], "state")
-    with mode:
-        parts = [first, *(torch.empty((first.shape[0], *shape[1:]) if rows else shape, dtype=dtype) for shape in shapes[1:])]
+    with mode:  # the other parts have as many rows
+        parts = [torch.empty((first.shape[0], *shape[1:]) if rows else shape, dtype=dtype) for shape in shapes[1:]]
     try:
-        graph: GraphModule = make_fx(
-            torch.func.functionalize(call), _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True
-        )(time, *parts)
+        graph: GraphModule = make_fx(call, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)(
+            time, first, *parts
+        )
     except RuntimeError as error:
         if "data-dependent" in str(error) or "DataDependent" in type(error).__name__:
             raise CompileError(f"a tensor's value decides what is done at {_line_of(error)}") from error
