@@ -96,7 +96,7 @@ def odeint(
         torchdiffeq's.
     """
     if type(func) is CompiledDynamics and not options and event_fn is None:
-        again = solve_again(func, y0, t, rtol, atol, method)
+        again = solve_again(func, y0, t, rtol, atol, method, lambda y: odeint(func.func, y, t, rtol, atol, method))
         if again is not None:
             return again
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn)

@@ -1,13 +1,10 @@
-"""Compiled dynamics against the same func run eagerly: steps, results, statistics, errors; what is read anew; refusals."""
+"""Compiled dynamics against func run eagerly: steps, results, statistics, errors; what is read anew; refusals."""
 
 from __future__ import annotations
 
 import gc
 import os
-import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -20,7 +17,6 @@ from problems import CLOSED_FORMS, kepler, kepler_start, tensor, van_der_pol
 from torch import Tensor, nn
 
 import pyode
-from pyode.compiled import build
 from pyode.methods import TABLEAUS
 
 TIGHT = {"rtol": 1e-8, "atol": 1e-10}
@@ -74,7 +70,9 @@ def test_every_option_of_the_controller():
         {"step_t": tensor(0.1, 0.45, 1.7), "jump_t": tensor(0.5, 0.9)},
     ):
         assert_same(van_der_pol, y0, t, options=options)
-        assert_same(van_der_pol, y0, -0.3 * t, options={k: -0.3 * v if isinstance(v, Tensor) else v for k, v in options.items()})
+        assert_same(
+            van_der_pol, y0, -0.3 * t, options={k: -0.3 * v if isinstance(v, Tensor) else v for k, v in options.items()}
+        )
     assert_same(van_der_pol, y0, t, rtol=each, atol=each.flip(0))
     assert_same(van_der_pol, y0, t, atol=each[0])
 
@@ -155,7 +153,11 @@ class TestErrors:
             (lambda t, y: 1 - y, {"atol": 0.0}),  # finite, but not to be scaled at y = 0
         )
         for f, arguments in cases:
-            y0 = torch.zeros(3, 1, dtype=torch.float64) if arguments.get("atol") == 0 else torch.ones(3, 1, dtype=torch.float64)
+            y0 = (
+                torch.zeros(3, 1, dtype=torch.float64)
+                if arguments.get("atol") == 0
+                else torch.ones(3, 1, dtype=torch.float64)
+            )
             errors = []
             for g in (strict(f), f):
                 with pytest.raises(pyode.SolveError) as caught:
@@ -169,7 +171,11 @@ class TestErrors:
         results = []
         for f in (strict(lambda t, y: y**2), lambda t, y: y**2):
             with pytest.warns(UserWarning, match="the solve failed"):
-                results.append(counted(f, torch.ones(2, 1).double(), tensor(0.0, 0.5, 2.0, 3.0), options={"on_failure": "return"})[0])
+                results.append(
+                    counted(f, torch.ones(2, 1).double(), tensor(0.0, 0.5, 2.0, 3.0), options={"on_failure": "return"})[
+                        0
+                    ]
+                )
         torch.testing.assert_close(*results, rtol=1e-6, atol=0)
 
     def test_interrupts_stop_a_long_solve(self):
@@ -330,18 +336,6 @@ class TestStandsForFunc:
         y = torch.randn(2, 2).double()
         assert torch.equal(f(tensor(0.5)[0], y), field(tensor(0.5)[0], y))
 
-    def test_gradients_are_those_of_func(self):
-        field = Field()
-        for solve in (pyode.odeint, pyode.odeint_adjoint):
-            gradients = []
-            for f in (strict(field), field):
-                y0, t = torch.randn(2, 2, generator=torch.Generator().manual_seed(0)).double().requires_grad_(), tensor(0.0, 0.5, 1.0)
-                solve(f, y0, t, **TIGHT)[1:].square().sum().backward()
-                gradients.append([y0.grad, *(p.grad.clone() for p in field.trained())])
-                field.zero_grad()
-            for ours, theirs in zip(*gradients):
-                torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
-
     def test_events_callbacks_and_norms_take_the_eager_path(self):
         f = strict(lambda t, y: -y)
         y0, t = torch.ones(1, dtype=torch.float64), tensor(0.0, 5.0)
@@ -375,87 +369,3 @@ class TestStandsForFunc:
         del f
         gc.collect()
         assert gone() is None
-
-
-def fresh():
-    """A func that nobody has compiled before."""
-    number = random.SystemRandom().random()
-    return lambda t, y: -number * y
-
-
-class TestBuild:
-    y0, t = torch.ones(2, 1), torch.tensor([0.0, 1.0])
-
-    def solve(self, f) -> Tensor:
-        return pyode.odeint(f, self.y0, self.t, method="euler")
-
-    def test_a_library_that_was_cut_off_is_built_again(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("PYODE_CACHE_DIR", str(tmp_path))
-        number = random.SystemRandom().random()
-        first = self.solve(strict(lambda t, y: number * y))
-        (library,) = tmp_path.glob("*.so")
-        content = library.read_bytes()
-        library.unlink()  # it is in use
-        library.write_bytes(content[: len(content) // 2])
-        assert torch.equal(self.solve(strict(lambda t, y: number * y)), first)
-        assert library.stat().st_size > len(content) // 2
-        pyode.clear_cache()
-        assert not list(tmp_path.iterdir())
-
-    def test_a_folder_that_cannot_be_written(self, tmp_path, monkeypatch, caplog):
-        monkeypatch.setenv("PYODE_CACHE_DIR", str(tmp_path / "file"))
-        (tmp_path / "file").write_text("not a folder")
-        f = fresh()
-        torch.testing.assert_close(self.solve(strict(f)), self.solve(f))
-        assert "not kept" in caplog.text
-
-    @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
-    def test_a_folder_that_others_can_write_is_not_used(self, tmp_path, monkeypatch, caplog):
-        tmp_path.chmod(0o777)
-        monkeypatch.setenv("PYODE_CACHE_DIR", str(tmp_path))
-        self.solve(strict(fresh()))
-        assert not list(tmp_path.iterdir())
-        monkeypatch.setenv("PYODE_CACHE_DIR", str(tmp_path / "own"))
-        self.solve(strict(fresh()))
-        assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
-
-    @pytest.mark.parametrize("command", ["false", "no-such-compiler"])
-    def test_a_compiler_that_fails(self, command, tmp_path, monkeypatch):
-        monkeypatch.setattr(build, "compiler", lambda: ((command,), "") if command == "false" else _no_compiler())
-        monkeypatch.setenv("PYODE_CACHE_DIR", str(tmp_path))
-        f = fresh()
-        with pytest.warns(UserWarning, match="failed with status 1|no C\\+\\+ compiler"):
-            ours = self.solve(pyode.compile(f))
-        assert torch.equal(ours, self.solve(f))
-
-    def test_two_threads_compile_the_same_at_once(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("PYODE_CACHE_DIR", str(tmp_path))
-        shared, number, results = strict(van_der_pol), random.SystemRandom().random(), []
-
-        def run(f):
-            with torch.no_grad():
-                results.append(pyode.odeint(f, torch.ones(3, 2) * number, self.t))
-
-        threads = [threading.Thread(target=run, args=(f,)) for f in (shared, shared, strict(van_der_pol))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(results) == 3
-        assert all(torch.equal(result, results[0]) for result in results)
-        assert len(list(tmp_path.glob("*.so"))) == 1
-
-    def test_the_next_process_finds_it(self, tmp_path):
-        code = (
-            "import torch, pyode; from pyode.compiled import build\n"
-            "f = pyode.compile(lambda t, y: -1.25 * y, strict=True)\n"
-            "n = []; make = build._compile; build._compile = lambda *a: n.append(1) or make(*a)\n"
-            "pyode.odeint(f, torch.ones(2, 1), torch.tensor([0., 1.]), method='euler'); print(len(n))"
-        )
-        environment = {**os.environ, "PYODE_CACHE_DIR": str(tmp_path)}
-        runs = [subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
-        assert [run.stdout.strip() for run in runs] == ["1", "0"]
-
-
-def _no_compiler():
-    raise pyode.CompileError("no C++ compiler was found")

@@ -64,7 +64,7 @@ class TestNativeCode:
         assert [path.name for path in SOURCES if "pybind11" in path.read_text()] == ["bindings.cpp"]
 
     def test_includes_point_downwards(self):
-        rank = {"core": 0, ".": 1, "cpu": 2, "cuda": 2}
+        rank = {"core": 0, "compiled": 1, ".": 1, "cpu": 2, "cuda": 2}
         for path in SOURCES:
             here = path.parent.name if path.parent.name in rank else "."
             if path.name == "bindings.cpp":

@@ -1,8 +1,8 @@
 """C++ to a library: the compiler of this machine, and a cache on disk.
 
-The cache is a folder of the user's own, ~/.cache/pyode or PYODE_CACHE_DIR. A library's name is the digest of all that it
-depends on: source, headers, flags, compiler and processor. It is written under another name and moved to its place, and
-beside it lies its own digest, so that one that was cut off is built again.
+The cache is a folder of the user's own, ~/.cache/pyode or PYODE_CACHE_DIR. A library's name is the digest of all that
+it depends on: source, headers, flags, compiler and processor. It is written under another name and moved to its place,
+and beside it lies its own digest, so that one that was cut off is built again.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pathlib import Path
 from ..errors import CompileError
 
 FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared",
-    "-fvisibility=hidden", "-Wno-psabi", "-DPYODE_LEVEL=native",
+    "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC",
+    "-shared", "-fvisibility=hidden", "-Wno-psabi", "-DPYODE_LEVEL=native",
 )  # fmt: skip
 COMPILERS = ("c++", "g++", "clang++")
 MOST_LIBRARIES = 500  # in the cache; those unused for longest make room
@@ -161,7 +161,10 @@ def _compile(source: str, folder: Path, name: str) -> Path:
     text.write_text(source)
     with _announced("compiling the dynamics (once; the next process finds them in the cache)"):
         done = subprocess.run(
-            [*command, *FLAGS, f"-I{headers()}", str(text), "-o", str(library)], capture_output=True, text=True, check=False
+            [*command, *FLAGS, f"-I{headers()}", str(text), "-o", str(library)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     if done.returncode != 0 or not library.exists():
         raise CompileError(f"{command[0]} failed with status {done.returncode}:\n{done.stderr[:2000]}")

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from ..errors import CompileError, InvalidType
 from ..methods import Tableau
-from .emit import Dynamics, solver_source
+from .emit import Dynamics
 from .guards import Guards
+from .lowering import Lowering
 from .native import Library
-from .operators import Import
+from .source import solver_source
 from .trace import trace, trace_vjp
 
 DTYPES = (torch.float32, torch.float64)
@@ -45,31 +46,31 @@ class Entry:
             try:
                 if not together:
                     raise CompileError("the parts of the state have different numbers of rows")
-                imported = self._import(func, shapes, is_tuple, dtype, rows=True)
+                lowered = self._lower(func, shapes, is_tuple, dtype, rows=True)
             except Exception:  # rows are mixed, or func fails for another number of them
                 if sum(shape.numel() for shape in shapes) > LARGEST_ROW:
                     raise
-                imported = self._import(func, shapes, is_tuple, dtype, rows=False)
+                lowered = self._lower(func, shapes, is_tuple, dtype, rows=False)
         self._method, self._shapes, self._dtype = method, shapes, dtype
-        self.inputs = imported.inputs
+        self.inputs = lowered.inputs
         self._forms = [(x.dtype, x.shape) for x in self.inputs]
-        self._dynamics = Dynamics(imported.outputs, dtype, self.rows)
+        self._dynamics = Dynamics(lowered.outputs, dtype, self.rows)
         self.source = solver_source(self._dynamics, method)
         self.library = Library(self.source)
         self._trained: dict[tuple[int, ...], Library] = {}
         self.seconds = time.perf_counter() - began
 
-    def _import(
+    def _lower(
         self, func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, rows: bool
-    ) -> Import:
+    ) -> Lowering:
         self.rows = rows
         self._traced = traced = trace(func, shapes, is_tuple, dtype, rows)
         self.operators = [
-            node.target.overloadpacket.__name__  # type: ignore[union-attr]
+            node.target.overloadpacket.__name__
             for node in traced.graph.nodes
             if isinstance(node.target, torch._ops.OpOverload)
         ]
-        return Import(traced, dtype, rows)
+        return Lowering(traced, dtype, rows)
 
     def trained(self, wanted: tuple[int, ...]) -> Library:
         """The library that has the gradient too, with respect to the state and to some of the inputs."""
@@ -77,8 +78,8 @@ class Entry:
             with _tracing:
                 inputs = [self.inputs[i] for i in wanted]
                 traced = trace_vjp(self._traced, self._shapes, self._dtype, self.rows, inputs)
-                imported = Import(traced, self._dtype, self.rows, totals=True, inputs=self.inputs)
-                adjoint = Dynamics(imported.outputs, self._dtype, self.rows, imported.gradients)
+                lowered = Lowering(traced, self._dtype, self.rows, totals=True, inputs=self.inputs)
+                adjoint = Dynamics(lowered.outputs, self._dtype, self.rows, lowered.gradients)
                 self.source = solver_source(self._dynamics, self._method, adjoint)
                 self._trained[wanted] = Library(self.source, gradient=True)
         return self._trained[wanted]
@@ -118,7 +119,7 @@ class CompiledDynamics(nn.Module):
         return self._distinct[-1].source if self._distinct else ""
 
     def entry(self, shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, method: Tableau) -> Entry | None:
-        """What was compiled for such a state, compiled now if need be; None, after one warning, where that can't be done.
+        """What was compiled for such a state, now if need be; None, after one warning, where that can't be done.
 
         Raises:
             CompileError: it can't be done, and `strict` is wanted.
@@ -167,9 +168,13 @@ class CompiledDynamics(nn.Module):
                 raise CompileError(f"a state of {dtype}; there are float32 and float64")
             entry = entry or Entry(self.func, shapes, is_tuple, dtype, method)
         except CompileError as error:
-            return self.refuse(key, str(error))
-        except Exception as error:  # whatever func or torch raises on fake tensors; run eagerly, func shows what is wrong
-            return self.refuse(key, f"it can't be traced: {type(error).__name__}: {str(error).splitlines()[0]}")
+            self.refuse(key, str(error))
+            return None
+        except (
+            Exception
+        ) as error:  # whatever func or torch raises on fake tensors; run eagerly, func shows what is wrong
+            self.refuse(key, f"it can't be traced: {type(error).__name__}: {str(error).splitlines()[0]}")
+            return None
         if entry.rows:
             self._entries[tails] = entry
         self._entries[key] = entry

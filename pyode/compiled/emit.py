@@ -1,8 +1,8 @@
 """From a graph to C++: the dynamics as a struct around which csrc/compiled has the solver's loops.
 
-Rows lie in blocks, a vector for each number of a row. Every node becomes an array, `v7[5]`, with one statement for each of
-few numbers and a loop for many. What does not differ from row to row is computed once a solve (`fixed`) or once a stage
-(`timed`).
+Rows lie in blocks, a vector for each number of a row. Every node becomes an array, `v7[5]`, with one statement for each
+of few numbers and a loop for many. What does not differ from row to row is computed once a solve (`fixed`) or once a
+stage (`timed`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from itertools import product
 
 import torch
 
-from ..methods import Tableau
-from .graph import Index, Node, Place, in_order
+from .graph import Index, Node, Place, contiguous, in_order
 
 UNROLLED = 16  # so many statements at most for one node; from then on, a loop
 UNROLLED_CALLS = 3  # of functions such as tanh, each some 30 instructions
@@ -33,7 +32,7 @@ def _number(value: str) -> str:
         return "std::numeric_limits<T>::quiet_NaN()"
     if math.isinf(x):
         return ("-" if x < 0 else "") + "std::numeric_limits<T>::infinity()"
-    return f"T({x!r})" if x >= 0 else f"T({x!r})"
+    return f"T({x!r})"
 
 
 def _flat(strides: Index, offset: int, at: Sequence[str | int]) -> str:
@@ -55,6 +54,22 @@ def _without_ones(shape: Index, *strides: Index) -> tuple[Index, ...]:
     """Shape and strides without axes of one entry."""
     kept = [i for i, size in enumerate(shape) if size != 1]
     return tuple(tuple(x[i] for i in kept) for x in (shape, *strides))
+
+
+@dataclass
+class _Matrix:
+    """Where a factor lies, and its three strides."""
+
+    pointer: str
+    strides: Index
+
+    @property
+    def text(self) -> str:
+        return f"{self.pointer}, {{{', '.join(map(str, self.strides))}}}"
+
+    def transposed(self) -> _Matrix:
+        n, i, j = self.strides
+        return _Matrix(self.pointer, (n, j, i))
 
 
 @dataclass
@@ -117,7 +132,7 @@ class Dynamics:
         """Whether a map's operand is another map, number by number."""
         shape, strides = _without_ones(x.shape, x.layout[0])
         (base,) = _without_ones(x.base.shape)
-        return x.layout[1] == 0 and shape == base and strides == _without_ones(shape, _strides(shape))[1]
+        return x.layout[1] == 0 and shape == base and strides == _without_ones(shape, contiguous(shape))[1]
 
     def _state(self, base: Node) -> tuple[str, int]:
         """Where a part of the state lies, or of the vector that is multiplied with the Jacobian."""
@@ -131,7 +146,7 @@ class Dynamics:
     def _read(self, x: Node, at: Sequence[str | int], place: Place) -> str:
         """An expression for a number of a node, to be used at a place; `at` is its index without axes of one entry."""
         base = x.base
-        shape, strides = _without_ones(x.shape, x.layout[0])
+        _, strides = _without_ones(x.shape, x.layout[0])
         if id(base) in self._inlined:
             return f"({self._formula(base, at)})"
         if base.kind == "literal":
@@ -166,7 +181,9 @@ class Dynamics:
             self._names[id(node)] = f"totals.{number}"
         elif node.place in (Place.ROW, Place.TOTAL):
             scalar, vector = ("bool", "mask_t<V>") if node.mask else ("T", "V")
-            self._code[node.place].add(f"{vector if node.place is Place.ROW else scalar} {number}[{max(node.numel, 1)}];")
+            self._code[node.place].add(
+                f"{vector if node.place is Place.ROW else scalar} {number}[{max(node.numel, 1)}];"
+            )
             self._names[id(node)] = number
         else:
             self._members[node.place].append(f"    {'bool' if node.mask else 'T'} {number}[{max(node.numel, 1)}];")
@@ -181,7 +198,8 @@ class Dynamics:
     def _loops(self, shape: Index, calls: int, code: _Code) -> Iterator[tuple[list[str | int], int]]:
         """Multi-indices to write statements for, and their depth: all, or one within loops."""
         if math.prod(shape) <= (UNROLLED_CALLS if calls else UNROLLED):
-            yield from ((list(at), 0) for at in product(*map(range, shape)))
+            for at in product(*map(range, shape)):
+                yield list(at), 0
             return
         for depth, size in enumerate(shape):
             code.add(f"for (int i{depth} = 0; i{depth} < {size}; ++i{depth})", depth)
@@ -192,17 +210,8 @@ class Dynamics:
         text = self._formula(node, ["0"] * len(shape))
         calls = len(_CALL.findall(text))
         self._count(node, (20 * calls + 1 + text.count("*") + text.count("+")) * node.numel)
-        # One loop is enough where every array is read from front to back.
-        merged = self._merged(node, shape)
-        for at, depth in self._loops(merged, calls, code):
-            index = at if merged == shape else self._split(shape, at)
-            code.add(f"{name}[{_flat(_strides(merged), 0, at)}] = {self._formula(node, index)};", depth)
-
-    def _merged(self, node: Node, shape: Index) -> Index:
-        return shape
-
-    def _split(self, shape: Index, at: Sequence[str | int]) -> list[str | int]:
-        return list(at)
+        for at, depth in self._loops(shape, calls, code):
+            code.add(f"{name}[{_flat(contiguous(shape), 0, at)}] = {self._formula(node, at)};", depth)
 
     def _emit_gather(self, node: Node, name: str, code: _Code) -> None:
         table: list[tuple[int, int]] = list(node.detail)
@@ -230,56 +239,53 @@ class Dynamics:
         formula, axes = node.detail
         (x,) = node.inputs
         self._count(node, x.numel)
-        strides, offset = x.layout
         kept = [i for i in range(len(x.shape)) if i not in axes]
-        shape = tuple(x.shape[i] for i in kept)
-        sizes = tuple(x.shape[i] for i in axes)
-        few = x.numel <= UNROLLED
-        for at, depth in self._loops(shape if few else (*shape, 1) if not shape else shape, not few, code):
-            start = [*at][: len(kept)]
+        shape, sizes = tuple(x.shape[i] for i in kept), tuple(x.shape[i] for i in axes)
+        few = math.prod(sizes) <= UNROLLED
+        scalar = "V" if node.place is Place.ROW else "T"
+        for at, depth in self._loops(shape, 0 if few else 1, code):
 
-            def read(inner: Sequence[str | int], start: list[str | int] = start) -> str:
-                index = [*map(int, [0] * 0)] if not x.shape else list[str | int]([0] * len(x.shape))
-                for i, value in zip(kept, start):
-                    index[i] = value
-                for i, value in zip(axes, inner):
-                    index[i] = value
-                return self._element_at(x, strides, offset, index, node.place)
+            def read(inner: Sequence[str | int], outer: Sequence[str | int] = at) -> str:
+                index = dict(zip([*kept, *axes], [*outer, *inner]))
+                place = _flat(*x.layout, [index[i] for i in range(len(x.shape))])
+                return self._element(x.base, place, node.place)
 
-            target = f"{name}[{_flat(_strides(shape), 0, start)}]"
+            target = f"{name}[{_flat(contiguous(shape), 0, at)}]"
+            first, *others = product(*map(range, sizes)) if few else [(0,) * len(sizes)]
+            text = read(first)
+            for inner in others:
+                text = formula.format(f"({text})", read(inner))
             if few:
-                text = read([0] * len(axes))
-                for inner in list(product(*map(range, sizes)))[1:]:
-                    text = formula.format(f"({text})", read(inner))
                 code.add(f"{target} = {text};", depth)
                 continue
+            steps = [f"(r / {math.prod(sizes[i + 1 :])} % {size})" for i, size in enumerate(sizes)]
             code.add("{", depth)
-            code.add(f"{'V' if node.place is Place.ROW else 'T'} sum = {read([0] * len(axes))};", depth + 1)
-            code.add(f"for (int r = 1; r < {math.prod(sizes)}; ++r) {{", depth + 1)
-            inner = [f"(r / {math.prod(sizes[i + 1:])} % {size})" for i, size in enumerate(sizes)]
-            code.add(f"sum = {formula.format('sum', read(inner))};", depth + 2)
-            code.add("}", depth + 1)
+            code.add(f"{scalar} sum = {text};", depth + 1)
+            code.add(
+                f"for (int r = 1; r < {math.prod(sizes)}; ++r) sum = {formula.format('sum', read(steps))};", depth + 1
+            )
             code.add(f"{target} = sum;", depth + 1)
             code.add("}", depth)
-
-    def _element_at(self, x: Node, strides: Index, offset: int, index: Sequence[str | int], place: Place) -> str:
-        return self._element(x.base, _flat(strides, offset, index), place)
 
     def _emit_contract(self, node: Node, name: str, code: _Code) -> None:
         n, i, j, k = node.detail
         self._count(node, 2 * n * i * j * k)
         a, b = (self._matrix(x, node.place) for x in node.inputs)
         if j == 1 and i > 1:  # the longer axis is the one that is cut into blocks
-            (a, (na, ia, ka)), (b, (nb, kb, jb)) = a, b
-            a, b, i, j = (b, (nb, jb, kb)), (a, (na, ka, ia)), 1, i
-        arguments = ", ".join(f"{pointer}, {{{', '.join(map(str, strides))}}}" for pointer, strides in (a, b))
+            a, b, i, j = b.transposed(), a.transposed(), j, i
+        arguments = f"{a.text}, {b.text}"
         code.add(f"contract<{n}, {i}, {j}, {k}>({arguments}, {name});")
 
     def _emit_total(self, node: Node, name: str, _: _Code) -> None:
         code, number = self._code[Place.ROW], name.removeprefix("totals.")
         n = max(node.numel, 1)
         self._operations += 2 * n
-        lanes = len(node.inputs) == 1 or n <= MOST_LANE_SUMS or not self._rows or any(x.place < Place.ROW for x in node.inputs)
+        lanes = (
+            len(node.inputs) == 1
+            or n <= MOST_LANE_SUMS
+            or not self._rows
+            or any(x.place < Place.ROW for x in node.inputs)
+        )
         self._sums.append(f"    {'V' if lanes else 'T'} {number}[{n}];")
         self._totals.append(f"    T {number}[{n}];")
         self._collected.append(
@@ -288,19 +294,17 @@ class Dynamics:
         )
         if len(node.inputs) == 1:
             (x,) = node.inputs
-            shape, _strides_ = _without_ones(x.shape, x.layout[0])
+            (shape,) = _without_ones(x.shape)
             for at, depth in self._loops(shape, 0, code):
-                code.add(f"sums.{number}[{_flat(_strides(shape), 0, at)}] += {self._read(x, at, Place.ROW)};", depth)
+                code.add(f"sums.{number}[{_flat(contiguous(shape), 0, at)}] += {self._read(x, at, Place.ROW)};", depth)
             return
-        a, b = node.inputs
-        (pa, sa), (pb, sb) = self._matrix(a, Place.ROW), self._matrix(b, Place.ROW)
+        a, b = (self._matrix(x, Place.ROW) for x in node.inputs)
         sizes = ", ".join(map(str, node.detail))
         function = "add_outer" if lanes else "add_outer_of_lanes"
-        operands = ", ".join(f"{p}, {{{', '.join(map(str, s))}}}" for p, s in ((pa, sa), (pb, sb)))
-        code.add(f"{function}<{sizes}>({operands}, sums.{number});")
+        code.add(f"{function}<{sizes}>({a.text}, {b.text}, sums.{number});")
 
-    def _matrix(self, x: Node, place: Place) -> tuple[str, Index]:
-        """Pointer and three strides of a factor."""
+    def _matrix(self, x: Node, place: Place) -> _Matrix:
+        """A factor of a matrix product."""
         strides, offset = x.layout
         if x.rows is not None:
             strides = (*strides[: x.rows], 0, *strides[x.rows :])
@@ -308,14 +312,14 @@ class Dynamics:
         if base.kind in ("literal", "time"):
             name = f"q{len(self._code[place].lines)}"
             self._code[place].add(f"const T {name} = {self._read(x, [], Place.STAGE)};")
-            return f"&{name}", strides
+            return _Matrix(f"&{name}", strides)
         if base.kind == "state":
             name, start = self._state(base)
-            return f"{name} + {offset + start}", strides
+            return _Matrix(f"{name} + {offset + start}", strides)
         if base.kind == "input":
             self._inputs[place].add(base.detail)
-            return f"p{base.detail} + {offset}", strides
-        return f"{self._name(base)} + {offset}", strides
+            return _Matrix(f"p{base.detail} + {offset}", strides)
+        return _Matrix(f"{self._name(base)} + {offset}", strides)
 
     def _count(self, node: Node, operations: int) -> None:
         if node.place is Place.ROW:
@@ -324,16 +328,16 @@ class Dynamics:
     def _write(self, outputs: Sequence[Node]) -> None:
         code = self._code[Place.ROW]
         for out, start in zip(outputs, self._starts):
-            shape, strides = _without_ones(out.shape, out.layout[0])
+            (shape,) = _without_ones(out.shape)
             for at, depth in self._loops(shape, 0, code):
-                code.add(f"k[{_flat(_strides(shape), start, at)}] = {self._read(out, at, Place.ROW)};", depth)
+                code.add(f"k[{_flat(contiguous(shape), start, at)}] = {self._read(out, at, Place.ROW)};", depth)
 
         finish = self._code[Place.TOTAL]
         for i, x in enumerate(self._gradients or ()):
-            shape, strides = _without_ones(x.shape, x.layout[0])
+            (shape,) = _without_ones(x.shape)
             finish.add(f"T* const to{i} = static_cast<T*>(gradients[{i}]);")
             for at, depth in self._loops(shape, 0, finish):
-                finish.add(f"to{i}[{_flat(_strides(shape), 0, at)}] = {self._read(x, at, Place.TOTAL)};", depth)
+                finish.add(f"to{i}[{_flat(contiguous(shape), 0, at)}] = {self._read(x, at, Place.TOTAL)};", depth)
 
     def _body(self, place: Place) -> str:
         pointers = [
@@ -346,6 +350,7 @@ class Dynamics:
         fixed, timed = ("\n".join(self._members[place]) for place in (Place.SOLVE, Place.STAGE))
         constants = "".join(line + "\n" for line in self._constants)
         adjoint = self._gradients is not None
+        vector = " const V* __restrict__ g," if adjoint else ""
         return f"""struct {"Adjoint" if adjoint else "Dynamics"} {{
   using T = {scalar};
   using V = {"Vector<T, kRegister>" if rows else "T"};
@@ -373,7 +378,7 @@ class Dynamics:
   }}
 
   // For every row: {"k = g df/dy, and sums += g df/dp" if adjoint else "k = f(t, y)"}.
-  static void rows([[maybe_unused]] T t, [[maybe_unused]] const V* __restrict__ y,{" const V* __restrict__ g," if adjoint else ""}
+  static void rows([[maybe_unused]] T t, [[maybe_unused]] const V* __restrict__ y,{vector}
                    V* __restrict__ k, [[maybe_unused]] const void* const* inputs, [[maybe_unused]] const Fixed& fixed,
                    [[maybe_unused]] const Timed& timed{", [[maybe_unused]] Sums& sums" if adjoint else ""}) {{
 {self._body(Place.ROW)}
@@ -392,7 +397,8 @@ class Dynamics:
   }};
 
   // The sums over all rows, from those of parts.
-  static void collect([[maybe_unused]] const Sums* parts, [[maybe_unused]] int64_t n, [[maybe_unused]] Totals& totals) {{
+  static void collect([[maybe_unused]] const Sums* parts, [[maybe_unused]] int64_t n,
+                      [[maybe_unused]] Totals& totals) {{
 {collected}
   }}
 
@@ -401,94 +407,4 @@ class Dynamics:
                      [[maybe_unused]] const Totals& totals, [[maybe_unused]] void* const* gradients) {{
 {self._body(Place.TOTAL)}
   }}
-"""
-
-
-def _strides(shape: Index) -> Index:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def _table(name: str, rows: Sequence[Sequence[float]], width: int) -> str:
-    lines = (", ".join(map(repr, [*row, *[0.0] * (width - len(row))])) for row in rows)
-    return f"  static constexpr double {name}[{len(rows)}][{width}] = {{{', '.join(f'{{{line}}}' for line in lines)}}};"
-
-
-def _row(name: str, numbers: Sequence[float]) -> str:
-    return f"  static constexpr double {name}[{len(numbers)}] = {{{', '.join(map(repr, numbers))}}};"
-
-
-def method_source(tableau: Tableau) -> str:
-    """The C++ of a tableau."""
-    n = len(tableau.rows) + 1
-    if tableau.adaptive:
-        degree = max(map(len, tableau.interpolant))
-        lines = [
-            f"  static constexpr int evaluations = {n}, degree = {degree};",
-            "  static constexpr bool ends_with_slope = true;  // the last evaluation is at the step's end",
-            _table("a", tableau.rows, n),
-            _row("c", tableau.abscissae),
-            _row("error", [*tableau.error_weights, *[0.0] * (n - len(tableau.error_weights))]),
-            _table("interpolant", tableau.interpolant, degree),
-            _row("end", tableau.end),
-            "  static double output_weight(int j, double x) {",
-            "    return x == 1 ? end[j] : interpolant_weight(interpolant[j], degree, x);",
-            "  }",
-            "  template <class T>",
-            "  static T stage_time(const CompiledSolve&, const TapeStep& step, int64_t, int j, T) {",
-            "    Sample s = {};",
-            "    s.t = step.t0, s.dt = step.dt, s.t1 = step.t1;",
-            "    return pyode::stage_time<T>(s, c[j - 1]);",
-            "  }",
-        ]
-    else:
-        lines = [
-            f"  static constexpr int evaluations = {n};",
-            "  static constexpr bool ends_with_slope = false;",
-            _table("a", tableau.rows or ((0.0,),), n),
-            _row("b", tableau.weights),
-            "  static double output_weight(int j, double x) { return b[j] * x; }",
-            "  template <class T>",
-            "  static T stage_time(const CompiledSolve& solve, const TapeStep&, int64_t n, int j, T) {",
-            "    return static_cast<const T*>(solve.stage_times)[n * evaluations + j];",
-            "  }",
-        ]
-    return "struct Method {\n" + "\n".join(lines) + "\n};\n"
-
-
-def solver_source(dynamics: Dynamics, tableau: Tableau, adjoint: Dynamics | None = None) -> str:
-    """A whole file: dynamics, method, and what Python calls; with an adjoint, the gradient too."""
-    kind, header = ("AdaptiveSolve", "adaptive.h") if tableau.adaptive else ("FixedGridSolve", "fixed_grid.h")
-    headers = ["contract.h", "functions.h", header, *(["reversal.h"] if adjoint else [])]
-    includes = "\n".join(f'#include "compiled/{name}"' for name in headers)
-    solvers = f"using Solver = {kind}<Dynamics, Method>;\n"
-    functions = _functions("Solver", "")
-    if adjoint is not None:
-        solvers += "using Undoing = Reversal<Dynamics, Adjoint, Method>;\n"
-        functions += _functions("Undoing", "reversal_")
-    return f"""// Written by pyode.compile. Rows lie in blocks, a vector V for each number of a row.
-{includes}
-
-namespace pyode {{
-inline namespace PYODE_LEVEL {{
-namespace compiled {{
-namespace {{
-
-{dynamics.source}
-{adjoint.source if adjoint else ""}
-{method_source(tableau)}
-{solvers}
-}}  // namespace
-}}  // namespace compiled
-}}  // namespace PYODE_LEVEL
-}}  // namespace pyode
-
-#define PYODE_EXPORT extern "C" __attribute__((visibility("default")))
-PYODE_EXPORT int64_t arguments_size() {{ return sizeof(pyode::CompiledSolve); }}
-PYODE_EXPORT int64_t lanes() {{ return pyode::lanes<pyode::compiled::Dynamics::V>; }}
-{functions}"""
-
-
-def _functions(solver: str, prefix: str) -> str:
-    return f"""PYODE_EXPORT int64_t {prefix}workspace(int64_t rows) {{ return pyode::compiled::{solver}::workspace(rows); }}
-PYODE_EXPORT void {prefix}solve(pyode::CompiledSolve* solve) {{ pyode::compiled::{solver}(*solve).run(); }}
 """

@@ -1,7 +1,7 @@
 """The graph of compiled dynamics: few kinds of nodes, each of the shape that it has within one row.
 
-A node that has rows knows which axis of torch's tensor they are. No operator may mix them; that is proved here, operator by
-operator, by trying it on the indices of a few rows.
+A node that has rows knows which axis of torch's tensor they are. No operator may mix them; that is proved here, one by
+one, by trying an operator on the indices of a few rows.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Node:
     """A value.
 
     Attributes:
-        kind: "input", "time", "state", "literal", "constant"; "view" (the same memory, read in another order), "gather"
-            (numbers of several nodes, moved), "map" (a formula for each number), "reduce", "contract" (matrices), "total" (a
-            sum over all rows, of numbers or of outer products).
+        kind: "input", "time", "state", "literal", "constant"; "view" (the same memory in another order), "gather"
+            (numbers of several nodes, moved), "map" (a formula for each number), "reduce", "contract" (matrices),
+            "total" (a sum over all rows, of numbers or of outer products).
         inputs: what it is computed from. A view's is never a view.
         detail: what is to be known beside: a view's strides and offset, a map's formula, ...
         shape: within one row.
@@ -128,7 +128,9 @@ class Graph:
         """The node, made if there is no such one yet."""
         places = {x.place for x in inputs}
         if Place.TOTAL in places and places & {Place.STAGE, Place.ROW}:
-            raise CompileError("mixes rows")  # or takes a sum over them, of one stage, times what differs between stages
+            raise CompileError(
+                "mixes rows"
+            )  # or takes a sum over them, of one stage, times what differs between stages
         place = max(places, default=Place.SOLVE) if place is None else place
         key = (kind, tuple(map(id, inputs)), detail, tuple(shape), rows, mask)
         if key not in self._nodes:
@@ -210,7 +212,7 @@ class Graph:
 
     def broadcast(self, *nodes: Node) -> tuple[list[Node], int | None]:
         """The nodes broadcast against each other, and the axis of rows."""
-        sizes = tuple(torch.broadcast_shapes(*(node.sizes() for node in nodes)))
+        sizes = tuple(torch.broadcast_shapes(*(node.sizes() for node in nodes)))  # type: ignore[no-untyped-call]
         axes = {len(sizes) - len(node.sizes()) + node.rows for node in nodes if node.rows is not None}
         if len(axes) > 1:
             raise CompileError("mixes rows")
@@ -251,7 +253,9 @@ class Graph:
         sizes = [1 if i in axes or i == node.rows else size for i, size in enumerate(node.sizes())]
         within = self.reduce(formula, node, axes, True) if axes else node
         total = self.node("total", (within,), None, within.shape, None, Place.TOTAL)
-        return self.reshape(total, sizes if keepdim else [s for i, s in enumerate(sizes) if i not in (*axes, node.rows)], None)
+        return self.reshape(
+            total, sizes if keepdim else [s for i, s in enumerate(sizes) if i not in (*axes, node.rows)], None
+        )
 
     def contract(self, a: Node, b: Node) -> Node:
         """Matrix products, [n, i, k] times [n, k, j]."""

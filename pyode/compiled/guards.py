@@ -36,7 +36,7 @@ class Guards:
             for cell, value in self._cells:
                 if cell.cell_contents is not value:
                     return False
-            for now, before in self._attributes:  # noqa: SIM110
+            for now, before in self._attributes:
                 if now != before:
                     return False
         except (KeyError, IndexError, RuntimeError, ValueError):  # gone, or a comparison of tensors
@@ -64,12 +64,16 @@ class Guards:
             self._visit_container(getattr(value, "__dict__", {}), depth)
 
     def _visit_container(self, value: Any, depth: int) -> None:
-        items = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if not isinstance(value, set) else []
+        items = (
+            list(value.items())
+            if isinstance(value, dict)
+            else list(enumerate(value))
+            if not isinstance(value, set)
+            else []
+        )
         tensors = [(key, item) for key, item in items if isinstance(item, Tensor)]
         self._items += [(value, key, item) for key, item in tensors]
-        if len(tensors) < len(items) and not isinstance(value, tuple):
-            self._attributes.append((value, value.copy()))
-        elif not items and not isinstance(value, tuple):
+        if (len(tensors) < len(items) and not isinstance(value, tuple)) or (not items and not isinstance(value, tuple)):
             self._attributes.append((value, value.copy()))
         for _, item in items:
             self._visit(item, depth - 1)

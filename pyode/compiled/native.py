@@ -209,7 +209,11 @@ class Plan:
         start = torch.empty_like(y0)
         found = [torch.empty(x.shape, dtype=self.dtype) for x in wanted]
         array = (c_void_p * max(len(found), 1))(*(x.data_ptr() for x in found))
-        solve.gradient, solve.y0_gradient, solve.gradients = gradient.data_ptr(), start.data_ptr(), ctypes.addressof(array)
+        solve.gradient, solve.y0_gradient, solve.gradients = (
+            gradient.data_ptr(),
+            start.data_ptr(),
+            ctypes.addressof(array),
+        )
         kept = self._point_to(inputs, solve)
         self.library.call("reversal_", solve)
         del kept

@@ -29,17 +29,28 @@ class Prepared:
 
     Attributes:
         key: y0's shape and dtype, rtol, atol, method.
-        t, version: the times, and whether they have been written to since.
+        t, version: the times, and how often they had been written to.
+        rows: of the state.
+        entry, plan: what was compiled.
     """
 
     key: tuple[Any, ...]
     t: Tensor
     version: int
+    rows: int
     entry: Entry
     plan: Plan
 
 
-def solve_again(compiled: CompiledDynamics, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None) -> Tensor | None:
+def solve_again(
+    compiled: CompiledDynamics,
+    y0: Any,
+    t: Any,
+    rtol: Any,
+    atol: Any,
+    method: str | None,
+    eagerly: Callable[[Tensor], Tensor],
+) -> Tensor | None:
     """The states at the output times where the last solve was the same but for y0's numbers; None if not.
 
     It saves what checking the arguments costs, which is more than a small solve.
@@ -54,10 +65,17 @@ def solve_again(compiled: CompiledDynamics, y0: Any, t: Any, rtol: Any, atol: An
         or not y0.is_contiguous()
         or backend_for(y0) is not native
         or not compiled.unchanged()
-        or _is_recorded(y0, t, last.entry)
     ):
         return None
-    ys, solve = last.plan.run(y0, last.entry.inputs)
+    entry, plan = last.entry, last.plan
+    if _is_recorded(y0, t, entry):
+        if t.requires_grad or plan.library is not compiled.trained(entry):
+            return None
+        ys, solve = _recorded(plan, last.rows, entry, eagerly, y0)
+    elif plan.library is entry.library:
+        ys, solve = plan.run(y0, entry.inputs)
+    else:
+        return None
     return ys if solve.sample.status == _SUCCESS else None  # what is wrong is said by the long way
 
 
@@ -88,9 +106,9 @@ def solve_compiled(
 ) -> tuple[Tensor, float | None] | None:
     """The states at the output times, [T, *y0.shape], and the size of the last step; None if a loop has to do it.
 
-    That is where a norm is the user's, a method is not an explicit Runge-Kutta method, gradients of times are wanted, the
-    state is not on the CPU or empty, or func can't be compiled. Where gradients are wanted, the states are one node of
-    autograd's graph; `eagerly` does the same solve by a loop, for gradients of gradients.
+    That is where a norm is the user's, a method is not an explicit Runge-Kutta method, gradients of times are wanted,
+    the state is not on the CPU or empty, or func can't be compiled. Where gradients are wanted, the states are one node
+    of autograd's graph; `eagerly` does the same solve by a loop, for gradients of gradients.
     """
     cubic = options.get("interp", "linear") == "cubic"
     if (
@@ -118,15 +136,12 @@ def solve_compiled(
     rows = entry.rows_of(form.shapes[0])
     plan = library.plan(y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, steps)
     if recorded:
-        wanted = [x for x in entry.inputs if x.requires_grad]
-        notes: list[Solve] = []
-        ys = _Recorded.apply(plan, rows, entry.inputs, eagerly, notes, y0, *wanted)  # type: ignore[no-untyped-call]
-        solve = notes[0]
+        ys, solve = _recorded(plan, rows, entry, eagerly, y0)
     else:
         ys, solve = plan.run(y0, entry.inputs)
-    if not recorded and not (form.is_tuple or options or steps) and type(rtol) is float and type(atol) is float:
+    if not (form.is_tuple or options or steps) and type(rtol) is float and type(atol) is float:
         key = (y0.shape, y0.dtype, rtol, atol, None if method.name == DEFAULT else method.name)
-        compiled.last = Prepared(key, times.tensor, times.tensor._version, entry, plan)
+        compiled.last = Prepared(key, times.tensor, times.tensor._version, rows, entry, plan)
     sample = solve.sample
     stats: Stats | None = options.get("stats")
     if stats is not None:
@@ -136,6 +151,16 @@ def solve_compiled(
     if sample.status != _SUCCESS:
         fail(_error(solve))
     return ys, abs(sample.dt_prev) if method.adaptive else None
+
+
+def _recorded(
+    plan: Plan, rows: int, entry: Entry, eagerly: Callable[[Tensor], Tensor], y0: Tensor
+) -> tuple[Tensor, Solve]:
+    """A solve as one node of autograd's graph, and how it ended."""
+    notes: list[Solve] = []
+    wanted = [x for x in entry.inputs if x.requires_grad]
+    ys: Tensor = _Recorded.apply(plan, rows, entry.inputs, eagerly, notes, y0, *wanted)  # type: ignore[no-untyped-call]
+    return ys, notes[0]
 
 
 class _Recorded(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """From a user's func to a graph of ATen operators, without freezing anything into it that may change.
 
 func is run once on fake tensors, which have shapes and no values. What depends on a value is therefore noticed, and the
-number of rows is a symbol. Tensors that func has closed over (parameters, buffers, others) are found by what it does with
-them, and are the graph's inputs.
+number of rows is a symbol. Tensors that func has closed over (parameters, buffers, others) are found by what it does
+with them, and are the graph's inputs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _decompositions() -> dict[Any, Any]:
     """Torch's own formulas for what is composed of simpler operators."""
     from torch._decomp import core_aten_decompositions
 
-    table = core_aten_decompositions()
+    table: Any = core_aten_decompositions()
     kept = {op: formula for op, formula in table.items() if op.name().split("::")[1].split(".")[0] not in _KEPT}
     return kept | {torch.ops.aten.constant_pad_nd.default: _pad}
 
@@ -46,7 +46,11 @@ def _pad(x: Tensor, pads: list[int], value: float = 0) -> Tensor:
         if before or behind:
             x = x.narrow(axis, max(-before, 0), size + min(before, 0) + min(behind, 0))
         fillers = [x.new_full((*x.shape[:axis], max(n, 0), *x.shape[axis + 1 :]), value) for n in (before, behind)]
-        x = torch.cat([part for part in (fillers[0], x, fillers[1]) if part.shape[axis]], axis) if before or behind else x
+        x = (
+            torch.cat([part for part in (fillers[0], x, fillers[1]) if part.shape[axis]], axis)
+            if before or behind
+            else x
+        )
     return x
 
 
@@ -60,7 +64,7 @@ def user_line() -> str:
     return "func"
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the line of every operator, and refuses those whose results can't be had from the arguments alone."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,7 +80,7 @@ class _Watch(TorchDispatchMode):
         from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
         mode = get_proxy_mode()
-        for node in reversed(mode.tracer.graph.nodes) if mode is not None else ():  # type: ignore[union-attr]
+        for node in reversed(mode.tracer.graph.nodes) if mode is not None else ():
             if "line" in node.meta:
                 break
             node.meta["line"] = line
@@ -92,7 +96,9 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def trace(func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, rows: bool) -> GraphModule:
+def trace(
+    func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, rows: bool
+) -> GraphModule:
     """The graph of func(t, *parts): placeholders for t and the parts of the state, and what is returned as a list.
 
     Args:
@@ -108,7 +114,7 @@ def trace(func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dt
     """
 
     def call(t: Tensor, *parts: Tensor) -> list[Tensor]:
-        with _Watch(), _Reads():
+        with _Watch(), _Reads():  # type: ignore[no-untyped-call]
             out = func(t, parts if is_tuple else parts[0])
             return [torch.clone(part) for part in (out if is_tuple else (out,))]
 
@@ -116,7 +122,9 @@ def trace(func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dt
         return _graph_of(torch.func.functionalize(call), shapes, dtype, rows)
 
 
-def trace_vjp(traced: GraphModule, shapes: list[torch.Size], dtype: torch.dtype, rows: bool, wanted: list[Tensor]) -> GraphModule:
+def trace_vjp(
+    traced: GraphModule, shapes: list[torch.Size], dtype: torch.dtype, rows: bool, wanted: list[Tensor]
+) -> GraphModule:
     """The graph of the vector-Jacobian product: of t, the state's parts and as many of the vector's.
 
     Args:
@@ -149,7 +157,7 @@ def _graph_of(call: Callable[..., Any], shapes: list[torch.Size], dtype: torch.d
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     example = torch.empty((_EXAMPLE_ROWS, *shapes[0][1:]) if rows else shapes[0], dtype=dtype)
     dynamic = [DimDynamic.DYNAMIC if rows and i == 0 else DimDynamic.STATIC for i in range(example.dim())]
-    context: Any = StatelessSymbolicContext(dynamic)  # type: ignore[arg-type]
+    context: Any = StatelessSymbolicContext(dynamic)
     first = mode.from_tensor(example, source=ConstantSource("state"), symbolic_context=context)
     time = mode.from_tensor(torch.tensor(0.0, dtype=dtype))
     with mode:  # the other parts have as many rows
