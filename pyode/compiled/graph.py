@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import CompileError
 
 Index = tuple[int, ...]
-SUM = "{0} + {1}"
+SUM, PRODUCT, QUOTIENT = "{0} + {1}", "{0} * {1}", "{0} / {1}"
 ROWS = 3  # on so many rows is tried whether an operator mixes them
 
 
@@ -221,7 +221,10 @@ class Graph:
 
     def map(self, formula: str, *values: Value, mask: bool = False) -> Node:
         """A formula for each number; {0}, {1}, ... stand for the values', broadcast against each other."""
-        operands, rows = self.broadcast(*(x if isinstance(x, Node) else self.literal(x) for x in values))
+        nodes = [x if isinstance(x, Node) else self.literal(x) for x in values]
+        if {Place.TOTAL, Place.STAGE} <= {x.place for x in nodes}:
+            return self._scaled_total(formula, nodes)
+        operands, rows = self.broadcast(*nodes)
         return self.node("map", operands, formula, operands[0].shape, rows, mask=mask)
 
     def number(self, value: Value) -> Node:
@@ -256,6 +259,30 @@ class Graph:
         return self.reshape(
             total, sizes if keepdim else [s for i, s in enumerate(sizes) if i not in (*axes, node.rows)], None
         )
+
+    def _scaled_total(self, formula: str, nodes: list[Node]) -> Node:
+        """A sum over all rows times what differs from stage to stage: the sum of the products."""
+        i = [x.place for x in nodes].index(Place.TOTAL)
+        total, factor, base = nodes[i], nodes[1 - i], nodes[i].base
+        if (
+            formula not in (PRODUCT, QUOTIENT)[: 2 - i]
+            or base.kind != "total"
+            or total.layout != (contiguous(total.shape), 0)
+            or len(factor.shape) > len(total.shape)
+        ):
+            raise CompileError("mixes rows")
+        if len(base.inputs) == 1:
+            (x,) = base.inputs
+            if x.rows is not None:
+                axis, sizes = x.rows, (ROWS, *total.shape)
+                x = self.rearrange(lambda v: v.movedim(axis, 0).reshape(sizes), x, rows=0)
+            x = self.map(formula, x, factor)
+            return self.node("total", (x,), None, x.shape, None, Place.TOTAL)
+        if factor.numel != 1:
+            raise CompileError("mixes rows")
+        a, b = base.inputs
+        a = self.map(formula, a, self.reshape(factor, (), None))
+        return self.reshape(self.node("total", (a, b), base.detail, base.shape, None, Place.TOTAL), total.shape, None)
 
     def contract(self, a: Node, b: Node) -> Node:
         """Matrix products, [n, i, k] times [n, k, j]."""

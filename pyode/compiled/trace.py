@@ -144,7 +144,9 @@ def trace_vjp(
         return [torch.zeros_like(x) if g is None else torch.clone(g) for g, x in zip(found, [*ys, *wanted])]
 
     with torch.enable_grad():
-        return _graph_of(pull_back, shapes * 2, dtype, rows)
+        graph = _graph_of(pull_back, shapes * 2, dtype, rows)
+    with torch.no_grad():  # torch's derivatives of slices write into new tensors
+        return _graph_of(torch.func.functionalize(graph), shapes * 2, dtype, rows)
 
 
 def _graph_of(call: Callable[..., Any], shapes: list[torch.Size], dtype: torch.dtype, rows: bool) -> GraphModule:
