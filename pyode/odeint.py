@@ -18,7 +18,6 @@ from ._ops import backend_for
 from ._ops.contract import Grid, Policy
 from .callbacks import callbacks_of
 from .compiled.dynamics import CompiledDynamics, compiled_once
-from .compiled.solve import solve_again, solve_compiled
 from .control import (
     STEPS_TO_EVENT,
     Times,
@@ -96,6 +95,8 @@ def odeint(
         torchdiffeq's.
     """
     if type(func) is CompiledDynamics and not options and event_fn is None:
+        from .compiled.solve import solve_again  # only those who compile wait for its import
+
         again = solve_again(func, y0, t, rtol, atol, method, lambda y: odeint(func.func, y, t, rtol, atol, method))
         if again is not None:
             return again
@@ -232,6 +233,8 @@ def solve(problem: Problem, watch: Callable[[Segment], Tensor | None] | None = N
         solved.n_reached = sum(times.sign * (t - error.t) <= 0 for t in times.values)
 
     if problem.compiled is not None and problem.event is None and watch is None and not problem.callbacks:
+        from .compiled.solve import solve_compiled
+
         outcome = solve_compiled(
             problem.compiled, form, y0, times, problem.method, problem.rtol, problem.atol, problem.policy, problem.grid,
             problem.first_step, options, fail, lambda y: solve(replace(problem, compiled=None, y0=y)).ys,

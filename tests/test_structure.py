@@ -22,8 +22,8 @@ MODULES = [path for path in PACKAGE.rglob("*.py") if path.stem != "__main__" and
 
 # Public functions -> gradients -> stepping -> methods, control, state -> _ops -> errors: imports point downwards.
 LAYERS = {
-    "__init__": 7, "dense": 6, "events": 6, "solve_ivp": 6, "odeint": 5, "adjoint": 5, "gradients": 4, "callbacks": 4,
-    "stepping": 3, "control": 2, "state": 2, "methods": 2,
+    "__init__": 7, "dense": 6, "events": 6, "solve_ivp": 6, "odeint": 5, "adjoint": 5, "gradients": 4, "compiled": 4,
+    "callbacks": 4, "stepping": 3, "control": 2, "state": 2, "methods": 2,
     "solution": 1, "_ops": 1, "errors": 0, "_version": 0, "_C": 0,
 }  # fmt: skip
 # control.py is told about methods and states; within one level nobody else imports anybody but errors.

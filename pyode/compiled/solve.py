@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from ..solution import Stats
 from ..state import Form
 from ..stepping.course import stage_times
 from ..stepping.fixed_grid import grid_of
-from .dynamics import CompiledDynamics, Entry
+from .dynamics import CompiledDynamics
 from .native import Plan, Solve, Tape
+
+if TYPE_CHECKING:
+    from .entry import Entry
 
 
 @dataclass
