@@ -4,9 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "ops.h"
 
 #define PYODE_STRINGIFY_(x) #x
@@ -345,6 +348,17 @@ void interpolate(const OwnedLayout& where, const Interpolant& interpolant, const
   PYODE_DISPATCH(where, interpolate, op);
 }
 
+// What a signal's handler has raised while a long call without the GIL was under way.
+thread_local std::optional<py::error_already_set> interruption;
+
+/// Runs the handlers of signals that have arrived; whether one of them raised.
+int interrupted() {
+  py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() == 0) return 0;
+  interruption.emplace();
+  return 1;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -352,6 +366,13 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_STAGES") = kMaxStages;
   m.attr("MAX_DEGREE") = kMaxDegree;
   m.attr("STATE_WORDS") = kWords;
+  // For code that is compiled at run time.
+  m.attr("RUN_PARALLEL") = reinterpret_cast<uintptr_t>(&cpu::run_parallel);
+  m.attr("INTERRUPTED") = reinterpret_cast<uintptr_t>(&interrupted);
+  m.def("raise_interruption", [] {
+    py::error_already_set error = *std::exchange(interruption, std::nullopt);
+    throw error;
+  });
   m.attr("COMPILER") = PYODE_COMPILER;
 #if defined(PYODE_CUDA)
   m.attr("CUDA") = PYODE_STRINGIFY(PYODE_CUDA);

@@ -1,7 +1,9 @@
 """The compiled module (csrc/bindings.cpp). An array is an address or an object with a data_ptr() method."""
 
-from typing import Any
+from typing import Any, NoReturn
 
+RUN_PARALLEL: int
+INTERRUPTED: int
 MAX_STAGES: int
 MAX_DEGREE: int
 STATE_WORDS: int
@@ -108,3 +110,4 @@ def interpolate(
     /,
 ) -> None: ...
 def select_rows(layout: Layout, moved: Any, stayed: Any, accepted: Any, out: Any, /) -> None: ...
+def raise_interruption() -> NoReturn: ...

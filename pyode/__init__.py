@@ -3,8 +3,10 @@
 from ._ops import backend
 from ._version import __version__
 from .adjoint import odeint_adjoint
+from .compiled.build import clear_cache
+from .compiled.dynamics import CompiledDynamics, compile
 from .dense import DenseOutput, odeint_dense
-from .errors import DynamicsError, InvalidType, InvalidValue, PyodeError, SolveError, Status
+from .errors import CompileError, DynamicsError, InvalidType, InvalidValue, PyodeError, SolveError, Status
 from .events import odeint_event
 from .odeint import odeint
 from .patch import patch_torchdiffeq
@@ -12,6 +14,8 @@ from .solution import Solution, Stats
 from .solve_ivp import solve_ivp
 
 __all__ = [
+    "CompileError",
+    "CompiledDynamics",
     "DenseOutput",
     "DynamicsError",
     "InvalidType",
@@ -23,6 +27,8 @@ __all__ = [
     "Status",
     "__version__",
     "backend",
+    "clear_cache",
+    "compile",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import methods
 from .callbacks import callbacks_of
+from .compiled.dynamics import CompiledDynamics
 from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidType, InvalidValue, warn
@@ -105,6 +106,8 @@ def odeint_adjoint(
 
 def listed_parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args: Any) -> list[Tensor]:
     """Those given, or else found in func, and those in args."""
+    if isinstance(func, CompiledDynamics):
+        func = func.func
     given = None if adjoint_params is None else list(adjoint_params)
     params = find_parameters(func) if given is None else given
     for i, param in enumerate(params):

@@ -74,6 +74,10 @@ class DynamicsError(PyodeError, RuntimeError):
     """`func` returned something that can't be a derivative of the state, or wrote into its input."""
 
 
+class CompileError(PyodeError, RuntimeError):
+    """`func` can't be compiled; says which operator or line is in the way."""
+
+
 class SolveError(PyodeError, AssertionError, RuntimeError):
     """A solve could not go on.
 

@@ -16,6 +16,7 @@ from . import methods
 from ._ops import backend_for
 from ._ops.contract import Grid, Policy
 from .callbacks import callbacks_of
+from .compiled.dynamics import CompiledDynamics, compiled_once
 from .compiling import not_compiled
 from .control import (
     CONTROLS,
@@ -93,7 +94,8 @@ def odeint(
             or "return", which warns and repeats the last good state; gradient, "direct" (default), "checkpoint", the
             same gradient, once, by undoing the steps of an explicit Runge-Kutta method one by one, in the memory of
             their states, or "adjoint", `odeint_adjoint`'s; checkpoints, how many states "checkpoint" keeps at most,
-            taking steps again (None: all); params, the tensors that func uses, if the last two are not to search it.
+            taking steps again (None: all); params, the tensors that func uses, if the last two are not to search it;
+            compile, True to make the solve one native call (see `pyode.compile`).
         event_fn: a function of (t, y) that returns a tensor of one or several numbers: the solve ends where the first
             of them changes its sign. t then has two entries: where the solve starts, and on which side it goes on. A
             solve that starts on an event ends there, unless options has skip_initial_event=True, which waits until it
@@ -116,6 +118,12 @@ def odeint(
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, sections II.1 to II.6; the interface is
         torchdiffeq's.
     """
+    if type(func) is CompiledDynamics and not options and event_fn is None and not args:
+        from .compiled.solve import solve_again  # only those who compile wait for its import
+
+        again = solve_again(func, y0, t, rtol, atol, method, lambda y: odeint(func.func, y, t, rtol, atol, method))
+        if again is not None:
+            return again
     options = {} if options is None else check_dict(options, "options")
     choice = {name: options[name] for name in GRADIENT_OPTIONS if name in options}
     options = {name: value for name, value in options.items() if name not in choice}
@@ -134,7 +142,7 @@ def odeint(
         solved = solve(problem)
     else:
         params = options.get("params")
-        found = [x for _, x in reachable((func, args))] if params is None else list(params)
+        found = [x for _, x in reachable((problem.func, args))] if params is None else list(params)
         solved = _solve_checkpointed(problem, found, choice.get("checkpoints"))
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved), ys)
@@ -187,6 +195,7 @@ class Problem:
     first_step: float | None
     callbacks: dict[str, Callback]
     event: Callable[[float, Tensor], Tensor] | None
+    compiled: CompiledDynamics | None = None
 
     def event_time(self, solved: Solved) -> Tensor:
         """The time at which a solve with an event has ended, as t has times."""
@@ -242,6 +251,9 @@ def pose(
         options = {"max_num_steps": STEPS_TO_EVENT, **options} if found.adaptive else options
     if strict and len(dtypes := {part.dtype for part in form.parts(y0)}) > 1:
         raise InvalidType(f"all of y0 must be of one dtype; it has {', '.join(sorted(map(str, dtypes)))}")
+    compiled = func if isinstance(func, CompiledDynamics) else compiled_once(func) if options.get("compile") else None
+    if compiled is not None:
+        func = compiled.func
     packed = form.pack(y0)
     if t.device != packed.device:
         warn("t is not on the same device as y0. Coercing to y0.device.")
@@ -259,6 +271,7 @@ def pose(
         first_step=first_step_from(options),
         callbacks=callbacks_of(func, found, times.tensor, form.unpack),
         event=None if event_fn is None else event_of(event_fn, args, form, packed.device),
+        compiled=None if args or form.per_sample else compiled,
     )
 
 
@@ -348,6 +361,18 @@ def solve(
         warn(f"the solve failed, and its last state stands for the rest: {error}")
         solved.end = error.t
         solved.n_reached = sum(times.sign * (t - error.t) <= 0 for t in times.values)
+
+    compiled, form = problem.compiled, problem.form
+    if compiled is not None and problem.event is None and watch is None and tape is None and not problem.callbacks:
+        from .compiled.solve import solve_compiled
+
+        outcome = solve_compiled(
+            compiled, form, y0, times, problem.method, problem.rtol, problem.atol, problem.policy, problem.grid,
+            problem.first_step, options, fail, lambda y: solve(replace(problem, compiled=None, y0=y)).ys,
+        )  # fmt: skip
+        if outcome is not None:
+            solved.ys, solved.last_step = outcome
+            return solved
 
     with on_device_of(y0):
         loop = loop_of(problem, Hooks(watch=watch, tape=tape, fail=fail, **problem.callbacks))  # type: ignore[arg-type]

@@ -33,3 +33,14 @@ def _clean_state():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quickly_compiled(tmp_path_factory: pytest.TempPathFactory):
+    """Compiled dynamics are optimised little, and kept in a folder of this session's."""
+    from pyode.compiled import build
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "FLAGS", tuple("-O1" if flag == "-O3" else flag for flag in build.FLAGS))
+        patch.setenv("PYODE_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield

@@ -33,7 +33,7 @@ PYODE_HD R advance_state(R y, R dt, R sum) {
 template <class R>
 PYODE_HD R scaled_error(R error, R y0, R y1, R rtol, R atol) {
   const R size = larger(y0, y1), tolerated = atol + rtol * size;
-  return (error == 0 ? R(0) : error / tolerated) + (size - size);
+  return (error == 0 ? R{} : error / tolerated) + (size - size);
 }
 
 /// The interpolant's weight of one stage at x in [0, 1]: sum_p c[p] x^(p + 1), by Horner's rule.

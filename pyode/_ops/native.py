@@ -31,6 +31,10 @@ _SCALARS = {
 }
 
 
+# For code that is compiled at run time: the addresses of functions, and what raises what the second has caught.
+RUN_PARALLEL, INTERRUPTED, raise_interruption = _C.RUN_PARALLEL, _C.INTERRUPTED, _C.raise_interruption
+
+
 def supports(y: Tensor) -> bool:
     """Whether the compiled ops can work on a tensor: a plain one, on a device and of a dtype that they know.
 

@@ -26,6 +26,31 @@ class Increment(NamedTuple):
     slope: Tensor
 
 
+def stage_times(
+    grid: Tensor, abscissae: tuple[float, ...], dtype: torch.dtype, sign: float, perturb: bool = False
+) -> Tensor:
+    """The times at which a step's stages lie, for all steps: [N - 1, stages], in the dtype that func sees.
+
+    Args:
+        grid: [N] float64 times of the steps' ends.
+        abscissae: of the stages, from 0 to 1.
+        dtype: that func sees.
+        sign: +1 where time runs forwards, -1 where backwards.
+        perturb: whether func sees a step's start just behind it and its end just before it.
+    """
+    c = torch.tensor(abscissae, dtype=torch.float64, device=grid.device)
+    times = grid[:-1, None] + c * (grid[1:] - grid[:-1])[:, None]
+    last = c == 1
+    times = torch.where(last, grid[1:, None], times).to(dtype)
+    if perturb:
+        ahead = torch.nextafter(times, times + sign).detach()
+        behind = torch.nextafter(times, times - sign).detach()
+        exact = times
+        times = torch.where(last, behind, torch.where(c == 0, ahead, times.detach()))
+        times = times + (exact - exact.detach())
+    return times
+
+
 @dataclass
 class Course:
     """A fixed grid under way: what a method needs to take its steps.
@@ -55,19 +80,8 @@ class Course:
     counts: Stats
 
     def stage_times(self, abscissae: tuple[float, ...]) -> Tensor:
-        """The times at which a step's stages lie, for all steps: [N - 1, stages], in the dtype that func sees."""
-        grid = self.grid
-        c = torch.tensor(abscissae, dtype=torch.float64, device=grid.device)
-        times = grid[:-1, None] + c * (grid[1:] - grid[:-1])[:, None]
-        last = c == 1
-        times = torch.where(last, grid[1:, None], times).to(self.layout.real_dtype)
-        if self.perturb:
-            ahead = torch.nextafter(times, times + self.sign).detach()
-            behind = torch.nextafter(times, times - self.sign).detach()
-            exact = times
-            times = torch.where(last, behind, torch.where(c == 0, ahead, times.detach()))
-            times = times + (exact - exact.detach())
-        return times
+        """See `stage_times`."""
+        return stage_times(self.grid, abscissae, self.layout.real_dtype, self.sign, self.perturb)
 
     def combine(self, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
         """Returns y + dt sum_j w_j k_j, with a graph behind it where gradients are enabled."""

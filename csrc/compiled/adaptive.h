@@ -1,0 +1,273 @@
+// The adaptive loop of pyode/stepping/adaptive.py with dynamics compiled in: a block of rows goes through all stages of
+// a step before the next one, and only the error norm and the controller see the whole state.
+#pragma once
+
+#include "blocks.h"
+
+namespace pyode {
+inline namespace PYODE_LEVEL {
+namespace compiled {
+
+/// F is the emitted dynamics, M the emitted tableau.
+template <class F, class M>
+class AdaptiveSolve : Blocks<F> {
+  using Base = Blocks<F>;
+  using T = typename F::T;
+  using V = typename F::V;
+  using Base::blocks;
+  using Base::parts;
+  using Base::solve;
+  using Base::W;
+  static constexpr int D = F::size, S = M::evaluations;  // the first stage and f(t1, y1) included
+  static constexpr int64_t kStepOperations = (S - 1) * (F::operations + 2 * S * D);
+
+ public:
+  /// Bytes of workspace.
+  static int64_t workspace(int64_t rows) {
+    return (rows + W - 1) / W * (S + 2 + 2) * D * static_cast<int64_t>(sizeof(V)) + 64;
+  }
+
+  explicit AdaptiveSolve(CompiledSolve& s) : Base(s) {
+    V* free = reinterpret_cast<V*>((reinterpret_cast<uintptr_t>(solve.workspace) + 63) / 64 * 64);
+    for (V** const array : {&y_, &y1_, &first_, &last_, &rtol_, &atol_}) {
+      *array = free;
+      free += blocks * D;
+    }
+    between_ = free;
+  }
+
+  void run() {
+    const Grid& grid = solve.grid;
+    F::prepare(solve.inputs, fixed_);
+    const T t0 = round_and_nudge<T>(output_time(grid, 0, 0), 0);
+    first_time_ = t0;
+    F::at(t0, solve.inputs, fixed_, timed_[0]);
+    const T* const y0 = static_cast<const T*>(solve.y0);
+    this->for_each_part(F::operations, [&](int64_t part) {
+      this->for_each_block(part, [&](int64_t b) {
+        this->load(y0, b, y_ + b * D);
+        F::rows(t0, y_ + b * D, first_ + b * D, solve.inputs, fixed_, timed_[0]);
+        if (solve.rtol_each) this->load(solve.rtol_each, b, rtol_ + b * D);
+        if (solve.atol_each) this->load(solve.atol_each, b, atol_ + b * D);
+      });
+    });
+    memcpy(solve.out, y0, sizeof(T) * static_cast<size_t>(solve.rows * D));
+    solve.evaluations = 1;
+    Sample& s = solve.sample;
+    s = start_sample(grid, 0);
+    plan_first_step(s);
+    // Ctrl-C is looked for at least every few tenths of a second, if an operation takes no more than a nanosecond.
+    const int64_t patience = 1 + 200'000'000 / (1 + kStepOperations * solve.rows);
+    for (int64_t countdown = patience; s.status == kRunning;) {
+      if (--countdown == 0) {
+        if (solve.interrupted()) {
+          s.status = kInterrupted;
+          return;
+        }
+        countdown = patience;
+      }
+      take_step(s);
+    }
+    if (s.status > kRunning) {
+      if (s.n_accepted + s.n_rejected == 0) solve.finite_start = is_finite(norm_of(y_)) && is_finite(norm_of(first_));
+      for (int64_t i = s.output_end; i < grid.n_times; ++i)
+        for (int64_t b = 0; b < blocks; ++b) this->store(y_ + b * D, b, output(i));
+    }
+  }
+
+ private:
+  V *y_, *y1_, *first_, *last_;  // [blocks, D]: the state, the step's end, f at both
+  V *rtol_, *atol_;              // the same, where every number has a tolerance of its own
+  V* between_;                   // [blocks, S - 2, D]: the other stages, of steps that pass an output
+  T first_time_;                 // that f saw for first_
+  bool chained_ = false;         // whether first_ is from the last step
+  typename F::Fixed fixed_;
+  typename F::Timed timed_[S];
+  SquareSums<V> sums_[Base::kMaxParts][F::n_segments];
+
+  T* output(int64_t i) { return static_cast<T*>(solve.out) + i * solve.rows * D; }
+
+  void plan_first_step(Sample& s) {
+    const Grid& grid = solve.grid;
+    const bool given = is_finite(solve.first_step);
+    if (given) {
+      try_first_step(s, solve.policy, grid, 0, norm_of(y_), norm_of(first_));
+      s.dt = solve.first_step;
+    } else {
+      const auto norm = [&](auto ratio) {
+        return norm_of_ratios([&](int64_t i) { return scaled(i, ratio(i), y_[i], y_[i]); }, 8 * D);
+      };
+      const double size = norm([&](int64_t i) { return y_[i]; });
+      const double slope = norm([&](int64_t i) { return first_[i]; });
+      try_first_step(s, solve.policy, grid, 0, size, slope);
+      const T t = round_and_nudge<T>(s.t + s.dt, 0);
+      const V dt = broadcast<V>(static_cast<T>(s.dt));
+      F::at(t, solve.inputs, fixed_, timed_[1]);
+      this->for_each_part(F::operations, [&](int64_t part) {
+        this->for_each_block(part, [&](int64_t b) {
+          V trial[D];
+          for (int d = 0; d < D; ++d) trial[d] = advance_state(y_[b * D + d], dt, first_[b * D + d]);
+          F::rows(t, trial, last_ + b * D, solve.inputs, fixed_, timed_[1]);
+        });
+      });
+      solve.evaluations += 1;
+      choose_first_step(s, solve.policy, grid, 0, norm([&](int64_t i) { return dt * (last_[i] - first_[i]); }));
+    }
+    plan_step(s, solve.policy, grid, 0);
+  }
+
+  /// The error of number i relative to what is tolerated.
+  V scaled(int64_t i, V error, V y0, V y1) const {
+    const V rtol = solve.rtol_each ? rtol_[i] : broadcast<V>(static_cast<T>(solve.rtol));
+    const V atol = solve.atol_each ? atol_[i] : broadcast<V>(static_cast<T>(solve.atol));
+    return scaled_error(abs(error), abs(y0), abs(y1), rtol, atol);
+  }
+
+  /// The largest root mean square of the segments; body(part, sums) adds to their sums.
+  template <class Body>
+  double norm(int64_t operations, Body body) {
+    this->for_each_part(operations, [&](int64_t part) {
+      for (SquareSums<V>& sums : sums_[part]) sums = {};
+      body(part, sums_[part]);
+    });
+    double largest = 0;
+    for (int s = 0; s < F::n_segments; ++s) {
+      SquareSums<V> sums;
+      for (int64_t part = 0; part < parts; ++part) sums.add(sums_[part][s]);
+      const int64_t n = solve.rows * (F::segments[s + 1] - F::segments[s]);
+      largest = larger(n == 0 ? 0.0 : sums.total() / static_cast<double>(n), largest);
+    }
+    return std::sqrt(largest);
+  }
+
+  /// Adds a block's squares; ratio(d) are its numbers.
+  template <class Ratio>
+  void add_squares(int64_t b, SquareSums<V>* sums, Ratio ratio) {
+    const int n = this->valid(b);
+    for (int s = 0; s < F::n_segments; ++s)
+      for (int d = F::segments[s]; d < F::segments[s + 1]; ++d) {
+        V r = ratio(d);
+        if (n < W) {
+          T numbers[W];
+          memcpy(numbers, &r, sizeof r);
+          for (int l = n; l < W; ++l) numbers[l] = 0;
+          memcpy(&r, numbers, sizeof r);
+        }
+        sums[s].add(r);
+      }
+  }
+
+  template <class Ratio>
+  double norm_of_ratios(Ratio ratio, int64_t operations) {
+    return norm(operations, [&](int64_t part, SquareSums<V>* sums) {
+      this->for_each_block(part, [&](int64_t b) { add_squares(b, sums, [&](int d) { return ratio(b * D + d); }); });
+    });
+  }
+
+  double norm_of(const V* x) {
+    return norm_of_ratios([x](int64_t i) { return x[i]; }, 2 * D);
+  }
+
+  void take_step(Sample& s) {
+    const Grid& grid = solve.grid;
+    T times[S] = {};
+    for (int j = 1; j < S; ++j) {
+      times[j] = stage_time<T>(s, M::c[j - 1]);
+      F::at(times[j], solve.inputs, fixed_, timed_[j]);
+    }
+    const T dt = static_cast<T>(s.dt);
+    const bool keep = direction(grid, 0) * (output_time(grid, s.output_end, 0) - s.t1) <= 0;
+    const double error = norm(kStepOperations, [&](int64_t part, SquareSums<V>* sums) {
+      this->for_each_block(part, [&](int64_t b) { advance_block(b, times, broadcast<V>(dt), keep, sums); });
+    });
+    solve.evaluations += S - 1;
+    const bool was_on_jump = s.on_jump != 0;
+    judge_step(s, solve.policy, grid, 0, error);
+    if (s.accepted && s.output_end > s.output_begin) write_outputs(s);
+    plan_step(s, solve.policy, grid, 0);
+    if (!s.accepted) return;
+    if (solve.tape) note_step(s);
+    first_time_ = times[S - 1];
+    chained_ = true;
+    swap(y_, y1_);
+    swap(first_, last_);
+    if (was_on_jump && s.status == kRunning) restart_behind_jump(s);
+  }
+
+  /// All stages of a step for a block.
+  void advance_block(int64_t b, const T* times, V dt, bool keep, SquareSums<V>* sums) {
+    V k[S][D], stage[D];
+    V* const y = y_ + b * D;
+    memcpy(k[0], first_ + b * D, sizeof k[0]);
+    evaluate_stages<1>(times, dt, y, k, stage);
+    memcpy(y1_ + b * D, stage, sizeof stage);
+    memcpy(last_ + b * D, k[S - 1], sizeof stage);
+    if (keep && S > 2) memcpy(between_ + b * (S - 2) * D, k[1], (S - 2) * sizeof stage);
+    constexpr auto weights = terms_of<T>(M::error);
+    add_squares(b, sums, [&](int d) {
+      const V error = dt * sum_terms<V>(weights, [&](int j) { return k[j][d]; });
+      return scaled(b * D + d, error, y[d], stage[d]);
+    });
+  }
+
+  template <int j>
+  void evaluate_stages(const T* times, V dt, const V* y, V (*k)[D], V* stage) {
+    constexpr auto weights = terms_of<T>(M::a[j - 1], j);
+    for (int d = 0; d < D; ++d)
+      stage[d] = advance_state(y[d], dt, sum_terms<V>(weights, [&](int i) { return k[i][d]; }));
+    F::rows(times[j], stage, k[j], solve.inputs, fixed_, timed_[j]);
+    if constexpr (j + 1 < S) evaluate_stages<j + 1>(times, dt, y, k, stage);
+  }
+
+  void write_outputs(const Sample& s) {
+    const V dt = broadcast<V>(static_cast<T>(s.dt_prev));
+    this->for_each_part((s.output_end - s.output_begin) * 4 * S * D, [&](int64_t part) {
+      for (int64_t i = s.output_begin; i < s.output_end; ++i) {
+        const double x = output_position(s, output_time(solve.grid, i, 0));
+        Terms<T, S> weights;
+        for (int j = 0; j < S; ++j)
+          weights.add(x == 1 ? M::end[j] : interpolant_weight(M::interpolant[j], M::degree, x), j);
+        this->for_each_block(part, [&](int64_t b) {
+          V point[D];
+          const auto k = [&](int j, int d) {
+            return j == 0 ? first_[b * D + d] : j == S - 1 ? last_[b * D + d] : between_[(b * (S - 2) + j - 1) * D + d];
+          };
+          for (int d = 0; d < D; ++d)
+            point[d] = advance_state(y_[b * D + d], dt, sum_terms<V>(weights, [&](int j) { return k(j, d); }));
+          this->store(point, b, output(i));
+        });
+      }
+    });
+  }
+
+  void note_step(const Sample& s) {
+    const int64_t n = s.n_accepted - 1;
+    if (n >= solve.capacity) return;
+    memcpy(static_cast<V*>(solve.tape) + n * blocks * D, y_, sizeof(V) * static_cast<size_t>(blocks * D));
+    solve.steps[n] = {s.t_prev,       s.dt_prev,    s.t,     static_cast<double>(first_time_),
+                      s.output_begin, s.output_end, chained_};
+    solve.n_steps = s.n_accepted;
+  }
+
+  void restart_behind_jump(const Sample& s) {
+    const T t = round_and_nudge<T>(s.t, direction(solve.grid, 0) > 0 ? 1 : -1);
+    first_time_ = t;
+    chained_ = false;
+    F::at(t, solve.inputs, fixed_, timed_[0]);
+    this->for_each_part(F::operations, [&](int64_t part) {
+      this->for_each_block(part,
+                           [&](int64_t b) { F::rows(t, y_ + b * D, first_ + b * D, solve.inputs, fixed_, timed_[0]); });
+    });
+    solve.evaluations += 1;
+  }
+
+  static void swap(V*& a, V*& b) {
+    V* const kept = a;
+    a = b;
+    b = kept;
+  }
+};
+
+}  // namespace compiled
+}  // namespace PYODE_LEVEL
+}  // namespace pyode

@@ -1,0 +1,98 @@
+// The loop over a given grid of times with dynamics compiled in: a block of rows goes through the whole solve before
+// the next one.
+#pragma once
+
+#include "blocks.h"
+
+namespace pyode {
+inline namespace PYODE_LEVEL {
+namespace compiled {
+
+/// F is the emitted dynamics, M the emitted tableau.
+template <class F, class M>
+class FixedGridSolve : Blocks<F> {
+  using Base = Blocks<F>;
+  using T = typename F::T;
+  using V = typename F::V;
+  using Base::solve;
+  static constexpr int D = F::size, S = M::evaluations;
+
+ public:
+  /// Bytes of workspace: the time-dependent values of all stages would be too many, so every block computes them anew.
+  static int64_t workspace(int64_t) { return 0; }
+
+  explicit FixedGridSolve(CompiledSolve& s) : Base(s) {}
+
+  void run() {
+    F::prepare(solve.inputs, fixed_);
+    const int64_t steps = solve.n_ends - 1;
+    constexpr int64_t operations = S * (F::operations + 2 * S * D);
+    // Ctrl-C ends the blocks that have not begun; a block asks now and then.
+    this->for_each_part(operations * steps,
+                        [&](int64_t part) { this->for_each_block(part, [&](int64_t b) { run_block(b); }); });
+    solve.sample.status = interrupted_ ? kInterrupted : kSuccess;
+    solve.sample.n_accepted = steps;
+    solve.evaluations = S * steps;
+    solve.n_steps = steps;
+  }
+
+ private:
+  typename F::Fixed fixed_;
+  volatile bool interrupted_ = false;
+
+  void run_block(int64_t b) {
+    const double* const ends = solve.ends;
+    const Grid& grid = solve.grid;
+    const double sign = direction(grid, 0);
+    V y[D], k[S][D], stage[D];
+    this->load(static_cast<const T*>(solve.y0), b, y);
+    write(y, b, 0);
+    constexpr int64_t patience = 1 + 100'000'000 / (1 + S * (F::operations + 2 * S * D));
+    int64_t i = 1, countdown = b == 0 ? patience : -1;
+    for (int64_t n = 0; n + 1 < solve.n_ends && !interrupted_; ++n) {
+      if (--countdown == 0) {
+        interrupted_ = solve.interrupted() != 0;
+        countdown = patience;
+      }
+      if (solve.tape) memcpy(static_cast<V*>(solve.tape) + (n * this->blocks + b) * D, y, sizeof y);
+      const int64_t i_begin = i;
+      const double size = ends[n + 1] - ends[n];
+      const V dt = broadcast<V>(static_cast<T>(size));
+      evaluate_stages<0>(static_cast<const T*>(solve.stage_times) + n * S, dt, y, k, stage);
+      for (; i < grid.n_times && sign * (output_time(grid, i, 0) - ends[n + 1]) < 0; ++i) {
+        const double x = (output_time(grid, i, 0) - ends[n]) / size;
+        Terms<T, S> weights;
+        for (int j = 0; j < S; ++j) weights.add(M::b[j] * x, j);
+        for (int d = 0; d < D; ++d)
+          stage[d] = advance_state(y[d], dt, sum_terms<V>(weights, [&](int j) { return k[j][d]; }));
+        write(stage, b, i);
+      }
+      constexpr auto weights = terms_of<T>(M::b);
+      for (int d = 0; d < D; ++d) y[d] = advance_state(y[d], dt, sum_terms<V>(weights, [&](int j) { return k[j][d]; }));
+      if (i < grid.n_times && output_time(grid, i, 0) == ends[n + 1]) write(y, b, i++);
+      if (solve.tape && b == 0)
+        solve.steps[n] = {
+            ends[n], size, ends[n + 1], static_cast<double>(static_cast<const T*>(solve.stage_times)[n * S]),
+            i_begin, i,    false};
+    }
+  }
+
+  template <int j>
+  void evaluate_stages(const T* times, V dt, const V* y, V (*k)[D], V* stage) {
+    if constexpr (j > 0) {
+      constexpr auto weights = terms_of<T>(M::a[j - 1], j);
+      for (int d = 0; d < D; ++d)
+        stage[d] = advance_state(y[d], dt, sum_terms<V>(weights, [&](int i) { return k[i][d]; }));
+    }
+    typename F::Timed timed;
+    F::at(times[j], solve.inputs, fixed_, timed);
+    F::rows(times[j], j > 0 ? stage : y, k[j], solve.inputs, fixed_, timed);
+    if constexpr (j + 1 < S) evaluate_stages<j + 1>(times, dt, y, k, stage);
+  }
+
+  void write(const V* y, int64_t b, int64_t i) { this->store(y, b, static_cast<T*>(solve.out) + i * solve.rows * D); }
+};
+
+}  // namespace compiled
+}  // namespace PYODE_LEVEL
+}  // namespace pyode

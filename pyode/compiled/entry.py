@@ -1,0 +1,88 @@
+"""What func has been compiled to, for states of one shape and one method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from threading import RLock
+from typing import Any
+
+import torch
+
+from ..errors import CompileError
+from ..methods import Tableau
+from .emit import Dynamics
+from .lowering import Lowering
+from .native import Library
+from .source import solver_source
+from .trace import trace, trace_vjp
+
+LARGEST_ROW = 4096  # numbers in a state that is one row because its rows are mixed
+_tracing = RLock()  # torch's tracing is one thread's at a time
+
+
+class Entry:
+    """Dynamics compiled for states of one shape, but for the number of rows, and one method.
+
+    Attributes:
+        rows: whether rows are computed side by side; otherwise the state is one row.
+        inputs: the tensors that func has closed over, read at every solve.
+        source: the C++.
+        seconds: how long it took to trace and to compile.
+        operators: the names of the ATen operators.
+    """
+
+    def __init__(
+        self, func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, method: Tableau
+    ) -> None:
+        began = time.perf_counter()
+        together = min(map(len, shapes)) > 0 and len({shape[0] for shape in shapes}) == 1
+        with _tracing:
+            try:
+                if not together:
+                    raise CompileError("the parts of the state have different numbers of rows")
+                lowered = self._lower(func, shapes, is_tuple, dtype, rows=True)
+            except Exception:  # rows are mixed, or func fails for another number of them
+                if sum(shape.numel() for shape in shapes) > LARGEST_ROW:
+                    raise
+                lowered = self._lower(func, shapes, is_tuple, dtype, rows=False)
+        self._method, self._shapes, self._dtype = method, shapes, dtype
+        self.inputs = lowered.inputs
+        self._forms = [(x.dtype, x.shape) for x in self.inputs]
+        self._dynamics = Dynamics(lowered.outputs, dtype, self.rows)
+        self.source = solver_source(self._dynamics, method)
+        self.library = Library(self.source)
+        self._trained: dict[tuple[int, ...], Library] = {}
+        self.seconds = time.perf_counter() - began
+
+    def _lower(
+        self, func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, rows: bool
+    ) -> Lowering:
+        self.rows = rows
+        self._traced = traced = trace(func, shapes, is_tuple, dtype, rows)
+        self.operators = [
+            node.target.overloadpacket.__name__
+            for node in traced.graph.nodes
+            if isinstance(node.target, torch._ops.OpOverload)
+        ]
+        return Lowering(traced, dtype, rows)
+
+    def trained(self, wanted: tuple[int, ...]) -> Library:
+        """The library that has the gradient too, with respect to the state and to some of the inputs."""
+        if wanted not in self._trained:
+            with _tracing:
+                inputs = [self.inputs[i] for i in wanted]
+                traced = trace_vjp(self._traced, self._shapes, self._dtype, self.rows, inputs)
+                lowered = Lowering(traced, self._dtype, self.rows, totals=True, inputs=self.inputs)
+                adjoint = Dynamics(lowered.outputs, self._dtype, self.rows, lowered.gradients)
+                self.source = solver_source(self._dynamics, self._method, adjoint)
+                self._trained[wanted] = Library(self.source, gradient=True)
+        return self._trained[wanted]
+
+    def fits(self) -> bool:
+        """Whether the inputs are still of their shapes and dtypes."""
+        return all(x.dtype is dtype and x.shape == shape for x, (dtype, shape) in zip(self.inputs, self._forms))
+
+    def rows_of(self, shape: torch.Size) -> int:
+        """How many rows a state has whose first part has this shape."""
+        return shape[0] if self.rows else 1

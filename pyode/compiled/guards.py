@@ -1,0 +1,79 @@
+"""What a trace has relied on, beside the values that it reads anew at every solve."""
+
+from __future__ import annotations
+
+import types
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+_DEEPEST = 8  # of closures within closures
+_CONTAINERS = (list, dict, set, tuple)
+
+
+class Guards:
+    """Whether func is still what it was when it was traced.
+
+    Looked at are the identity of parameters, buffers and all tensors in attributes and closures; modules' and other
+    objects' plain attributes, training flags among them; the contents of closure cells; and what these refer to. Global
+    variables are not.
+    """
+
+    def __init__(self, func: Any) -> None:
+        self._attributes: list[tuple[Any, Any]] = []  # containers and copies of them
+        self._items: list[tuple[Any, Any, Any]] = []  # a container, a key, the very object that is to be there
+        self._cells: list[tuple[types.CellType, Any]] = []
+        self._seen: set[int] = set()
+        self._visit(func, _DEEPEST)
+
+    def hold(self) -> bool:
+        """Whether nothing has changed."""
+        try:
+            for container, key, value in self._items:
+                if container[key] is not value:
+                    return False
+            for cell, value in self._cells:
+                if cell.cell_contents is not value:
+                    return False
+            for now, before in self._attributes:
+                if now != before:
+                    return False
+        except (KeyError, IndexError, RuntimeError, ValueError):  # gone, or a comparison of tensors
+            return False
+        return True
+
+    def _visit(self, value: Any, depth: int) -> None:
+        if depth == 0 or id(value) in self._seen or isinstance(value, (Tensor, type, str, bytes, int, float)):
+            return
+        self._seen.add(id(value))
+        if isinstance(value, partial):
+            for part in (value.func, value.args, value.keywords):
+                self._visit(part, depth - 1)
+        elif isinstance(value, types.MethodType):
+            self._visit(value.__self__, depth)
+            self._visit(value.__func__, depth)
+        elif isinstance(value, types.FunctionType):
+            for cell in value.__closure__ or ():
+                self._cells.append((cell, cell.cell_contents))
+                self._visit(cell.cell_contents, depth - 1)
+            self._visit(value.__defaults__, depth - 1)
+        elif isinstance(value, _CONTAINERS):
+            self._visit_container(value, depth)
+        elif isinstance(value, nn.Module) or type(value).__module__.partition(".")[0] not in ("builtins", "torch"):
+            self._visit_container(getattr(value, "__dict__", {}), depth)
+
+    def _visit_container(self, value: Any, depth: int) -> None:
+        items = (
+            list(value.items())
+            if isinstance(value, dict)
+            else list(enumerate(value))
+            if not isinstance(value, set)
+            else []
+        )
+        tensors = [(key, item) for key, item in items if isinstance(item, Tensor)]
+        self._items += [(value, key, item) for key, item in tensors]
+        if (len(tensors) < len(items) and not isinstance(value, tuple)) or (not items and not isinstance(value, tuple)):
+            self._attributes.append((value, value.copy()))
+        for _, item in items:
+            self._visit(item, depth - 1)

@@ -1,0 +1,253 @@
+"""A library of compiled dynamics, and a solve with it: one native call, without the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import threading
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._ops import native as ops
+from .._ops.contract import INTEGER_FIELDS, REAL_FIELDS, Grid, Policy
+from .build import build
+
+_MOST_KEPT = 1 << 24  # bytes of workspace that a thread keeps for its next solve
+
+
+class _Grid(Structure):
+    _fields_ = (
+        ("times", c_void_p), ("n_times", c_int64), ("time_stride", c_int64), ("sample_stride", c_int64),
+        ("step_t", c_void_p), ("n_step_t", c_int64), ("jump_t", c_void_p), ("n_jump_t", c_int64),
+        ("jump_stride", c_int64), ("jump_sample_stride", c_int64),
+    )  # fmt: skip
+
+
+class _Policy(Structure):
+    _fields_ = (
+        *((name, c_double) for name in ("safety", "ifactor", "dfactor", "min_step", "max_step", "order")),
+        ("beta", c_double * 3), ("alpha", c_double * 2), ("least_ulps", c_double), ("cautious", c_int64),
+        ("max_num_steps", c_int64), ("clip", c_int64), ("count_per_output", c_int64), ("resume", c_int64),
+    )  # fmt: skip
+
+
+class _Sample(Structure):
+    _fields_ = (*((name, c_double) for name in REAL_FIELDS), *((name, c_int64) for name in INTEGER_FIELDS))
+
+
+class TapeStep(Structure):
+    """An accepted step, noted for the gradient."""
+
+    _fields_ = (
+        *((name, c_double) for name in ("t0", "dt", "t1", "first_time")),
+        *((name, c_int64) for name in ("output_begin", "output_end", "chained")),
+    )
+
+
+class Solve(Structure):
+    """A native call's arguments and results: CompiledSolve of csrc/compiled/blocks.h."""
+
+    _fields_ = (
+        ("y0", c_void_p), ("out", c_void_p), ("workspace", c_void_p), ("inputs", c_void_p), ("rows", c_int64),
+        ("grid", _Grid), ("policy", _Policy), ("rtol", c_double), ("atol", c_double),
+        ("rtol_each", c_void_p), ("atol_each", c_void_p), ("first_step", c_double),
+        ("ends", c_void_p), ("n_ends", c_int64), ("stage_times", c_void_p),
+        ("threads", c_int64), ("run_parallel", c_void_p), ("interrupted", c_void_p),
+        ("tape", c_void_p), ("steps", c_void_p), ("capacity", c_int64), ("n_steps", c_int64),
+        ("gradient", c_void_p), ("y0_gradient", c_void_p), ("gradients", c_void_p),
+        ("sample", _Sample), ("evaluations", c_int64), ("finite_start", c_int64),
+    )  # fmt: skip
+
+
+class _Workspace(threading.local):
+    """A thread's memory for solves, kept if it is not big."""
+
+    memory: Tensor | None = None
+
+    def take(self, size: int) -> Tensor:
+        memory, self.memory = self.memory, None
+        return torch.empty(size, dtype=torch.uint8) if memory is None or len(memory) < size else memory
+
+    def put(self, memory: Tensor) -> None:
+        if len(memory) <= _MOST_KEPT:
+            self.memory = memory
+
+
+_workspace = _Workspace()
+
+
+def _policy(policy: Policy) -> _Policy:
+    values = {name.name: getattr(policy, name.name) for name in fields(policy)}
+    return _Policy(**{**values, "beta": (c_double * 3)(*policy.beta), "alpha": (c_double * 2)(*policy.alpha)})
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Library:
+    """Compiled dynamics with a method's loop.
+
+    Args:
+        source: the C++.
+        gradient: whether it has the gradient too.
+    """
+
+    def __init__(self, source: str, gradient: bool = False) -> None:
+        self.path, temporary = build(source)
+        library = ctypes.CDLL(str(self.path))
+        if temporary:
+            shutil.rmtree(self.path.parent, ignore_errors=True)
+        library.arguments_size.restype = c_int64
+        assert library.arguments_size() == ctypes.sizeof(Solve)
+        library.lanes.restype = c_int64
+        self.lanes = int(library.lanes())
+        for prefix in ("", "reversal_") if gradient else ("",):
+            getattr(library, prefix + "workspace").restype = c_int64
+            getattr(library, prefix + "workspace").argtypes = (c_int64,)
+            getattr(library, prefix + "solve").restype = None
+            getattr(library, prefix + "solve").argtypes = (POINTER(Solve),)
+        self._library = library
+        self.capacity = 32  # steps that a tape has room for; as many as the last solve took, and some
+
+    def plan(
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        rows: int,
+        grid: Grid,
+        policy: Policy,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        first_step: float | None,
+        steps: tuple[Tensor, Tensor] | None = None,
+    ) -> Plan:
+        """What can be done again and again for other states and inputs.
+
+        Args:
+            shape, dtype: of the packed state.
+            rows: how many rows it has.
+            grid, policy, rtol, atol, first_step: as the loops'.
+            steps: of a fixed grid, the ends of the steps and the times of the stages, [N - 1, S], of the state's dtype.
+        """
+        n = len(grid.times)
+        form = Solve(
+            rows=rows,
+            grid=_Grid(
+                grid.times.data_ptr(), n, 1, 0,
+                _address(grid.step_t), 0 if grid.step_t is None else len(grid.step_t),
+                _address(grid.jump_t), 0 if grid.jump_t is None else len(grid.jump_t), 1, 0,
+            ),
+            policy=_policy(policy),
+            rtol=rtol if isinstance(rtol, float) else 0.0,
+            atol=atol if isinstance(atol, float) else 0.0,
+            rtol_each=None if isinstance(rtol, float) else rtol.data_ptr(),
+            atol_each=None if isinstance(atol, float) else atol.data_ptr(),
+            first_step=math.nan if first_step is None else first_step,
+            ends=None if steps is None else steps[0].data_ptr(),
+            n_ends=0 if steps is None else len(steps[0]),
+            stage_times=None if steps is None else steps[1].data_ptr(),
+            run_parallel=ops.RUN_PARALLEL,
+            interrupted=ops.INTERRUPTED,
+        )  # fmt: skip
+        return Plan(self, form, (n, *shape), dtype, (grid, rtol, atol, steps))
+
+    def call(self, name: str, solve: Solve) -> None:
+        """Calls a native function, with workspace; raises what a signal's handler has raised meanwhile."""
+        memory = _workspace.take(int(getattr(self._library, f"{name}workspace")(solve.rows)))
+        solve.workspace, solve.threads = memory.data_ptr(), torch.get_num_threads()
+        getattr(self._library, f"{name}solve")(byref(solve))
+        _workspace.put(memory)
+        if solve.sample.status < 0:
+            ops.raise_interruption()
+
+
+class Plan:
+    """A solve with everything fixed but the state and the inputs' values.
+
+    Args:
+        library: of its dynamics.
+        form: the native call's arguments, but for those.
+        shape, dtype: of the outputs.
+        kept: whose memory the arguments point to.
+    """
+
+    def __init__(self, library: Library, form: Solve, shape: tuple[int, ...], dtype: torch.dtype, kept: object) -> None:
+        self.library, self._form, self._kept = library, form, kept
+        self.shape, self.dtype = shape, dtype
+        self._pointers: tuple[list[int], Any] = ([], None)
+
+    def run(self, y0: Tensor, inputs: list[Tensor], tape: Tape | None = None) -> tuple[Tensor, Solve]:
+        """Solves from a packed, contiguous state.
+
+        Args:
+            y0: the state.
+            inputs: the tensors that func has closed over.
+            tape: where the steps are noted, if the gradient is wanted.
+
+        Returns:
+            The states at the output times, and how it ended.
+        """
+        out = torch.empty(self.shape, dtype=self.dtype)
+        solve = Solve.from_buffer_copy(self._form)
+        solve.y0, solve.out = y0.data_ptr(), out.data_ptr()
+        kept = self._point_to(inputs, solve)
+        if tape is not None:
+            tape.attach(solve)
+        self.library.call("", solve)
+        del kept
+        return out, solve
+
+    def undo(
+        self, solve: Solve, gradient: Tensor, y0: Tensor, inputs: list[Tensor], wanted: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The gradients of the start and of the wanted inputs, from that of the outputs and a tape's notes."""
+        start = torch.empty_like(y0)
+        found = [torch.empty(x.shape, dtype=self.dtype) for x in wanted]
+        array = (c_void_p * max(len(found), 1))(*(x.data_ptr() for x in found))
+        solve.gradient, solve.y0_gradient, solve.gradients = (
+            gradient.data_ptr(),
+            start.data_ptr(),
+            ctypes.addressof(array),
+        )
+        kept = self._point_to(inputs, solve)
+        self.library.call("reversal_", solve)
+        del kept
+        return start, [g.to(x.dtype) for g, x in zip(found, wanted)]
+
+    def _point_to(self, inputs: list[Tensor], solve: Solve) -> object:
+        """Sets the inputs' addresses; returns what has to live until the call is over."""
+        dtype = self.dtype
+        kept = [x if x.dtype is dtype and x.is_contiguous() else x.detach().to(dtype).contiguous() for x in inputs]
+        addresses = [x.data_ptr() for x in kept]
+        known, array = self._pointers
+        if array is None or known != addresses:
+            array = (c_void_p * max(len(addresses), 1))(*addresses)
+            self._pointers = addresses, array
+        solve.inputs = ctypes.addressof(array)
+        return kept, array
+
+
+class Tape:
+    """Memory for the notes of a solve's steps.
+
+    Args:
+        capacity: of so many steps.
+        numbers: of a state, with the last block's padding.
+        dtype: of the state.
+    """
+
+    def __init__(self, capacity: int, numbers: int, dtype: torch.dtype) -> None:
+        self.capacity = capacity
+        # Vectors want to begin at multiples of 64 bytes, which torch gives.
+        self.states = torch.empty(capacity * numbers, dtype=dtype)
+        self.steps = (TapeStep * capacity)()
+
+    def attach(self, solve: Solve) -> None:
+        """Lets a solve note its steps here."""
+        solve.tape, solve.steps, solve.capacity = self.states.data_ptr(), ctypes.addressof(self.steps), self.capacity

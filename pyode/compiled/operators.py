@@ -1,0 +1,307 @@
+"""What each ATen operator is in terms of the graph's few kinds of nodes: a table.
+
+Most operators are one formula for each number, and a line here; a new one needs no more. Those that only move numbers
+need their name. Formulas are C++ on numbers or vectors of them, with the functions of csrc/core/vector_math.h.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..errors import CompileError
+from .graph import SUM, Graph, Node, Value
+
+FORMULAS = {
+    "abs": "abs({0})",
+    "neg": "-({0})",
+    "mul": "{0} * {1}",
+    "reciprocal": "1 / ({0})",
+    "sqrt": "sqrt({0})",
+    "rsqrt": "1 / sqrt({0})",
+    "exp": "exp({0})",
+    "exp2": "exp2({0})",
+    "expm1": "expm1({0})",
+    "log": "log({0})",
+    "log2": "log2({0})",
+    "log10": "log10({0})",
+    "log1p": "log1p({0})",
+    "sin": "sin({0})",
+    "cos": "cos({0})",
+    "tan": "tan({0})",
+    "asin": "asin({0})",
+    "acos": "acos({0})",
+    "atan": "atan({0})",
+    "sinh": "sinh({0})",
+    "cosh": "cosh({0})",
+    "tanh": "tanh({0})",
+    "asinh": "asinh({0})",
+    "acosh": "acosh({0})",
+    "atanh": "atanh({0})",
+    "erf": "erf({0})",
+    "erfc": "erfc({0})",
+    "sigmoid": "sigmoid({0})",
+    "floor": "floor({0})",
+    "ceil": "ceil({0})",
+    "trunc": "trunc({0})",
+    "round": "round({0})",
+    "atan2": "atan2({0}, {1})",
+    "hypot": "hypot({0}, {1})",
+    "fmod": "fmod({0}, {1})",
+    "maximum": "maximum({0}, {1})",
+    "minimum": "minimum({0}, {1})",
+    "sign": "sign({0})",
+}
+MASKS = {
+    "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
+    "lt": "{0} < {1}",
+    "le": "{0} <= {1}",
+    "gt": "{0} > {1}",
+    "ge": "{0} >= {1}",
+    "isnan": "{0} != {0}",
+}
+LOGIC = {"bitwise_and": "{0} & {1}", "bitwise_or": "{0} | {1}", "bitwise_xor": "{0} ^ {1}", "bitwise_not": "{0} == 0"}
+LOGIC |= {f"logical_{name[8:]}": formula for name, formula in LOGIC.items()}
+MOVES = frozenset([
+    "_unsafe_view", "alias", "cat", "clone", "copy", "detach", "diagonal", "expand", "flip", "index",
+    "index_select", "lift_fresh_copy", "movedim", "permute", "repeat", "reshape", "roll", "select",
+    "select_scatter", "slice", "slice_scatter", "split", "split_with_sizes", "squeeze", "squeeze_", "stack", "t",
+    "t_", "transpose", "transpose_", "unbind", "unfold", "unsqueeze", "unsqueeze_", "view",
+])  # fmt: skip
+
+OPERATORS: dict[str, Callable[..., Node]] = {}
+
+
+def _operator(function: Callable[..., Node]) -> Callable[..., Node]:
+    """Adds a function of the graph and an operator's arguments to the table, under its own name."""
+    OPERATORS[function.__name__.removeprefix("op_")] = function
+    return function
+
+
+def _formula(text: str, mask: bool) -> Callable[..., Node]:
+    def made(graph: Graph, *args: Value, **_: Any) -> Node:
+        return graph.map(text, *(args if text in LOGIC.values() else map(graph.number, args)), mask=mask)
+
+    return made
+
+
+OPERATORS |= {name: _formula(text, False) for name, text in FORMULAS.items()}
+OPERATORS |= {name: _formula(text, True) for name, text in (MASKS | LOGIC).items()}
+
+
+def _scaled(graph: Graph, x: Value, factor: float) -> Node:
+    return graph.number(x) if factor == 1 else graph.map("{0} * {1}", graph.number(x), factor)
+
+
+@_operator
+def op_add(graph: Graph, a: Value, b: Value, alpha: float = 1) -> Node:  # noqa: D103
+    return graph.map("{0} + {1}", graph.number(a), _scaled(graph, b, alpha))
+
+
+@_operator
+def op_sub(graph: Graph, a: Value, b: Value, alpha: float = 1) -> Node:  # noqa: D103
+    return graph.map("{0} - {1}", graph.number(a), _scaled(graph, b, alpha))
+
+
+@_operator
+def op_rsub(graph: Graph, a: Value, b: Value, alpha: float = 1) -> Node:  # noqa: D103
+    return op_sub(graph, b, a, alpha)
+
+
+@_operator
+def op_div(graph: Graph, a: Value, b: Value, rounding_mode: str | None = None) -> Node:  # noqa: D103
+    quotient = graph.map("{0} / {1}", graph.number(a), graph.number(b))
+    return quotient if rounding_mode is None else graph.map(f"{rounding_mode}({{0}})", quotient)
+
+
+@_operator
+def op_remainder(graph: Graph, a: Value, b: Value) -> Node:  # noqa: D103
+    return graph.map("{0} - floor({0} / {1}) * {1}", a, b)
+
+
+@_operator
+def op_pow(graph: Graph, a: Value, b: Value) -> Node:  # noqa: D103
+    base = graph.number(a)
+    if isinstance(b, Node) or abs(b) > 8 or b not in (0.5, int(b)):
+        return graph.map("pow({0}, {1})", base, graph.number(b))
+    if b == 0.5:
+        return graph.map("sqrt({0})", base)
+    if b == 0:
+        return graph.map("1 + 0 * {0}", base)
+    power = base
+    for bit in f"{abs(int(b)):b}"[1:]:
+        power = graph.map("{0} * {0}", power)
+        if bit == "1":
+            power = graph.map("{0} * {1}", power, base)
+    return power if b > 0 else graph.map("1 / {0}", power)
+
+
+@_operator
+def op_where(graph: Graph, mask: Node, a: Value, b: Value) -> Node:  # noqa: D103
+    return graph.map("select<{R}>({0}, {1}, {2})", mask, graph.number(a), graph.number(b))
+
+
+@_operator
+def op_clamp(graph: Graph, x: Node, min: Value | None = None, max: Value | None = None) -> Node:  # noqa: D103
+    low, high = min, max
+    if low is not None:
+        x = graph.map("maximum({0}, {1})", x, low)
+    return x if high is None else graph.map("minimum({0}, {1})", x, high)
+
+
+OPERATORS |= {
+    "clamp_min": lambda graph, x, low: op_clamp(graph, x, low),
+    "clamp_max": lambda graph, x, high: op_clamp(graph, x, None, high),
+    "relu": lambda graph, x: op_clamp(graph, x, 0.0),
+    "hardtanh": lambda graph, x, low=-1.0, high=1.0: op_clamp(graph, x, low, high),
+}
+
+
+@_operator
+def op_leaky_relu(graph: Graph, x: Node, slope: float = 0.01) -> Node:  # noqa: D103
+    return graph.map("select<{R}>({0} > 0, {0}, {0} * {1})", x, slope)
+
+
+@_operator
+def op_elu(graph: Graph, x: Node, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Node:  # noqa: D103
+    return graph.map("select<{R}>({0} > 0, {0} * {2}, expm1({0} * {3}) * {1})", x, alpha * scale, scale, input_scale)
+
+
+@_operator
+def op_gelu(graph: Graph, x: Node, approximate: str = "none") -> Node:  # noqa: D103
+    if approximate == "none":
+        return graph.map("{0} * T(0.5) * (1 + erf({0} * T(0.70710678118654752440)))", x)
+    inner = graph.map("T(0.79788456080286535588) * ({0} + T(0.044715) * {0} * {0} * {0})", x)
+    return graph.map("T(0.5) * {0} * (1 + tanh({1}))", x, inner)
+
+
+@_operator
+def op__to_copy(graph: Graph, x: Node, dtype: torch.dtype | None = None, **_: Any) -> Node:  # noqa: D103
+    if dtype == torch.bool:
+        return x if x.mask else graph.map("{0} != 0", x, mask=True)
+    return x if dtype is None else graph.number(x)
+
+
+@_operator
+def op_sum(graph: Graph, x: Node, axes: Any = (), keepdim: bool = False, **_: Any) -> Node:  # noqa: D103
+    return graph.reduce(SUM, x, axes or (), keepdim)
+
+
+@_operator
+def op_prod(graph: Graph, x: Node, axis: Any = None, keepdim: bool = False, **_: Any) -> Node:  # noqa: D103
+    return graph.reduce("{0} * {1}", x, () if axis is None else (axis,), keepdim)
+
+
+@_operator
+def op_amax(graph: Graph, x: Node, axes: Any = (), keepdim: bool = False) -> Node:  # noqa: D103
+    return graph.reduce("maximum({0}, {1})", x, axes, keepdim)
+
+
+@_operator
+def op_amin(graph: Graph, x: Node, axes: Any = (), keepdim: bool = False) -> Node:  # noqa: D103
+    return graph.reduce("minimum({0}, {1})", x, axes, keepdim)
+
+
+def _count(x: Node, axes: Any) -> int:
+    sizes = x.sizes()
+    return math.prod(sizes[axis] for axis in axes) if axes else math.prod(sizes)
+
+
+@_operator
+def op_mean(graph: Graph, x: Node, axes: Any = (), keepdim: bool = False, **_: Any) -> Node:  # noqa: D103
+    total = op_sum(graph, x, axes, keepdim)
+    return graph.map("{0} / {1}", total, _count(x, axes))
+
+
+@_operator
+def op_var(  # noqa: D103
+    graph: Graph, x: Node, axes: Any = (), correction: float | None = None, keepdim: bool = False
+) -> Node:
+    deviation = graph.map("{0} - {1}", x, op_mean(graph, x, axes, True))
+    squares = op_sum(graph, graph.map("{0} * {0}", deviation), axes, keepdim)
+    return graph.map("{0} / {1}", squares, max(_count(x, axes) - (1 if correction is None else correction), 0))
+
+
+@_operator
+def op_linalg_vector_norm(  # noqa: D103
+    graph: Graph, x: Node, p: float = 2, axes: Any = (), keepdim: bool = False, **_: Any
+) -> Node:
+    size = graph.map("abs({0})", x)
+    if math.isinf(p):
+        return (op_amax if p > 0 else op_amin)(graph, size, axes or (), keepdim)
+    if p == 1:
+        return op_sum(graph, size, axes, keepdim)
+    if p != 2:
+        raise CompileError(f"takes a norm of order {p:g}")
+    return graph.map("sqrt({0})", op_sum(graph, graph.map("{0} * {0}", x), axes, keepdim))
+
+
+@_operator
+def op__softmax(graph: Graph, x: Node, axis: int, _half: bool = False) -> Node:  # noqa: D103
+    power = graph.map("exp({0} - {1})", x, op_amax(graph, x, (axis,), True))
+    return graph.map("{0} / {1}", power, op_sum(graph, power, (axis,), True))
+
+
+@_operator
+def op__log_softmax(graph: Graph, x: Node, axis: int, _half: bool = False) -> Node:  # noqa: D103
+    shifted = graph.map("{0} - {1}", x, op_amax(graph, x, (axis,), True))
+    total = op_sum(graph, graph.map("exp({0})", shifted), (axis,), True)
+    return graph.map("{0} - log({1})", shifted, total)
+
+
+@_operator
+def op_native_layer_norm(  # noqa: D103
+    graph: Graph, x: Node, shape: Any, weight: Node | None, bias: Node | None, epsilon: float
+) -> Any:
+    axes = range(-len(shape), 0)
+    mean = op_mean(graph, x, axes, True)
+    variance = op_var(graph, x, axes, 0, True)
+    scale = graph.map("1 / sqrt({0} + {1})", variance, epsilon)
+    y = graph.map("({0} - {1}) * {2}", x, mean, scale)
+    y = y if weight is None else graph.map("{0} * {1}", y, weight)
+    return [y if bias is None else graph.map("{0} + {1}", y, bias), mean, scale]
+
+
+def _matrices(graph: Graph, x: Node) -> Node:
+    """[i, j] as [1, i, j]."""
+    return graph.rearrange(lambda m: m.unsqueeze(0), x, rows=None if x.rows is None else x.rows + 1)
+
+
+@_operator
+def op_bmm(graph: Graph, a: Node, b: Node) -> Node:  # noqa: D103
+    return graph.contract(a, b)
+
+
+@_operator
+def op_mm(graph: Graph, a: Node, b: Node) -> Node:  # noqa: D103
+    out = graph.contract(_matrices(graph, a), _matrices(graph, b))
+    return graph.rearrange(lambda m: m.squeeze(0), out, rows=None if out.rows is None else out.rows - 1)
+
+
+@_operator
+def op_addmm(graph: Graph, c: Node, a: Node, b: Node, beta: float = 1, alpha: float = 1) -> Node:  # noqa: D103
+    return graph.map("{0} + {1}", _scaled(graph, op_mm(graph, a, b), alpha), _scaled(graph, c, beta))
+
+
+@_operator
+def op_baddbmm(graph: Graph, c: Node, a: Node, b: Node, beta: float = 1, alpha: float = 1) -> Node:  # noqa: D103
+    return graph.map("{0} + {1}", _scaled(graph, op_bmm(graph, a, b), alpha), _scaled(graph, c, beta))
+
+
+@_operator
+def op_mv(graph: Graph, a: Node, b: Node) -> Node:  # noqa: D103
+    column = graph.rearrange(lambda v: v.unsqueeze(-1), b, rows=b.rows)
+    out = op_mm(graph, a, column)
+    return graph.rearrange(lambda m: m.squeeze(-1), out, rows=out.rows)
+
+
+@_operator
+def op_dot(graph: Graph, a: Node, b: Node) -> Node:  # noqa: D103
+    return op_sum(graph, graph.map("{0} * {1}", a, b))
+
+
+OPERATORS["vdot"] = op_dot

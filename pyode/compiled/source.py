@@ -1,0 +1,96 @@
+"""The whole file that is compiled: dynamics, method, and the functions that Python calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..methods import Tableau
+from .emit import Dynamics
+
+
+def _table(name: str, rows: Sequence[Sequence[float]], width: int) -> str:
+    lines = (", ".join(map(repr, [*row, *[0.0] * (width - len(row))])) for row in rows)
+    return f"  static constexpr double {name}[{len(rows)}][{width}] = {{{', '.join(f'{{{line}}}' for line in lines)}}};"
+
+
+def _row(name: str, numbers: Sequence[float]) -> str:
+    return f"  static constexpr double {name}[{len(numbers)}] = {{{', '.join(map(repr, numbers))}}};"
+
+
+def method_source(tableau: Tableau) -> str:
+    """The C++ of a tableau."""
+    n = len(tableau.rows) + 1
+    if tableau.adaptive:
+        degree = max(map(len, tableau.interpolant))
+        lines = [
+            f"  static constexpr int evaluations = {n}, degree = {degree};",
+            "  static constexpr bool ends_with_slope = true;  // the last evaluation is at the step's end",
+            _table("a", tableau.rows, n),
+            _row("c", tableau.abscissae),
+            _row("error", [*tableau.error_weights, *[0.0] * (n - len(tableau.error_weights))]),
+            _table("interpolant", tableau.interpolant, degree),
+            _row("end", tableau.end),
+            "  static double output_weight(int j, double x) {",
+            "    return x == 1 ? end[j] : interpolant_weight(interpolant[j], degree, x);",
+            "  }",
+            "  template <class T>",
+            "  static T stage_time(const CompiledSolve&, const TapeStep& step, int64_t, int j, T) {",
+            "    Sample s = {};",
+            "    s.t = step.t0, s.dt = step.dt, s.t1 = step.t1;",
+            "    return pyode::stage_time<T>(s, c[j - 1]);",
+            "  }",
+        ]
+    else:
+        lines = [
+            f"  static constexpr int evaluations = {n};",
+            "  static constexpr bool ends_with_slope = false;",
+            _table("a", tableau.rows or ((0.0,),), n),
+            _row("b", tableau.weights),
+            "  static double output_weight(int j, double x) { return b[j] * x; }",
+            "  template <class T>",
+            "  static T stage_time(const CompiledSolve& solve, const TapeStep&, int64_t n, int j, T) {",
+            "    return static_cast<const T*>(solve.stage_times)[n * evaluations + j];",
+            "  }",
+        ]
+    return "struct Method {\n" + "\n".join(lines) + "\n};\n"
+
+
+def solver_source(dynamics: Dynamics, tableau: Tableau, adjoint: Dynamics | None = None) -> str:
+    """A whole file: dynamics, method, and what Python calls; with an adjoint, the gradient too."""
+    kind, header = ("AdaptiveSolve", "adaptive.h") if tableau.adaptive else ("FixedGridSolve", "fixed_grid.h")
+    headers = ["contract.h", "functions.h", header, *(["reversal.h"] if adjoint else [])]
+    includes = "\n".join(f'#include "compiled/{name}"' for name in headers)
+    solvers = f"using Solver = {kind}<Dynamics, Method>;\n"
+    functions = _functions("Solver", "")
+    if adjoint is not None:
+        solvers += "using Undoing = Reversal<Dynamics, Adjoint, Method>;\n"
+        functions += _functions("Undoing", "reversal_")
+    return f"""// Written by pyode.compile. Rows lie in blocks, a vector V for each number of a row.
+{includes}
+
+namespace pyode {{
+inline namespace PYODE_LEVEL {{
+namespace compiled {{
+namespace {{
+
+{dynamics.source}
+{adjoint.source if adjoint else ""}
+{method_source(tableau)}
+{solvers}
+}}  // namespace
+}}  // namespace compiled
+}}  // namespace PYODE_LEVEL
+}}  // namespace pyode
+
+#define PYODE_EXPORT extern "C" __attribute__((visibility("default")))
+PYODE_EXPORT int64_t arguments_size() {{ return sizeof(pyode::CompiledSolve); }}
+PYODE_EXPORT int64_t lanes() {{ return pyode::lanes<pyode::compiled::Dynamics::V>; }}
+{functions}"""
+
+
+def _functions(solver: str, prefix: str) -> str:
+    return f"""PYODE_EXPORT int64_t {prefix}workspace(int64_t rows) {{
+  return pyode::compiled::{solver}::workspace(rows);
+}}
+PYODE_EXPORT void {prefix}solve(pyode::CompiledSolve* solve) {{ pyode::compiled::{solver}(*solve).run(); }}
+"""

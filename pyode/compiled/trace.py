@@ -1,0 +1,188 @@
+"""From a user's func to a graph of ATen operators, without freezing anything into it that may change.
+
+func is run once on fake tensors, which have shapes and no values. What depends on a value is therefore noticed, and the
+number of rows is a symbol. Tensors that func has closed over (parameters, buffers, others) are found by what it does
+with them, and are the graph's inputs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import CompileError
+
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_READS = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage)
+# Operators that only move numbers are kept, where torch would compute with indices or masks.
+_KEPT = ("select_scatter", "slice_scatter", "roll", "flip", "stack", "unbind", "split", "repeat")
+_EXAMPLE_ROWS = 8  # any number that torch does not take for a special case, as it does 0 and 1
+
+
+@cache
+def _decompositions() -> dict[Any, Any]:
+    """Torch's own formulas for what is composed of simpler operators."""
+    from torch._decomp import core_aten_decompositions
+
+    table: Any = core_aten_decompositions()
+    kept = {op: formula for op, formula in table.items() if op.name().split("::")[1].split(".")[0] not in _KEPT}
+    return kept | {torch.ops.aten.constant_pad_nd.default: _pad}
+
+
+def _pad(x: Tensor, pads: list[int], value: float = 0) -> Tensor:
+    """Padding as concatenation; torch's own looks at the number of rows."""
+    for i, (before, behind) in enumerate(zip(pads[::2], pads[1::2])):
+        axis, size = x.dim() - 1 - i, x.shape[-1 - i]
+        if before or behind:
+            x = x.narrow(axis, max(-before, 0), size + min(before, 0) + min(behind, 0))
+        fillers = [x.new_full((*x.shape[:axis], max(n, 0), *x.shape[axis + 1 :]), value) for n in (before, behind)]
+        x = (
+            torch.cat([part for part in (fillers[0], x, fillers[1]) if part.shape[axis]], axis)
+            if before or behind
+            else x
+        )
+    return x
+
+
+def user_line() -> str:
+    """Where in the user's code we are."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith((*_LIBRARIES, "<")):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "func"
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the line of every operator, and refuses those whose results can't be had from the arguments alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        line, name = user_line(), func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "item", "equal", "is_nonzero"):
+            raise CompileError(f"a tensor's value is read at {line}")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise CompileError(f"{name} draws random numbers at {line}")
+        for argument, value in zip(func._schema.arguments, args):
+            if argument.alias_info is not None and argument.alias_info.is_write and not isinstance(value, FakeTensor):
+                raise CompileError(f"{name} writes into a tensor that func has closed over at {line}")
+        out = func(*args, **(kwargs or {}))
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+        mode = get_proxy_mode()
+        for node in reversed(mode.tracer.graph.nodes) if mode is not None else ():
+            if "line" in node.meta:
+                break
+            node.meta["line"] = line
+        return out
+
+
+class _Reads(TorchFunctionMode):
+    """Refuses to hand out the memory of a tensor, whose values may change."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS:
+            raise CompileError(f"Tensor.{func.__name__} is called at {user_line()}")
+        return func(*args, **(kwargs or {}))
+
+
+def trace(
+    func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, rows: bool
+) -> GraphModule:
+    """The graph of func(t, *parts): placeholders for t and the parts of the state, and what is returned as a list.
+
+    Args:
+        func: the user's.
+        shapes: of the parts of the state.
+        is_tuple: whether func takes and returns a tuple.
+        dtype: of the state.
+        rows: whether the parts' first axis is a symbol, so that the graph serves any number of rows.
+
+    Raises:
+        CompileError: func does something that a graph can't stand for.
+        Exception: whatever func raises.
+    """
+
+    def call(t: Tensor, *parts: Tensor) -> list[Tensor]:
+        with _Watch(), _Reads():  # type: ignore[no-untyped-call]
+            out = func(t, parts if is_tuple else parts[0])
+            return [torch.clone(part) for part in (out if is_tuple else (out,))]
+
+    with torch.no_grad():
+        return _graph_of(torch.func.functionalize(call), shapes, dtype, rows)
+
+
+def trace_vjp(
+    traced: GraphModule, shapes: list[torch.Size], dtype: torch.dtype, rows: bool, wanted: list[Tensor]
+) -> GraphModule:
+    """The graph of the vector-Jacobian product: of t, the state's parts and as many of the vector's.
+
+    Args:
+        traced: func's graph.
+        shapes, dtype, rows: as `trace`'s.
+        wanted: the closed-over tensors to which gradients are wanted.
+
+    Returns:
+        A graph of a list: the gradient of every part, then of every tensor.
+    """
+
+    def pull_back(t: Tensor, *parts: Tensor) -> list[Tensor]:
+        n = len(shapes)
+        ys = [part.detach().requires_grad_() for part in parts[:n]]
+        out = traced(t, *ys)
+        found = torch.autograd.grad(out, [*ys, *wanted], parts[n:], allow_unused=True)
+        return [torch.zeros_like(x) if g is None else torch.clone(g) for g, x in zip(found, [*ys, *wanted])]
+
+    with torch.enable_grad():
+        graph = _graph_of(pull_back, shapes * 2, dtype, rows)
+    with torch.no_grad():  # torch's derivatives of slices write into new tensors
+        return _graph_of(torch.func.functionalize(graph), shapes * 2, dtype, rows)
+
+
+def _graph_of(call: Callable[..., Any], shapes: list[torch.Size], dtype: torch.dtype, rows: bool) -> GraphModule:
+    """The graph of call(t, *parts)."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    example = torch.empty((_EXAMPLE_ROWS, *shapes[0][1:]) if rows else shapes[0], dtype=dtype)
+    dynamic = [DimDynamic.DYNAMIC if rows and i == 0 else DimDynamic.STATIC for i in range(example.dim())]
+    context: Any = StatelessSymbolicContext(dynamic)
+    first = mode.from_tensor(example, source=ConstantSource("state"), symbolic_context=context)
+    time = mode.from_tensor(torch.tensor(0.0, dtype=dtype))
+    with mode:  # the other parts have as many rows
+        parts = [torch.empty((first.shape[0], *shape[1:]) if rows else shape, dtype=dtype) for shape in shapes[1:]]
+    try:
+        graph: GraphModule = make_fx(call, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)(
+            time, first, *parts
+        )
+    except RuntimeError as error:
+        if "data-dependent" in str(error) or "DataDependent" in type(error).__name__:
+            raise CompileError(f"a tensor's value decides what is done at {_line_of(error)}") from error
+        raise
+    if env.guards or env.replacements:
+        raise CompileError("func depends on the number of rows")
+    return graph
+
+
+def _line_of(error: BaseException) -> str:
+    """The last line of the user's that an exception has passed."""
+    line, step = "func", error.__traceback__
+    while step is not None:
+        code = step.tb_frame.f_code
+        if not code.co_filename.startswith((*_LIBRARIES, "<")):
+            line = f"{code.co_filename}:{step.tb_lineno}"
+        step = step.tb_next
+    return line

@@ -1,0 +1,126 @@
+"""Gradients of compiled solves: those of the eager solve, to rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fields import TIGHT, Y0, Field, T, assert_close, gradients, loss_of
+from problems import kepler, kepler_start, tensor
+from torch import Tensor, nn
+
+import pyode
+from pyode.methods import TABLEAUS
+
+
+def strict(f):
+    return pyode.compile(f, strict=True)
+
+
+def compiled(solve):
+    """A solver that compiles func first."""
+    return lambda f, *args, **kwargs: solve(strict(f), *args, **kwargs)
+
+
+@pytest.mark.parametrize("method", TABLEAUS)
+def test_every_method(method):
+    arguments = {"method": method, **({"rtol": 1e-5, "atol": 1e-7} if TABLEAUS[method].adaptive else {})}
+    options = {} if TABLEAUS[method].adaptive else {"options": {"step_size": 0.15}}
+    found = [gradients(solve, time=False, **arguments, **options) for solve in (compiled(pyode.odeint), pyode.odeint)]
+    assert_close(*found, 1e-11)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_discontinuities_and_prescribed_steps(sign):
+    options = {"jump_t": sign * tensor(0.2, 0.5), "step_t": sign * tensor(0.9)}
+    found = [
+        gradients(solve, sign, time=False, **TIGHT, options=options) for solve in (compiled(pyode.odeint), pyode.odeint)
+    ]
+    assert_close(*found, 1e-11)
+
+
+def test_gradients_of_times_and_the_adjoint_take_the_eager_path():
+    for solve in (pyode.odeint, pyode.odeint_adjoint):
+        assert_close(gradients(compiled(solve), **TIGHT), gradients(solve, **TIGHT), 1e-8)
+
+
+def test_gradcheck():
+    field = Field()
+    f = strict(field)
+
+    def solve(y0: Tensor, *_: Tensor) -> Tensor:
+        return pyode.odeint(f, y0, T, method="rk4", options={"step_size": 0.2})
+
+    assert torch.autograd.gradcheck(solve, (Y0.clone().requires_grad_(), *field.trained()))
+
+
+def test_gradients_of_gradients():
+    found = []
+    for f in (strict(Field()), Field()):
+        y0 = Y0.clone().requires_grad_()
+        (g,) = torch.autograd.grad(loss_of(pyode.odeint(f, y0, T)), y0, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), y0))
+    assert_close(*found, 1e-8)
+
+
+def networks() -> list[nn.Module]:
+    """With layers of every kind, wide enough for sums over rows of either form."""
+    torch.manual_seed(0)
+    return [
+        nn.Sequential(nn.Linear(3, 50), nn.SiLU(), nn.LayerNorm(50), nn.Linear(50, 3)),
+        nn.Sequential(nn.Linear(3, 70), nn.GELU(), nn.Linear(70, 40), nn.Softplus(), nn.Linear(40, 3, bias=False)),
+    ]
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_networks(i):
+    net = networks()[i].double()
+    y0, t = torch.randn(21, 3, dtype=torch.float64), tensor(0.0, 0.3, 1.0)
+    found = []
+    for f in (strict(lambda t, y: net(y)), lambda t, y: net(y)):
+        start = y0.clone().requires_grad_()
+        loss = loss_of(pyode.odeint(f, start, t, rtol=1e-6, atol=1e-8))
+        found.append(torch.autograd.grad(loss, [start, *net.parameters()]))
+    assert_close(*found, 1e-10)
+
+
+def test_parameters_used_before_the_rows_come_in():
+    a = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    y0, t = torch.randn(9, 3, dtype=torch.float64), tensor(0.0, 1.0)
+    found = []
+    for f in (strict(lambda t, y: y @ (a - a.T) * a.sum()), lambda t, y: y @ (a - a.T) * a.sum()):
+        found.append(torch.autograd.grad(loss_of(pyode.odeint(f, y0, t)), a))
+    assert_close(*found, 1e-10)
+
+
+def test_a_state_that_is_one_row():
+    mass = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    y0, t = kepler_start(0.3), tensor(0.0, 1.0, 2.0)
+    found = []
+    for f in (strict(lambda t, y: kepler(t, y) * mass), lambda t, y: kepler(t, y) * mass):
+        start = y0.clone().requires_grad_()
+        found.append(torch.autograd.grad(loss_of(pyode.odeint(f, start, t)), [start, mass]))
+    assert_close(*found, 1e-9)
+
+
+def test_what_is_frozen_has_none_and_a_longer_solve_finds_room():
+    field = Field()
+    f = strict(field)
+    field.bias.requires_grad_(False)
+    for end in (0.1, 20.0):
+        pyode.odeint(f, Y0, tensor(0.0, end)).sum().backward()
+        assert field.bias.grad is None
+        assert field.matrix.grad is not None
+        field.zero_grad()
+    field.bias.requires_grad_(True)
+    loss_of(pyode.odeint(f, Y0, T)).backward()
+    assert field.bias.grad is not None
+
+
+def test_the_same_bits_for_any_number_of_threads():
+    net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8))
+    y0, t, f, found = torch.randn(1000, 8), torch.tensor([0.0, 1.0]), strict(lambda t, y: net(y)), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        loss = pyode.odeint(f, y0, t, rtol=1e-4, atol=1e-5).square().sum()
+        found.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(net.parameters()))]))
+    assert all(torch.equal(g, found[0]) for g in found)
