@@ -136,8 +136,8 @@ class AdaptiveLoop:
                 end = self._call_hooks(bool(flags & _ACCEPTED), y, ks, dt, shift)
                 if end is not None:
                     return torch.stack([y0, end])
-                if hooks.watch_batch is not None and not controller.running:
-                    flags &= ~_RUNNING
+                if hooks.watch_batch is not None:  # it may have finished samples, failed ones too
+                    flags = flags & ~(_RUNNING | _FAILED) | self._standing()
             if flags & _OUTPUT:
                 output.add(y, ks, dt, shift)
                 if quadrature is not None:
@@ -213,6 +213,12 @@ class AdaptiveLoop:
         if accepted and hooks.watch is not None:
             return hooks.watch(self.segment(_dense_output_of(self.tableau), y, ks, dt, shift))
         return None
+
+    def _standing(self) -> int:
+        """The flags of how all samples stand."""
+        status = self.controller.field("status")
+        running, failed = (bool(some.any()) for some in (status == int(Status.RUNNING), status > int(Status.RUNNING)))
+        return _RUNNING * running | _FAILED * failed
 
     def stats_of_samples(self) -> SampleStats:
         """What each sample has taken."""
@@ -321,8 +327,8 @@ class AdaptiveLoop:
             self.quadrature.restart()
         if self.layout.samples == 1 or self.grid.jump_t is None:
             return y, self.dynamics(behind[0], y)
-        self._n_jumps += self._on_jump().cpu()
         jumped = self._on_jump() & (self.controller.field("status") == int(Status.RUNNING))
+        self._n_jumps += jumped.cpu()
         slope = self.dynamics(torch.where(jumped.to(t.device), behind, t), y)
         return y, self._select(slope, k, jumped.to(torch.int64))
 
@@ -419,7 +425,7 @@ class RecordedBatchOutput:
             some = samples[begin + j < end]
             which = torch.where(begin + j < end, begin + j, begin.clamp(max=len(t) - 1))
             when = t.to(y.device)[which] if t.dim() == 1 else t.to(y.device)[which, samples]
-            self.rows.append(segment.at(when.double())[some].reshape(-1, *y.shape[1:]))
+            self.rows.append(segment.at(when.double(), some).reshape(-1, *y.shape[1:]))
             self.places.append((which[some], some))
 
     def repeat(self, y: Tensor, k: Tensor, shift: Tensor | None) -> None:
