@@ -132,6 +132,8 @@ class AdaptiveLoop:
             y1 = stages(layout, rows, y, ks, dt, times.unbind(), dynamics)
             self._measure(y, y1, ks)
             flags = controller.run(Phase.JUDGE)
+            if recording and flags & _STAYED and flags & _ACCEPTED:
+                y1, dt = self._spare(stages, y, y1, ks, dt, times)
             if hooks.after_step:
                 end = self._call_hooks(bool(flags & _ACCEPTED), y, ks, dt, shift)
                 if end is not None:
@@ -166,6 +168,21 @@ class AdaptiveLoop:
         if not recording:
             _ballast.put(ks)
         return output.collect(y0)
+
+    def _spare(
+        self, stages: Callable[..., Tensor], y: Tensor, y1: Tensor, ks: list[Tensor], dt: Tensor, times: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The step just judged, anew if samples became inf or nan in it, which now stand still: its end and sizes.
+
+        They share parameters with the others, whose gradients 0 times nan would spoil.
+        """
+        field = self.controller.field
+        still = (field("non_finite") != 0) & (field("accepted") == 0) & (dt.detach() != 0)
+        if not bool(still.any()):
+            return y1, dt
+        times = torch.where(still.to(times.device), field("t").to(times), times)
+        dt = torch.where(still, torch.zeros_like(dt), dt)
+        return stages(self.layout, self.tableau.rows, y, ks, dt, times.unbind(), self.dynamics), dt
 
     def _select(self, moved: Tensor, stayed: Tensor, rows: Tensor) -> Tensor:
         """Rows of `moved` where `rows` is not 0, of `stayed` elsewhere."""
@@ -234,7 +251,7 @@ class AdaptiveLoop:
         """Which outputs have not been reached: [T, B], or [T] of the only sample."""
         ends = self.controller.field("output_end")
         left: Tensor = torch.arange(len(self.times.values))[:, None] >= ends.cpu()
-        return (left if self.layout.samples > 1 else left[:, 0]).to(self.layout.device)
+        return (left[:, 0] if self.layout.samples == 1 else left).to(self.layout.device)
 
     def _field(self, name: str) -> float:
         """A number of the only sample's step state."""
@@ -267,7 +284,7 @@ class AdaptiveLoop:
         if not bool(jumping.any()):
             return stage_times + shift.to(stage_times), dt
         c = torch.tensor(self.tableau.abscissae).to(stage_times)
-        if self.layout.samples > 1:
+        if self.layout.samples != 1:
             c = c[:, None]
         return stage_times + (1 - c * jumping) * shift.to(stage_times), dt - (jumping * shift).to(dt)
 
@@ -425,7 +442,7 @@ class RecordedBatchOutput:
             some = samples[begin + j < end]
             which = torch.where(begin + j < end, begin + j, begin.clamp(max=len(t) - 1))
             when = t.to(y.device)[which] if t.dim() == 1 else t.to(y.device)[which, samples]
-            self.rows.append(segment.at(when.double(), some).reshape(-1, *y.shape[1:]))
+            self.rows.append(segment.at(when.double(), some).reshape(len(some), *y.shape[1:]))
             self.places.append((which[some], some))
 
     def repeat(self, y: Tensor, k: Tensor, shift: Tensor | None) -> None:
