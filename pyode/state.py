@@ -110,7 +110,7 @@ class Form:
         """How each part is written, given the name of the whole."""
         if self.is_tensor:
             return [root]
-        return [f"{root}[{i}]" for i in range(len(self.sizes))] if self.tree is None else self.tree.names(root)
+        return [f"{root}[{i}]" for i in range(len(self.shapes))] if self.tree is None else self.tree.names(root)
 
     def pack(self, state: State) -> Tensor:
         """One contiguous tensor; parts of different dtypes are promoted."""

@@ -111,7 +111,7 @@ class AdaptiveLoop:
         shift = self._shift() if recording else None
         stages = partial(autograd.stages, self.ops) if recording else self.ops.stages
         recorded = RecordedOutput if layout.samples == 1 else RecordedBatchOutput
-        output = recorded(self) if recording else Output(self, y0)
+        output = recorded(self, y0) if recording else Output(self, y0)
 
         if quadrature is not None:
             quadrature.start()
@@ -401,7 +401,7 @@ class Output:
 class RecordedOutput:
     """The same with a graph behind it: every output is a node of its own."""
 
-    def __init__(self, loop: AdaptiveLoop) -> None:
+    def __init__(self, loop: AdaptiveLoop, y0: Tensor) -> None:
         self.loop = loop
         self.rows: list[Tensor] = []
 
@@ -424,10 +424,13 @@ class RecordedOutput:
 
 
 class RecordedBatchOutput:
-    """The same for several samples, each of which passes other output times in a step."""
+    """The same for several samples, each of which passes other output times in a step.
 
-    def __init__(self, loop: AdaptiveLoop) -> None:
-        self.loop = loop
+    The numbers are those of Output, to the bit; the graph is that of plain torch.
+    """
+
+    def __init__(self, loop: AdaptiveLoop, y0: Tensor) -> None:
+        self.loop, self.output = loop, Output(loop, y0.detach())
         self.rows: list[Tensor] = []
         self.places: list[tuple[Tensor, Tensor]] = []
         self.last: Tensor | None = None
@@ -435,6 +438,7 @@ class RecordedBatchOutput:
     def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""
         loop, t = self.loop, self.loop.times.tensor
+        self.output.add(y, ks, dt, shift)
         segment = loop.batch_segment(interpolant_of(reference, loop.tableau), y, ks, dt, shift)
         begin, end = (loop.controller.field(name).to(y.device) for name in ("output_begin", "output_end"))
         samples = torch.arange(loop.layout.samples, device=y.device)
@@ -442,8 +446,10 @@ class RecordedBatchOutput:
             some = samples[begin + j < end]
             which = torch.where(begin + j < end, begin + j, begin.clamp(max=len(t) - 1))
             when = t.to(y.device)[which] if t.dim() == 1 else t.to(y.device)[which, samples]
-            self.rows.append(segment.at(when.double(), some).reshape(len(some), *y.shape[1:]))
-            self.places.append((which[some], some))
+            row = segment.at(when.double(), some).reshape(len(some), *y.shape[1:])
+            place = which[some], some
+            self.rows.append(self.output.out[place] + (row - row.detach()))
+            self.places.append(place)
 
     def repeat(self, y: Tensor, k: Tensor, shift: Tensor | None) -> None:
         """Puts the state reached, y with the slope k, in all the places that are left."""
