@@ -15,7 +15,7 @@ import torch
 import pyode
 from pyode.commands.info import describe
 
-SUITES = ("forward", "training", "large", "twin", "gpu")
+SUITES = ("forward", "training", "large", "batch", "ensemble", "twin", "gpu")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -238,8 +238,8 @@ def _solution(
 def _moved(problem: Problem, samples: Samples, events: SampleEvents) -> tuple[Tensor, Tensor, Tensor]:
     """Times, indices and states of the events, with the gradients of where they lie by the implicit function theorem.
 
-    Where an event function is shifted by e, the event moves by -e / (its derivative along the solution); where that is 0,
-    its time has no gradient.
+    Where an event function is shifted by e, the event moves by -e / (its derivative along the solution); where that is
+    0, its time has no gradient.
     """
     time, index, state = events.time, events.index, events.state
     met = index >= 0
