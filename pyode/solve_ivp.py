@@ -297,7 +297,7 @@ def _moved(problem: Problem, samples: Samples, events: SampleEvents) -> tuple[Te
     if rates[1] is not None:
         along = along + (rates[1].conj() * slope).real.sum(1)
     value = events.event(here, flat).gather(1, which)[:, 0]
-    along = torch.where(met & (along != 0), along, torch.full_like(along, math.inf))
+    along = torch.where(met & along.isfinite() & (along != 0), along, torch.full_like(along, math.inf))
     shift = (value.detach() - value) / along
     nan = torch.full_like(state, math.nan)
     return time + shift, index, torch.where(met[:, None], flat + slope * shift[:, None].to(slope.real.dtype), nan)

@@ -441,8 +441,9 @@ class RecordedOutput:
         self.rows += [y] * (len(self.loop.times.values) - 1 - len(self.rows))
 
     def collect(self, y0: Tensor) -> Tensor:
-        """All of them, [T, ...]."""
-        return torch.stack([y0, *self.rows])
+        """All of them, [T, ...]; the start where a sample has no way to go, or has ended at its event."""
+        missing = len(self.loop.times.values) - 1 - len(self.rows)
+        return torch.stack([y0, *self.rows, *[y0] * missing])
 
 
 class RecordedBatchOutput:
