@@ -19,6 +19,7 @@ from .errors import InvalidValue, SolveError, Status
 from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.samples import SampleAdjoint, SolvedSamples
 from .methods import Tableau
+from .methods.external import ScipySolver
 from .odeint import Problem, loop_of, on_device_of, pose
 from .progress import Progress
 from .samples import RunningRows, SampleDenseOutput, Samples
@@ -116,7 +117,7 @@ def solve_ivp(
     options["control"] = control
     if found.adaptive or first_step is not None:
         options["first_step"] = first_step
-    if found.adaptive:
+    if found.adaptive and not isinstance(found, ScipySolver):
         options["max_num_steps"] = max_num_steps
     problem = pose(func, y0, t, rtol, atol, method, options, None, args, strict=True)
     problem = replace(problem, policy=_policy_of(problem.policy, controller))
