@@ -15,7 +15,7 @@ import torch
 import pyode
 from pyode.commands.info import describe
 
-SUITES = ("forward", "training", "gradients", "compiled", "large", "implicit", "twin", "gpu")
+SUITES = ("forward", "training", "gradients", "compiled", "large", "implicit", "batch", "ensemble", "twin", "gpu")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -17,7 +17,12 @@ NAMES = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
 def callbacks_of(
-    func: Any, method: Method, time: Tensor, unpack: Callable[[Tensor], Any], suffix: str = ""
+    func: Any,
+    method: Method,
+    time: Tensor,
+    unpack: Callable[[Tensor], Any],
+    suffix: str = "",
+    per_sample: bool = False,
 ) -> dict[str, Callback]:
     """A func's callbacks, by the names of `Hooks`: "step", "accept", "reject".
 
@@ -30,13 +35,16 @@ def callbacks_of(
         time: a tensor whose device, and for a method that does not choose its steps whose dtype, times have.
         unpack: from a packed state to the user's.
         suffix: "_adjoint" for those of a backward solve.
+        per_sample: whether every sample takes steps of its own: then none is called.
     """
     # Not hasattr: a module's search for an attribute that it lacks takes as long as a stage.
     own = getattr(func, "__dict__", {})
     names = [name for name in NAMES if name + suffix in own or hasattr(type(func), name + suffix)]
-    supported = () if isinstance(method, ScipySolver) else NAMES if method.adaptive else NAMES[:1]
+    none = per_sample or isinstance(method, ScipySolver)
+    supported = () if none else NAMES if method.adaptive else NAMES[:1]
     if unsupported := {name + suffix for name in names if name not in supported}:
-        warn(f"Solver '{method.name}' does not support callbacks {unsupported}")
+        control = " with control='per_sample'" if per_sample else ""
+        warn(f"Solver '{method.name}' does not support callbacks {unsupported}{control}")
     dtype = torch.float64 if method.adaptive else time.dtype
 
     def wrap(callback: Callable[[Tensor, Any, Tensor], Any]) -> Callback:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -139,8 +140,9 @@ def filter_from(controller: Any) -> tuple[tuple[float, float, float], tuple[floa
     if isinstance(controller, str) and controller in CONTROLLERS:
         return CONTROLLERS[controller]
     if isinstance(controller, (tuple, list)) and 1 <= len(controller) <= 5:
-        b1, b2, b3, a2, a3 = (*map(float, controller), *[0.0] * (5 - len(controller)))
-        return (b1, b2, b3), (a2, a3)
+        with suppress(TypeError, ValueError):
+            b1, b2, b3, a2, a3 = (*map(float, controller), *[0.0] * (5 - len(controller)))
+            return (b1, b2, b3), (a2, a3)
     names = ", ".join(map(repr, CONTROLLERS))
     raise InvalidValue(f"controller must be one of {names}, or a tuple of one to five exponents, not {controller!r}")
 
@@ -219,7 +221,7 @@ def first_step_from(options: dict[str, Any]) -> float | None:
 
 
 def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Grid:
-    """The output times and the steps and discontinuities that the options prescribe, in time's direction."""
+    """The output times and the steps and discontinuities that the options prescribe, sorted."""
     values = times.tensor.detach().to(device, torch.float64).contiguous()
     if options.get("step_t") is None and options.get("jump_t") is None:
         return Grid(values)
@@ -239,11 +241,13 @@ def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Gr
 
 
 def _stops(value: Any, name: str, times: Times) -> list[float]:
-    """Those after the start, sorted in time's direction."""
+    """Those after the start, sorted in time's direction; where each sample has its own, all."""
     if value is None:
         return []
     values = torch.as_tensor(value, dtype=torch.float64).reshape(-1).tolist()
     if not all(map(math.isfinite, values)):
         raise InvalidValue(f"options[{name!r}] must be finite")
+    if times.tensor.dim() == 2:
+        return sorted(values)
     sign, start = times.sign, times.values[0]
     return sorted((v for v in values if sign * (v - start) >= 0), reverse=sign < 0)

@@ -255,6 +255,7 @@ def pose(
     if compiled is not None:
         func = compiled.func
     packed = form.pack(y0)
+    one = packed.new_empty(packed.shape[1:]) if form.per_sample else packed
     if t.device != packed.device:
         warn("t is not on the same device as y0. Coercing to y0.device.")
     return Problem(
@@ -263,13 +264,13 @@ def pose(
         y0=packed,
         times=times,
         method=found,
-        rtol=check_tolerance(rtol, "rtol", form, packed[0] if form.per_sample else packed),
-        atol=check_tolerance(atol, "atol", form, packed[0] if form.per_sample else packed),
+        rtol=check_tolerance(rtol, "rtol", form, one),
+        atol=check_tolerance(atol, "atol", form, one),
         options=options,
         policy=policy_from(options, found),
         grid=grid_from(options, times, packed.device),
         first_step=first_step_from(options),
-        callbacks=callbacks_of(func, found, times.tensor, form.unpack),
+        callbacks=callbacks_of(func, found, times.tensor, form.unpack, per_sample=form.per_sample),
         event=None if event_fn is None else event_of(event_fn, args, form, packed.device),
         compiled=None if args or form.per_sample else compiled,
     )
@@ -332,9 +333,20 @@ def loop_of(problem: Problem, hooks: Hooks) -> Loop:
         problem.grid,
         options,
         lambda: grid_of(options, problem.times, problem.func, form.unpack(y0)),
-        None if norm is None else lambda error, _: norm(form.unpack(error)),
+        None if norm is None else lambda error, _: norm_by(norm, form, error),
         hooks=hooks,
     )
+
+
+def norm_by(norm: Callable[[State], Any], form: Form, error: Tensor) -> Any:
+    """The user's norm of a scaled error, packed: a number, for each sample that has a step size of its own."""
+    value = norm(form.unpack(error))
+    if form.per_sample and torch.as_tensor(value).shape != (form.samples,):
+        raise InvalidValue(
+            f"options['norm'] must return a number for each sample, [{form.samples}], where control is 'per_sample'; "
+            f"it returned {tuple(torch.as_tensor(value).shape)}"
+        )
+    return value
 
 
 def solve(

@@ -42,14 +42,27 @@ class Progress:
         t, dt, status = (controller.field(name).cpu() for name in ("t", "dt_prev", "status"))
         covered = ((t - self.t0) / self.span).nan_to_num(1.0)
         covered[status == 0] = 1.0
-        self.bar.n = float(covered.min())
+        self.bar.n = float(covered.min()) if len(covered) else 1.0
         rejected = int(controller.field("n_rejected").sum())
         running = dt[status == 1].abs()
         size = f"{float(running.min()):.3g}" if len(running) else "-"
         self.bar.set_postfix_str(f"rejected {rejected}, dt {size}", refresh=True)
 
-    def close(self, controller: Any = None) -> None:
-        """Shows the end."""
-        if controller is not None:
+    def step(self, t: float, y: Tensor, dt: float) -> None:
+        """Looks at the start of a step, for a loop that has no such controller."""
+        if time.monotonic() >= self.next_look:
+            self.bar.n = (t - float(self.t0)) / float(self.span)
+            self.bar.set_postfix_str(f"dt {dt:.3g}", refresh=True)
+            self.next_look = time.monotonic() + INTERVAL
+
+    def finish(self, controller: Any = None) -> None:
+        """Shows how the solve has ended."""
+        if controller is None:
+            self.bar.n = 1.0
+            self.bar.refresh()
+        else:
             self._show(controller)
+
+    def close(self) -> None:
+        """Leaves it as it is."""
         self.bar.close()

@@ -31,7 +31,7 @@ class Samples:
 
     def flat(self, y: Tensor) -> Tensor:
         """[B, D] from a packed state."""
-        return y.reshape(self.count, -1)
+        return y.reshape(self.count, self.form.segments[-1])
 
     def of_user(self, flat: Tensor, joint_axis: bool = False) -> State:
         """The user's states from [..., B, D]; with B in front also under joint control if `joint_axis`."""
@@ -64,12 +64,13 @@ class Samples:
 
         def event(t: Tensor, flat: Tensor) -> Tensor:
             value = event_fn(t if per_sample else t[0], self.of_user(flat))
-            if not isinstance(value, Tensor) or value.numel() == 0:
+            if not isinstance(value, Tensor) or (value.numel() == 0 and self.count):
                 raise DynamicsError(f"event_fn must return a tensor of numbers, not {value!r}")
             if per_sample and (value.dim() not in (1, 2) or len(value) != self.count):
                 shape = tuple(value.shape)
                 raise DynamicsError(f"event_fn must return [B] or [B, E], here with B = {self.count}, not {shape}")
-            return value.reshape(self.count, -1)
+            several = per_sample and value.dim() == 2
+            return value if several else value[:, None] if per_sample else value.reshape(1, -1)
 
         return event
 
@@ -123,17 +124,18 @@ class SampleDenseOutput:
         """Keeps a step."""
         self.steps.append(segment)
 
-    def stacked(self) -> SampleDenseOutput:
-        """Makes it ready: the steps as tensors of their own."""
-        steps, samples = self.steps, self.samples
+    def stacked(self, event_t: Tensor) -> SampleDenseOutput:
+        """Makes it ready: the steps as tensors of their own; [B] event_t, nan where there is none."""
+        steps, start, y0 = self.steps, self.samples.t0[None][:0], self.samples.y0[None][:0]
         self.polynomial = steps[0].polynomial if steps else reference.Interpolant((), ())
-        empty = samples.y0[None][:0]
-        self.t0, self.t1, self.size = (
-            torch.stack([getattr(step, name) for step in steps]) if steps else samples.t0[None][:0]
-            for name in ("t0", "t1", "size")
-        )
-        self.y = torch.stack([step.y for step in steps]) if steps else empty
-        self.ks = [torch.stack(column) for column in zip(*(step.ks for step in steps))]
+        self.t0, self.t1, self.size, self.y = start, start, start, y0
+        self.last, self.ks = self.samples.t0, []
+        if steps:
+            # A step that moves with the solve's start has moved by 0, which has a gradient.
+            self.t0 = torch.stack([step.t0 if step.shift is None else step.t0 + step.shift for step in steps])
+            self.t1, self.size, self.y = (torch.stack([getattr(s, name) for s in steps]) for name in ("t1", "dt", "y"))
+            self.ks = [torch.stack(column) for column in zip(*(step.ks for step in steps))]
+            self.last = torch.where(event_t.isnan(), self.t1[-1], event_t.detach())
         self.steps = []
         return self
 
@@ -145,51 +147,51 @@ class SampleDenseOutput:
         """Returns the states at times [m], or [m, B] with times of its own for each sample, or at a single time.
 
         The result is [m, *y0.shape], or y0's structure of such; for a single time without m. Gradients reach what the
-        solve's own do, and t. Behind a sample's failure, states are nan; behind its event they are the solution's.
+        solve's own do, and t. Behind a sample's failure or event, states are nan.
 
         Raises:
             InvalidValue: a time lies outside of a sample's.
         """
         t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
-        device, B = self.samples.y0.device, self.samples.count
-        times = t.to(device, torch.float64).reshape(-1, *t.shape[1:]) if t.dim() else t.to(device, torch.float64)[None]
-        times = times[:, None].expand(-1, B) if times.dim() == 1 else times
-        low, high = torch.minimum(self.samples.t0, self.samples.t1), torch.maximum(self.samples.t0, self.samples.t1)
-        if times.shape[1] != B or not bool(((times >= low) & (times <= high)).all()):
-            raise InvalidValue(
-                f"t must be [m] or [m, {B}], within each sample's times; they reach from {float(low.min()):g} to "
-                f"{float(high.max()):g}"
-            )
-        if not len(self.t0):
-            states = self.samples.y0.expand(len(times), *self.samples.y0.shape)
-        else:
-            states = self._at(times)
-        states = self.samples.of_user(states if t.dim() else states[0])
-        return states
+        samples, B = self.samples, self.samples.count
+        times = t.to(samples.y0.device, torch.float64)
+        times = times.reshape(-1, 1).expand(-1, B) if times.dim() < 2 else times
+        low, high = torch.minimum(samples.t0, samples.t1), torch.maximum(samples.t0, samples.t1)
+        if times.shape[1:] != (B,) or not bool(((times >= low) & (times <= high)).all()):
+            span = f"; they reach from {float(low.min()):g} to {float(high.max()):g}" if B else ""
+            raise InvalidValue(f"t must be [m] or [m, {B}], within each sample's times{span}")
+        states = self._at(times) if len(self.t0) else samples.y0.expand(len(times), *samples.y0.shape)
+        return samples.of_user(states if t.dim() else states[0])
 
     def _at(self, times: Tensor) -> Tensor:
         """[m, B, D] from [m, B]."""
-        sign = torch.sign(self.samples.t1 - self.samples.t0)
-        ends = (self.t1 * sign).T.contiguous()
-        steps = torch.searchsorted(ends, (times.detach() * sign).T.contiguous()).T  # the first that ends there or later
-        beyond = steps >= len(self.t1)
-        steps, b = steps.clamp(max=len(self.t1) - 1), torch.arange(self.samples.count, device=steps.device)
+        samples, when = self.samples, times.detach()
+        sign = torch.sign(samples.t1 - samples.t0)
+        # Where a sample has stood still so far it has no step that ends at its start.
+        ends = torch.where(self.t1 == samples.t0, -torch.inf, self.t1 * sign)
+        steps = torch.searchsorted(ends.T.contiguous(), (when * sign).T.contiguous()).T  # the first that ends there
+        steps, b = steps.clamp(max=len(ends) - 1), torch.arange(samples.count, device=steps.device)
         size = self.size[steps, b]
         x = (times - self.t0[steps, b]) / torch.where(size == 0, torch.ones_like(size), size)
         real = self.y.real.dtype if self.y.is_complex() else self.y.dtype
         x, size = (v.unsqueeze(-1).to(real) for v in (x, size))
         states = reference.interpolate_at(self.polynomial, x, self.y[steps, b], [k[steps, b] for k in self.ks], size)
-        return torch.where(beyond.unsqueeze(-1), torch.full_like(states, torch.nan), states)
+        beyond = ((when - self.last) * sign > 0).unsqueeze(-1)
+        states = torch.where(beyond, torch.full_like(states, torch.nan), states)
+        never = (self.t1[-1] == samples.t0).unsqueeze(-1)  # their derivatives may be nan
+        return torch.where(never & ~beyond, samples.y0, states)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> SampleDenseOutput:
-        """The same with every tensor changed."""
-        new = object.__new__(SampleDenseOutput)
-        new.samples = object.__new__(Samples)
-        new.samples.__dict__ |= {k: change(v) if isinstance(v, Tensor) else v for k, v in vars(self.samples).items()}
-        new.__dict__ |= {
-            name: change(value) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-            if name != "samples"
-        }
-        new.ks = [change(k) for k in self.ks]
+        """The same with every tensor changed; times keep their dtype."""
+
+        def of(owner: Any) -> dict[str, Any]:
+            return {k: changed(k, v) if isinstance(v, Tensor) else v for k, v in vars(owner).items()}
+
+        def changed(name: str, value: Tensor) -> Tensor:
+            new = change(value)
+            return new if new.dtype == value.dtype or name.startswith("y") else value.to(new.device)
+
+        new, samples = object.__new__(SampleDenseOutput), object.__new__(Samples)
+        samples.__dict__ |= of(self.samples)
+        new.__dict__ |= {**of(self), "samples": samples, "ks": [change(k) for k in self.ks]}
         return new

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .errors import Status
+from .tree import Tree
 
 
 @dataclass
@@ -111,7 +111,9 @@ class Solution:
     def __repr__(self) -> str:
         """A short table."""
         rows: list[tuple[str, Any]] = [("success", self.success), ("message", self.message)]
-        rows += [("ts", _shape(self.ts)), ("ys", pytree.tree_map(_shape, self.ys))]
+        tree = Tree(self.ys)
+        rows.append(("ts", _shape(self.ts)))
+        rows += [(name, _shape(part)) for name, part in zip(tree.names("ys"), tree.leaves(self.ys))]
         stats = self.stats
         counts = {name: getattr(stats, name) for name in ("n_f_evals", "n_accepted", "n_rejected", "last_dt")}
         rows += [(name, _range(values)) for name, values in counts.items()]
@@ -121,13 +123,16 @@ class Solution:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Solution:
         def all_of(value: Any) -> Any:
-            return pytree.tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, value)
+            tree = Tree(value)
+            return tree.build(map(change, tree.leaves(value)))
 
+        states = {name: all_of(getattr(self, name)) for name in ("ys", "event_y")}
+        others = {name: change(getattr(self, name)) for name in ("ts", "status", "event_t", "event_index")}
         stats = SampleStats(*(change(getattr(self.stats, field.name)) for field in fields(self.stats)))
         interpolant: Any = self.interpolant
-        parts = {field.name: all_of(getattr(self, field.name)) for field in fields(self) if field.name != "stats"}
-        parts["interpolant"] = interpolant._map(change) if hasattr(interpolant, "_map") else interpolant
-        return replace(self, **{**parts, "stats": stats})
+        if interpolant is not None:
+            interpolant = interpolant._map(change)
+        return replace(self, **states, **others, stats=stats, interpolant=interpolant)
 
     def to(self, *args: Any, **kwargs: Any) -> Solution:
         """The same with tensors moved to a device; as `Tensor.to`, floating ones also to a dtype."""

@@ -19,6 +19,7 @@ from .errors import InvalidValue, SolveError, Status
 from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.samples import SampleAdjoint, SolvedSamples
 from .methods import Tableau
+from .methods.external import ScipySolver
 from .odeint import Problem, loop_of, on_device_of, pose
 from .progress import Progress
 from .samples import RunningRows, SampleDenseOutput, Samples
@@ -30,6 +31,12 @@ from .stepping.hooks import Hooks
 from .stepping.segment import BatchSegment
 
 GRADIENTS = ("direct", "adjoint")
+# Options that are arguments here, or have no meaning, and what is instead.
+ARGUMENTS = {
+    **{name: name for name in ("control", "first_step", "max_num_steps")},
+    "on_failure": "throw",
+    "event_t_max": "t[-1]",
+}
 LEAST_ULPS = 10.0  # by which a step has to move t, as in SciPy
 
 
@@ -105,18 +112,27 @@ def solve_ivp(
     if gradient not in GRADIENTS:
         raise InvalidValue(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, not {gradient!r}")
     options = {} if options is None else dict(check_dict(options, "options"))
+    for name in ARGUMENTS.keys() & options.keys():
+        raise InvalidValue(f"options has {name}, which for solve_ivp is the argument {ARGUMENTS[name]}")
     options["control"] = control
-    if found.adaptive:
-        options |= {"first_step": first_step, "max_num_steps": max_num_steps}
+    if found.adaptive or first_step is not None:
+        options["first_step"] = first_step
+    if found.adaptive and not isinstance(found, ScipySolver):
+        options["max_num_steps"] = max_num_steps
     problem = pose(func, y0, t, rtol, atol, method, options, None, args, strict=True)
     problem = replace(problem, policy=_policy_of(problem.policy, controller))
     adjoint = gradient == "adjoint" and torch.is_grad_enabled()
     listed = listed_parameters(func, params, args) if adjoint else []
     backward = backward_config(problem, controller, adjoint_options) if adjoint else None
-    if (event_fn is not None or dense_output) and not (isinstance(found, Tableau) and found.adaptive):
+    steered = isinstance(found, Tableau) and found.adaptive
+    if (event_fn is not None or dense_output) and not steered:
         raise InvalidValue(
             f"solve_ivp has no events and no dense output for {found.name!r}; odeint_event has, odeint_dense"
         )
+    if controller != "I" and not steered:
+        raise InvalidValue(f"controller is for explicit Runge-Kutta methods that choose their steps; not {found.name}")
+    if compact and not problem.form.per_sample:
+        raise InvalidValue("compact is for control='per_sample'")
     samples = Samples(problem.form, problem.y0, t)
     watchers: list[Callable[[BatchSegment], None]] = []
     judges: list[Callable[[Any], None]] = []
@@ -129,22 +145,28 @@ def solve_ivp(
         skip = bool(options.get("skip_initial_event", False))
         events = SampleEvents(samples.event(event_fn, args), samples.t0, samples.y0, tolerance, skip)
         watchers.append(events)
-    if compact and problem.form.per_sample:
+    carried_out = problem
+    if compact:
         running = RunningRows(problem.func, problem.form)
-        problem = replace(problem, func=running)
+        carried_out = replace(problem, func=running)
         judges.append(running.look)
     bar = Progress(samples.t0, samples.t1) if progress else None
-    if bar is not None:
+    hooks = Hooks(fail=failures.append, **problem.callbacks)  # type: ignore[arg-type]
+    if bar is not None and steered:
         judges.append(bar)
-    hooks = Hooks(watch_batch=_all_of(watchers), judged=_all_of(judges), fail=failures.append, **problem.callbacks)  # type: ignore[arg-type]
+    elif bar is not None:
+        hooks = replace(hooks, step=_all_of([bar.step, *([hooks.step] if hooks.step else [])]))
+    hooks = replace(hooks, watch_batch=_all_of(watchers), judged=_all_of(judges))
     with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
-        loop = loop_of(problem, hooks)
+        loop = loop_of(carried_out, hooks)
         try:
             ys = loop.solve(problem.y0, problem.first_step)
+            if bar is not None:
+                bar.finish(loop.controller if isinstance(loop, AdaptiveLoop) else None)
         finally:
             loop.add_to(options.get("stats"))
             if bar is not None:
-                bar.close(getattr(loop, "controller", None))
+                bar.close()
     if failures and throw:
         raise failures[0]
     status, stats, reached = _outcome(loop, failures, problem, samples)
@@ -191,14 +213,14 @@ def _policy_of(policy: Policy, controller: Any) -> Policy:
     )
 
 
-def _all_of(functions: list[Callable[[Any], None]]) -> Callable[[Any], None] | None:
+def _all_of(functions: list[Callable[..., None]]) -> Callable[..., None] | None:
     """One function that calls all."""
     if len(functions) < 2:
         return functions[0] if functions else None
 
-    def call(argument: Any) -> None:
+    def call(*arguments: Any) -> None:
         for function in functions:
-            function(argument)
+            function(*arguments)
 
     return call
 
@@ -247,7 +269,7 @@ def _solution(
         ys=samples.of_user(flat),
         status=status,
         stats=stats,
-        interpolant=None if dense is None else dense.stacked(),
+        interpolant=None if dense is None else dense.stacked(event_t),
         event_t=event_t,
         event_index=event_index,
         event_y=samples.of_user(event_y, joint_axis=True),
@@ -257,7 +279,8 @@ def _solution(
 def _moved(problem: Problem, samples: Samples, events: SampleEvents) -> tuple[Tensor, Tensor, Tensor]:
     """Times, indices and states of the events, with the gradients of where they lie by the implicit function theorem.
 
-    Where an event function is shifted by e, the event moves by -e / (its derivative along the solution).
+    Where an event function is shifted by e, the event moves by -e / (its derivative along the solution); where that is
+    0, its time has no gradient.
     """
     time, index, state = events.time, events.index, events.state
     met = index >= 0
@@ -275,6 +298,7 @@ def _moved(problem: Problem, samples: Samples, events: SampleEvents) -> tuple[Te
     if rates[1] is not None:
         along = along + (rates[1].conj() * slope).real.sum(1)
     value = events.event(here, flat).gather(1, which)[:, 0]
-    shift = torch.where(met, (value.detach() - value) / along, torch.zeros_like(along))
+    along = torch.where(met & along.isfinite() & (along != 0), along, torch.full_like(along, math.inf))
+    shift = (value.detach() - value) / along
     nan = torch.full_like(state, math.nan)
     return time + shift, index, torch.where(met[:, None], flat + slope * shift[:, None].to(slope.real.dtype), nan)

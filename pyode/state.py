@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
 from functools import reduce
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ._ops.autograd import plain
 from .errors import DynamicsError, InvalidType, InvalidValue
+from .tree import Tree
 
 State = Any  # a tensor, a tuple of tensors, or any structure that `Tree` knows
 Func = Callable[..., Any]  # of (t, y)
@@ -32,59 +31,6 @@ def with_args(func: Func, args: Any) -> Func:
     if not isinstance(args, (tuple, list)):
         raise InvalidType(f"args must be a tuple of what func takes behind t and y, not {_kind(args)}; for one: (x,)")
     return (lambda t, y: func(t, y, *args)) if args else func
-
-
-class Tree:
-    """How a state is nested: torch's pytrees, and in them dataclasses, by the fields that their constructors take."""
-
-    def __init__(self, state: Any) -> None:
-        nodes, self.spec = pytree.tree_flatten(state)
-        self.nodes = [_DataclassTree(node) if _is_dataclass_instance(node) else None for node in nodes]
-        try:
-            self.paths = [pytree.keystr(path) for path, _ in pytree.tree_leaves_with_path(state)]
-        except ValueError:  # a class that was registered without the names of its parts
-            self.paths = [f"[{i}]" for i in range(len(nodes))]
-
-    def names(self, root: str) -> list[str]:
-        """How each leaf is written, given the name of the whole."""
-        named = zip(self.paths, self.nodes)
-        return [name for path, node in named for name in (node.names(root + path) if node else (root + path,))]
-
-    def leaves(self, state: Any) -> list[Any]:
-        """What `state` has in the places of the leaves, in their order.
-
-        Raises:
-            ValueError: `state` is of another structure.
-        """
-        found = zip(self.spec.flatten_up_to(state), self.nodes)
-        return [leaf for value, node in found for leaf in (node.leaves(value) if node else (value,))]
-
-    def build(self, leaves: Iterator[Any]) -> Any:
-        """The structure with these leaves."""
-        return pytree.tree_unflatten((node.build(leaves) if node else next(leaves) for node in self.nodes), self.spec)
-
-
-def _is_dataclass_instance(value: Any) -> bool:
-    return is_dataclass(value) and not isinstance(value, type)
-
-
-class _DataclassTree:
-    """A dataclass inside a Tree, which torch's pytree takes for a leaf."""
-
-    def __init__(self, instance: Any) -> None:
-        self.type = type(instance)
-        self.fields = {field.name: Tree(getattr(instance, field.name)) for field in fields(instance) if field.init}
-
-    def names(self, root: str) -> list[str]:
-        return [name for field, tree in self.fields.items() for name in tree.names(f"{root}.{field}")]
-
-    def leaves(self, instance: Any) -> list[Any]:
-        if type(instance) is not self.type:
-            raise ValueError(f"expected a {self.type.__name__}, but got {_kind(instance)}")
-        return [leaf for name, tree in self.fields.items() for leaf in tree.leaves(getattr(instance, name))]
-
-    def build(self, leaves: Iterator[Any]) -> Any:
-        return self.type(**{name: tree.build(leaves) for name, tree in self.fields.items()})
 
 
 def check_y0(y0: State) -> None:
@@ -164,7 +110,7 @@ class Form:
         """How each part is written, given the name of the whole."""
         if self.is_tensor:
             return [root]
-        return [f"{root}[{i}]" for i in range(len(self.sizes))] if self.tree is None else self.tree.names(root)
+        return [f"{root}[{i}]" for i in range(len(self.shapes))] if self.tree is None else self.tree.names(root)
 
     def pack(self, state: State) -> Tensor:
         """One contiguous tensor; parts of different dtypes are promoted."""
@@ -172,7 +118,8 @@ class Form:
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The parts of a structure, packed."""
-        return torch.cat([part.reshape(*([self.samples] if self.per_sample else []), -1) for part in parts], -1)
+        leading = [self.samples] if self.per_sample else []
+        return torch.cat([part.reshape(*leading, size) for part, size in zip(parts, self.sizes)], -1)
 
     def at(self, states: State, i: int) -> State:
         """The state at the i-th of the output times whose states these are."""
@@ -206,7 +153,8 @@ class Form:
                 f"{name} must have one entry for each of the {len(self.sizes)} parts of y0, not {len(each)}"
             )
         tensors = [torch.as_tensor(part, dtype=torch.float64) for part in each]
-        for part, shape, its_name, whole in zip(tensors, self.shapes, self.names(name), self.names("y0")):
+        shapes = [shape[1:] for shape in self.shapes] if self.per_sample else self.shapes
+        for part, shape, its_name, whole in zip(tensors, shapes, self.names(name), self.names("y0")):
             if part.numel() != 1 and part.numel() != shape.numel():
                 raise InvalidValue(f"{its_name} has shape {tuple(part.shape)}; {whole} has {tuple(shape)}")
         return torch.cat([part.reshape(-1).expand(size) for part, size in zip(tensors, self.sizes)])

@@ -73,7 +73,7 @@ struct Policy {
 struct Grid {
   const double* times;  // outputs: sample b's i-th is times[i * time_stride + b * sample_stride]; the first is t0
   int64_t n_times, time_stride, sample_stride;
-  const double* step_t;  // [n_step_t] steps end here
+  const double* step_t;  // [n_step_t] steps end here; sorted, in whichever direction, as jump_t is
   int64_t n_step_t;
   const double* jump_t;  // [n_jump_t] and here f is discontinuous
   int64_t n_jump_t;
@@ -108,11 +108,27 @@ PYODE_HD double direction(const Grid& grid, int64_t b) {
   return output_time(grid, grid.n_times - 1, b) < output_time(grid, 0, b) ? -1.0 : 1.0;
 }
 
-/// Index of the first of n times, `stride` words apart, that lies behind t.
-PYODE_HD int64_t skip_passed(const double* times, int64_t n, int64_t stride, int64_t i, double t, double sign) {
-  while (i < n && sign * (times[i * stride] - t) <= 0) ++i;
-  return i;
-}
+/// Prescribed times in the order in which a sample meets them.
+struct Stops {
+  const double* times;
+  int64_t n, stride;
+
+  PYODE_HD Stops(const double* sorted, int64_t count, int64_t apart, double sign)
+      : times(sorted), n(count), stride(apart) {
+    if (n > 1 && sign * (sorted[(n - 1) * stride] - sorted[0]) < 0) {
+      times += (n - 1) * stride;
+      stride = -stride;
+    }
+  }
+
+  PYODE_HD double operator[](int64_t i) const { return times[i * stride]; }
+
+  /// Index of the first, from the i-th on, that lies behind t.
+  PYODE_HD int64_t skip_passed(int64_t i, double t, double sign) const {
+    while (i < n && sign * ((*this)[i] - t) <= 0) ++i;
+    return i;
+  }
+};
 
 /// Fixes the step to take: within its bounds, not across a prescribed time, not too small to move t.
 PYODE_HD void plan_step(Sample& s, const Policy& policy, const Grid& grid, int64_t b) {
@@ -130,16 +146,16 @@ PYODE_HD void plan_step(Sample& s, const Policy& policy, const Grid& grid, int64
     return;
   }
   s.t1 = s.t + s.dt;
-  const double* const jump_t = grid.jump_t + b * grid.jump_sample_stride;
-  s.next_step_t = skip_passed(grid.step_t, grid.n_step_t, 1, s.next_step_t, s.t, sign);
-  s.next_jump_t = skip_passed(jump_t, grid.n_jump_t, grid.jump_stride, s.next_jump_t, s.t, sign);
-  if (s.next_step_t < grid.n_step_t && sign * (s.t1 - grid.step_t[s.next_step_t]) > 0) {
-    s.t1 = grid.step_t[s.next_step_t];
+  const Stops step_t(grid.step_t, grid.n_step_t, 1, sign);
+  const Stops jump_t(grid.jump_t + b * grid.jump_sample_stride, grid.n_jump_t, grid.jump_stride, sign);
+  s.next_step_t = step_t.skip_passed(s.next_step_t, s.t, sign);
+  s.next_jump_t = jump_t.skip_passed(s.next_jump_t, s.t, sign);
+  if (s.next_step_t < step_t.n && sign * (s.t1 - step_t[s.next_step_t]) > 0) {
+    s.t1 = step_t[s.next_step_t];
     s.dt = s.t1 - s.t;
   }
-  const int64_t jump = s.next_jump_t * grid.jump_stride;
-  if (s.next_jump_t < grid.n_jump_t && sign * (s.t1 - jump_t[jump]) >= 0) {
-    s.t1 = jump_t[jump];
+  if (s.next_jump_t < jump_t.n && sign * (s.t1 - jump_t[s.next_jump_t]) >= 0) {
+    s.t1 = jump_t[s.next_jump_t];
     s.dt = s.t1 - s.t;
     s.on_jump = 1;
   }

@@ -105,7 +105,8 @@ class Policy:
 
 @dataclass
 class Grid:
-    """The times that a solve has to meet, float64, on the state's device, each in the direction of integration.
+    """The times that a solve has to meet, float64, on the state's device: outputs in the direction of integration, the
+    others sorted in either.
 
     Args:
         times: [T] or [T, B]; the first is where the solve starts.

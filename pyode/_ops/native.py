@@ -81,7 +81,6 @@ class Layout(contract.Layout):
         self.spares: list[Tensor] | None = [] if big and _CAN_RECYCLE else None
 
 
-_RUNNING = 1  # kRunning
 _BIG = 1 << 20  # bytes; malloc gives smaller memory out again without a page fault
 _MAX_SPARES = 4
 
@@ -252,9 +251,10 @@ class Controller:
         _C.error_norm(handle, weights, y0, y1, ks, dt, rtol, atol, self._means + slot * self._slot, self._parts)
 
     def put_norm(self, norm: Tensor | float, slot: int = 0) -> None:
-        """Notes a norm that someone else has computed."""
-        i = N_FIELDS * self.layouts[0].samples + 2 + slot * self._slot // 8
-        self._words[i] = norm * norm
+        """Notes a norm that someone else has computed: a number, or for several samples [B]."""
+        B = self.layouts[0].samples
+        i = N_FIELDS * B + 2 + slot * self._slot // 8
+        self._words[i : i + B] = norm * norm
 
     def run(self, phase: Phase, first_step: float = 0.0) -> int:
         """Carries out a phase for all samples; returns the flags. On CUDA this waits for the device."""
@@ -265,11 +265,6 @@ class Controller:
             first = N_FIELDS * self.layouts[0].samples
             flags = self._words[first : first + 2].view(torch.int64).tolist()[self.handle.turn]
         return flags
-
-    @property
-    def running(self) -> bool:
-        """Whether a sample still runs."""
-        return bool((self.field("status") == _RUNNING).any())
 
     def finish(self, which: Tensor, status: int) -> None:
         """Ends the solve of some samples: `which` is [B] bool."""

@@ -192,8 +192,8 @@ class _Times:
     def __init__(self, times: list[float], step_t: list[float], jump_t: list[float]) -> None:
         self.sign = -1.0 if times[-1] < times[0] else 1.0
         self.outputs = [self.sign * t for t in times]
-        self.step_t = [self.sign * t for t in step_t]
-        self.jump_t = [self.sign * t for t in jump_t]
+        self.step_t = sorted(self.sign * t for t in step_t)
+        self.jump_t = sorted(self.sign * t for t in jump_t)
 
     def start(self) -> Sample:
         """A sample at its start, which may be its first output times too, or all."""
@@ -247,12 +247,7 @@ class Controller:
 
     def put_norm(self, norm: Tensor | float, slot: int = 0) -> None:
         """See native.Controller.put_norm."""
-        self._means[slot] = [float(norm) * float(norm)]
-
-    @property
-    def running(self) -> bool:
-        """See native.Controller.running."""
-        return any(sample.status == _RUNNING for sample in self._samples)
+        self._means[slot] = torch.as_tensor(norm).double().square().reshape(-1).tolist()
 
     def finish(self, which: Tensor, status: int) -> None:
         """See native.Controller.finish."""

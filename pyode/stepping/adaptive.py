@@ -114,7 +114,7 @@ class AdaptiveLoop:
         shift = self._shift() if recording else None
         stages = partial(autograd.stages, self.ops) if recording else self.ops.stages
         recorded = RecordedOutput if layout.samples == 1 else RecordedBatchOutput
-        output = recorded(self) if recording else Output(self, y0)
+        output = recorded(self, y0) if recording else Output(self, y0)
 
         if quadrature is not None:
             quadrature.start()
@@ -136,6 +136,8 @@ class AdaptiveLoop:
             y1 = stages(layout, rows, y, ks, dt, times.unbind(), dynamics)
             self._measure(y, y1, ks)
             flags = controller.run(Phase.JUDGE)
+            if recording and flags & _STAYED and flags & _ACCEPTED:
+                y1, dt = self._spare(stages, y, y1, ks, dt, times)
             if tape is not None and flags & _ACCEPTED:
                 tape.add(self._noted(flags, dt, times, opening), y, y1)
                 opening = None
@@ -143,8 +145,8 @@ class AdaptiveLoop:
                 end = self._call_hooks(bool(flags & _ACCEPTED), y, ks, dt, shift)
                 if end is not None:
                     return torch.stack([y0, end])
-                if hooks.watch_batch is not None and not controller.running:
-                    flags &= ~_RUNNING
+                if hooks.watch_batch is not None:  # it may have finished samples, failed ones too
+                    flags = flags & ~(_RUNNING | _FAILED) | self._standing()
             if flags & _OUTPUT:
                 output.add(y, ks, dt, shift)
                 if quadrature is not None:
@@ -176,6 +178,21 @@ class AdaptiveLoop:
         if not recording:
             _ballast.put(ks)
         return output.collect(y0)
+
+    def _spare(
+        self, stages: Callable[..., Tensor], y: Tensor, y1: Tensor, ks: list[Tensor], dt: Tensor, times: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The step just judged, anew if samples became inf or nan in it, which now stand still: its end and sizes.
+
+        They share parameters with the others, whose gradients 0 times nan would spoil.
+        """
+        field = self.controller.field
+        still = (field("non_finite") != 0) & (field("accepted") == 0) & (dt.detach() != 0)
+        if not bool(still.any()):
+            return y1, dt
+        times = torch.where(still.to(times.device), field("t").to(times), times)
+        dt = torch.where(still, torch.zeros_like(dt), dt)
+        return stages(self.layout, self.tableau.rows, y, ks, dt, times.unbind(), self.dynamics), dt
 
     def _select(self, moved: Tensor, stayed: Tensor, rows: Tensor) -> Tensor:
         """Rows of `moved` where `rows` is not 0, of `stayed` elsewhere."""
@@ -235,6 +252,12 @@ class AdaptiveLoop:
             return hooks.watch(self.segment(_dense_output_of(self.tableau), y, ks, dt, shift))
         return None
 
+    def _standing(self) -> int:
+        """The flags of how all samples stand."""
+        status = self.controller.field("status")
+        running, failed = (bool(some.any()) for some in (status == int(Status.RUNNING), status > int(Status.RUNNING)))
+        return _RUNNING * running | _FAILED * failed
+
     def stats_of_samples(self) -> SampleStats:
         """What each sample has taken."""
         field = self.controller.field
@@ -249,7 +272,7 @@ class AdaptiveLoop:
         """Which outputs have not been reached: [T, B], or [T] of the only sample."""
         ends = self.controller.field("output_end")
         left: Tensor = torch.arange(len(self.times.values))[:, None] >= ends.cpu()
-        return (left if self.layout.samples > 1 else left[:, 0]).to(self.layout.device)
+        return (left[:, 0] if self.layout.samples == 1 else left).to(self.layout.device)
 
     def _field(self, name: str) -> float:
         """A number of the only sample's step state."""
@@ -282,7 +305,7 @@ class AdaptiveLoop:
         if not bool(jumping.any()):
             return stage_times + shift.to(stage_times), dt
         c = torch.tensor(self.tableau.abscissae, dtype=torch.float64).to(stage_times)
-        if self.layout.samples > 1:
+        if self.layout.samples != 1:
             c = c[:, None]
         return stage_times + (1 - c * jumping) * shift.to(stage_times), dt - (jumping * shift).to(dt)
 
@@ -345,8 +368,8 @@ class AdaptiveLoop:
             self.quadrature.restart()
         if self.layout.samples == 1 or self.grid.jump_t is None:
             return y, self.dynamics(behind[0], y), behind[0]
-        self._n_jumps += self._on_jump().cpu()
         jumped = self._on_jump() & (self.controller.field("status") == int(Status.RUNNING))
+        self._n_jumps += jumped.cpu()
         behind = torch.where(jumped.to(t.device), behind, t)
         return y, self._select(self.dynamics(behind, y), k, jumped.to(torch.int64)), behind
 
@@ -402,7 +425,7 @@ class Output:
 class RecordedOutput:
     """The same with a graph behind it: every output is a node of its own."""
 
-    def __init__(self, loop: AdaptiveLoop) -> None:
+    def __init__(self, loop: AdaptiveLoop, y0: Tensor) -> None:
         self.loop = loop
         self.rows: list[Tensor] = []
 
@@ -418,15 +441,19 @@ class RecordedOutput:
         self.rows += [y] * (len(self.loop.times.values) - 1 - len(self.rows))
 
     def collect(self, y0: Tensor) -> Tensor:
-        """All of them, [T, ...]."""
-        return torch.stack([y0, *self.rows])
+        """All of them, [T, ...]; the start where a sample has no way to go, or has ended at its event."""
+        missing = len(self.loop.times.values) - 1 - len(self.rows)
+        return torch.stack([y0, *self.rows, *[y0] * missing])
 
 
 class RecordedBatchOutput:
-    """The same for several samples, each of which passes other output times in a step."""
+    """The same for several samples, each of which passes other output times in a step.
 
-    def __init__(self, loop: AdaptiveLoop) -> None:
-        self.loop = loop
+    The numbers are those of Output, to the bit; the graph is that of plain torch.
+    """
+
+    def __init__(self, loop: AdaptiveLoop, y0: Tensor) -> None:
+        self.loop, self.output = loop, Output(loop, y0.detach())
         self.rows: list[Tensor] = []
         self.places: list[tuple[Tensor, Tensor]] = []
         self.last: Tensor | None = None
@@ -434,6 +461,7 @@ class RecordedBatchOutput:
     def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""
         loop, t = self.loop, self.loop.times.tensor
+        self.output.add(y, ks, dt, shift)
         segment = loop.batch_segment(interpolant_of(reference, loop.tableau), y, ks, dt, shift)
         begin, end = (loop.controller.field(name).to(y.device) for name in ("output_begin", "output_end"))
         samples = torch.arange(loop.layout.samples, device=y.device)
@@ -441,8 +469,10 @@ class RecordedBatchOutput:
             some = samples[begin + j < end]
             which = torch.where(begin + j < end, begin + j, begin.clamp(max=len(t) - 1))
             when = t.to(y.device)[which] if t.dim() == 1 else t.to(y.device)[which, samples]
-            self.rows.append(segment.at(when.double())[some].reshape(-1, *y.shape[1:]))
-            self.places.append((which[some], some))
+            row = segment.at(when.double(), some).reshape(len(some), *y.shape[1:])
+            place = which[some], some
+            self.rows.append(self.output.out[place] + (row - row.detach()))
+            self.places.append(place)
 
     def repeat(self, y: Tensor) -> None:
         """Puts a state in all the places that are left."""

@@ -145,8 +145,8 @@ class SampleEvents:
                 crossed = self._crossed(self.event(middle, segment.at(middle)))
                 begin, end = torch.where(crossed, begin, middle), torch.where(crossed, middle, end)
             time = (begin + end) / 2
-            value = self.event(end, segment.at(end)) * self.signs
-            index = torch.where(self.signs == 0, math.inf, value.to(torch.float64)).argmin(1)
+            value = (self.event(end, segment.at(end)) * self.signs).to(torch.float64)
+            index = torch.where((value <= 0) & (self.signs != 0), value, math.inf).argmin(1)
         self.time = torch.where(met, time, self.time)
         self.index = torch.where(met, index, self.index)
         self.state = torch.where(met[:, None], segment.at(time), self.state)

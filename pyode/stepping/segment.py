@@ -107,17 +107,18 @@ class BatchSegment:
         self.accepted = controller.field("accepted") != 0
         self.dt = dt if dt.requires_grad else self.size
 
-    def at(self, t: Tensor) -> Tensor:
-        """The states at a time for each sample, [B] or [m, B] float64: [B, D] or [m, B, D].
+    def at(self, t: Tensor, some: Tensor | None = None) -> Tensor:
+        """The states at a time for each sample, [B] float64: [B, D], or of `some` of them only, by their indices.
 
         Samples that stood still are given their state.
         """
-        elapsed = t.to(self.t0) - self.t0 - (0.0 if self.shift is None else self.shift.to(self.t0))
-        x = elapsed / torch.where(self.dt.detach() == 0, torch.ones_like(self.dt), self.dt)
-        x = torch.where(t.to(self.t1) == self.t1, x - (x - 1).detach(), x)  # exactly 1 at the end
-        where = (self.y.device, self.layout.real_dtype)
-        x, dt = (v.unsqueeze(-1).to(*where) for v in (x, self.dt))
-        return reference.interpolate_at(self.polynomial, x, self.y, self.ks, dt)
+        rows: Any = slice(None) if some is None else some
+        t, t0, t1, dt = (v[rows] for v in (t.to(self.t0), self.t0, self.t1, self.dt))
+        elapsed = t - t0 - (0.0 if self.shift is None else self.shift.to(t0)[rows])
+        x = elapsed / torch.where(dt.detach() == 0, torch.ones_like(dt), dt)
+        x = torch.where(t == t1, x - (x - 1).detach(), x)  # exactly 1 at the end
+        x, dt = (v.unsqueeze(-1).to(self.y.device, self.layout.real_dtype) for v in (x, dt))
+        return reference.interpolate_at(self.polynomial, x, self.y[rows], [k[rows] for k in self.ks], dt)
 
 
 class AdamsSegment:

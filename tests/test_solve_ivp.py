@@ -1,0 +1,593 @@
+"""solve_ivp: every sample as if it were alone, whoever else is in the batch, and every argument does what it says."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import scipy.integrate
+import torch
+from ensembles import blow_up, decay, nan_above, oscillators, van_der_pol
+from hypothesis import given
+from torch import Tensor
+
+import pyode
+from pyode import DynamicsError, InvalidType, InvalidValue, SolveError, Stats, Status, solve_ivp
+from pyode.methods import TABLEAUS
+
+METHODS = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
+F64 = torch.float64
+T = torch.linspace(0, 2, 5, dtype=F64)
+Y0 = torch.tensor([[1.0], [2.0], [-3.0]], dtype=F64)
+
+
+def counts(solution) -> Tensor:
+    """[4, B] of a solution's statistics, last_dt among them."""
+    stats = solution.stats
+    return torch.stack([stats.n_f_evals, stats.n_accepted, stats.n_rejected, stats.last_dt])
+
+
+# Together equals apart.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sample_has_the_bits_and_counts_of_its_solve_alone(method):
+    y0 = oscillators(7, stiffest=8.0)
+    with torch.no_grad():
+        together = solve_ivp(van_der_pol, y0, T, method=method)
+        for b in range(7):
+            alone = solve_ivp(van_der_pol, y0[b : b + 1], T, method=method)
+            assert torch.equal(together.ys[:, b], alone.ys[:, 0])
+            assert torch.equal(counts(together)[:, b], counts(alone)[:, 0])
+    assert len(set(together.stats.n_accepted.tolist())) > 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_thousand_samples_have_the_same_bits_in_any_company(dtype, grad):
+    y0 = oscillators(1000, dtype, stiffest=20.0)
+    y0[::100, 0] = torch.tensor([math.nan, math.inf, math.sqrt(torch.finfo(dtype).max) * 2] * 3 + [-math.inf]).to(dtype)
+    healthy, order = torch.ones(1000, dtype=torch.bool), torch.randperm(1000)
+    healthy[::100] = False
+    t = torch.tensor([0.0, 0.3, 1.0], dtype=dtype)
+    with torch.set_grad_enabled(grad):
+        y0 = y0.requires_grad_(grad)
+        company = solve_ivp(van_der_pol, y0, t, throw=False)
+        without = solve_ivp(van_der_pol, y0[healthy], t)
+        shuffled = solve_ivp(van_der_pol, y0[order], t, throw=False)
+    assert (company.status[~healthy] != Status.SUCCESS).all()
+    assert (company.status[healthy] == Status.SUCCESS).all()
+    assert torch.equal(company.ys[:, healthy], without.ys)
+    assert torch.equal(shuffled.ys.nan_to_num(), company.ys[:, order].nan_to_num())
+    assert torch.equal(counts(company)[:, healthy], counts(without))
+    assert torch.equal(shuffled.status, company.status[order])
+    with torch.no_grad():
+        for b in (1, 555, 999):
+            assert torch.equal(solve_ivp(van_der_pol, y0[b : b + 1], t).ys[:, 0], company.ys[:, b])
+
+
+def test_a_row_wise_network_gives_the_same_to_rounding():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)).double()
+    y0 = torch.randn(50, 3, dtype=F64)
+    together = solve_ivp(lambda t, y: net(y), y0, T)
+    for b in (0, 17, 49):
+        assert torch.allclose(solve_ivp(lambda t, y: net(y), y0[b : b + 1], T).ys[:, 0], together.ys[:, b], rtol=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("controller", ["I", "PID"])
+def test_one_sample_has_the_bits_of_the_joint_solve(method, controller):
+    y0 = oscillators(1)
+    per_sample = solve_ivp(van_der_pol, y0, T, method=method, controller=controller)
+    joint = solve_ivp(van_der_pol, y0, T, method=method, controller=controller, control="joint")
+    assert torch.equal(per_sample.ys, joint.ys)
+    assert torch.equal(counts(per_sample), counts(joint))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.complex128])
+def test_the_twin_in_plain_torch_takes_the_same_steps(dtype):
+    y0, t = oscillators(4).to(dtype), torch.linspace(0, 1, 5, dtype=F64)
+    ends = torch.tensor([1.0, -0.5, 0.2, 1.0], dtype=F64)
+    native = solve_ivp(van_der_pol, y0, t[:, None] * ends, rtol=1e-4)
+    with pyode.backend("reference"):
+        twin = solve_ivp(van_der_pol, y0, t[:, None] * ends, rtol=1e-4)
+    assert torch.allclose(native.ys, twin.ys, rtol=1e-3 if dtype == torch.float32 else 1e-9)
+    if dtype == F64:
+        assert torch.equal(native.stats.n_steps, twin.stats.n_steps)
+
+
+def test_odeint_has_the_same_control():
+    y0 = oscillators(5)
+    whole = pyode.odeint(van_der_pol, y0, T, rtol=1e-6, atol=1e-8, options={"control": "per_sample"})
+    for b in range(5):
+        alone = pyode.odeint(van_der_pol, y0[b : b + 1], T, rtol=1e-6, atol=1e-8, options={"control": "per_sample"})
+        joint = pyode.odeint(van_der_pol, y0[b : b + 1], T, rtol=1e-6, atol=1e-8)
+        assert torch.equal(whole[:, b], alone[:, 0])
+        assert torch.equal(alone, joint)
+
+
+# Against others.
+
+
+def test_the_work_of_the_mean_sample_is_that_of_solving_each_alone_and_results_are_scipys():
+    y0, t = oscillators(256), torch.linspace(0, 8, 3, dtype=F64)
+    with torch.no_grad():
+        together = solve_ivp(van_der_pol, y0, t, rtol=1e-5, atol=1e-7)
+        joint = solve_ivp(van_der_pol, y0, t, rtol=1e-5, atol=1e-7, control="joint")
+    checked = range(0, 256, 51)
+    accepted = []
+    for b in checked:
+        mu = float(y0[b, 2])
+        reference = scipy.integrate.solve_ivp(
+            lambda t, y, mu=mu: [y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]],
+            (0, 8), [2.0, 0.0], t_eval=t.numpy(), rtol=1e-9, atol=1e-11, method="LSODA",
+        )  # fmt: skip
+        assert np.allclose(together.ys[:, b, :2].numpy(), reference.y.T, atol=2e-2 * max(1, np.abs(reference.y).max()))
+        alone = solve_ivp(van_der_pol, y0[b : b + 1], t, rtol=1e-5, atol=1e-7)
+        accepted.append((int(together.stats.n_accepted[b]), int(alone.stats.n_accepted)))
+    mean, apart = np.mean(accepted, axis=0)
+    assert abs(mean - apart) <= 0.05 * apart
+    assert together.stats.n_steps.double().mean() < 0.7 * float(joint.stats.n_steps)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchode_takes_about_as_many_steps_to_the_same_solutions():
+    torchode = pytest.importorskip("torchode")
+    y0, t = oscillators(16, stiffest=10.0), torch.linspace(0, 5, 4, dtype=F64)
+    term = torchode.ODETerm(lambda t, y: van_der_pol(t, y))
+    control = torchode.IntegralController(1e-6, 1e-4, safety=0.9, factor_min=0.2, factor_max=10.0, term=term)
+    solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), control)
+    theirs = solver.solve(torchode.InitialValueProblem(y0=y0, t_eval=t.expand(16, -1)))
+    ours = solve_ivp(van_der_pol, y0, t, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(ours.ys.transpose(0, 1), theirs.ys, atol=0.05, rtol=0.05)
+    # Its error weights, controller and norm are the same; it grows after a rejection, and chooses another first step.
+    assert torch.allclose(ours.stats.n_accepted.double(), theirs.stats["n_accepted"].double(), rtol=0.05, atol=3)
+
+
+# Times.
+
+
+@given(
+    spans=st.lists(st.floats(-3, 3).filter(lambda x: abs(x) > 1e-3) | st.just(0.0), min_size=1, max_size=6),
+    n=st.integers(2, 6),
+    padding=st.integers(0, 3),
+    dtype=st.sampled_from([torch.float32, F64, torch.complex64]),
+    time=st.sampled_from([torch.float32, F64]),
+    grad=st.booleans(),
+)
+def test_samples_have_times_ends_and_directions_of_their_own(spans, n, padding, dtype, time, grad):
+    B = len(spans)
+    t = torch.linspace(0, 1, n, dtype=time)[:, None] * torch.tensor(spans, dtype=time) + torch.arange(B) * 0.25
+    if t[1:-1].numel() and not ((t.diff(dim=0) * (t[-1] - t[0])).gt(0) | (t[0] == t[-1])).all():
+        return  # rounding made two times one
+    t = torch.cat([t, t[-1:].expand(padding, B)])
+    y0 = torch.arange(1, B + 1).to(dtype)[:, None].expand(B, 2).contiguous()
+    with torch.set_grad_enabled(grad):
+        solution = solve_ivp(decay, y0, t, rtol=1e-5, atol=1e-7)
+        exact = y0.detach() * torch.exp(t[:1] - t)[..., None]
+        assert solution.success
+        assert torch.allclose(solution.ys, exact.to(dtype), rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        for b in range(B):
+            alone = solve_ivp(decay, y0[b : b + 1], t[:, b : b + 1], rtol=1e-5, atol=1e-7)
+            assert torch.equal(alone.ys[:, 0], solution.ys[:, b])
+
+
+def test_shared_times_are_those_of_every_sample():
+    y0 = oscillators(3)
+    shared, own = (solve_ivp(van_der_pol, y0, t) for t in (T, T[:, None].expand(5, 3)))
+    assert torch.equal(shared.ys, own.ys)
+    assert shared.ts.shape == (5,)
+    assert own.ts.shape == (5, 3)
+
+
+@pytest.mark.parametrize("control", ["per_sample", "joint"])
+def test_a_single_time_is_the_start(control):
+    solution = solve_ivp(decay, Y0, T[:1], control=control, dense_output=True)
+    assert torch.equal(solution.ys, Y0[None])
+    assert solution.success
+    assert not solution.stats.n_steps.any()
+    assert torch.equal(solution.interpolant(0.0), Y0)
+
+
+@given(
+    start=st.floats(-1e3, 1e3),
+    ulps=st.integers(1, 10**9),
+    sign=st.sampled_from([1, -1]),
+    dtype=st.sampled_from([torch.float32, F64]),
+    method=st.sampled_from(METHODS),
+    control=st.sampled_from(["per_sample", "joint"]),
+)
+def test_func_is_never_evaluated_outside_the_times(start, ulps, sign, dtype, method, control):
+    t0 = torch.tensor(start, dtype=dtype)
+    t1 = t0
+    for _ in range(min(ulps, 3)):  # one to three of them, or a longer way
+        t1 = torch.nextafter(t1, t1 + sign)
+    if ulps > 3:
+        t1 = t0 + sign * ulps * 1e-8
+    if t0 == t1:
+        return
+    seen = []
+
+    def f(t, y):
+        seen.append(t.clone())
+        return torch.cos(t).reshape(-1, 1) * y
+
+    y0 = torch.ones(2, 1, dtype=dtype)
+    solution = solve_ivp(f, y0, torch.stack([t0, t1]), method=method, control=control)
+    times = torch.stack(seen)
+    assert solution.success
+    assert bool(((times >= min(t0, t1)) & (times <= max(t0, t1))).all())
+
+
+def test_func_is_not_evaluated_outside_of_a_samples_own_times():
+    ends = torch.tensor([0.1, 1.0, -2.0], dtype=F64)
+    seen = []
+
+    def f(t, y):
+        seen.append(t.clone())
+        return -y
+
+    solve_ivp(f, Y0, torch.stack([torch.zeros(3, dtype=F64), ends]))
+    times = torch.stack(seen)
+    assert bool(((times >= ends.clamp(max=0)) & (times <= ends.clamp(min=0))).all())
+
+
+@pytest.mark.parametrize("stops", ["step_t", "jump_t"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_prescribed_times_are_met_by_samples_of_all_directions(stops, backend):
+    def f(t, y):
+        return -y * torch.where(t < 0.5, 1.0, 2.0)[:, None] * torch.where(t < 1.5, 1.0, 2.0)[:, None]
+
+    t = torch.tensor([[0.0, 2.0, 0.7, 0.0], [2.0, 0.0, 2.0, 0.5]], dtype=F64)
+    y0 = torch.ones(4, 1, dtype=F64)
+    options = {stops: [1.5, 0.5]}
+    with pyode.backend(backend), torch.no_grad():
+        together = solve_ivp(f, y0, t, options=options, rtol=1e-8, atol=1e-10)
+        exponents = torch.tensor([0.5 + 2 + 2, -4.5, 1.6 + 2, 0.5], dtype=F64)
+        assert torch.allclose(together.ys[-1, :, 0], torch.exp(-exponents), rtol=1e-5)
+        if stops == "jump_t":
+            assert together.stats.n_rejected.sum() <= 4  # nobody stumbles over a discontinuity
+        for b in range(4):
+            alone = solve_ivp(f, y0[:1], t[:, b], options=options, rtol=1e-8, atol=1e-10)
+            assert torch.equal(alone.ys[:, 0], together.ys[:, b])
+            assert torch.equal(counts(alone)[:, 0], counts(together)[:, b])
+
+
+# What func is given.
+
+
+def test_func_gets_a_time_for_every_sample_or_one_for_all():
+    shapes = set()
+
+    def f(t, y):
+        shapes.add((tuple(t.shape), t.dtype))
+        return -y
+
+    for y0, control in ((Y0, "per_sample"), (Y0[:1].float(), "per_sample"), (Y0, "joint"), (Y0[:1], "joint")):
+        shapes.clear()
+        solve_ivp(f, y0, T, control=control)
+        assert shapes == {((len(y0),) if control == "per_sample" else (), y0.dtype)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64, torch.complex64])
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 2, 3), (1, 5)])
+def test_samples_of_every_shape_and_dtype(shape, dtype):
+    y0 = torch.linspace(1, 2, math.prod(shape)).reshape(shape).to(dtype)
+    solution = solve_ivp(decay, y0, torch.tensor([0.0, 1.0]), rtol=1e-2, atol=1e-2)
+    assert solution.ys.shape == (2, *shape)
+    assert solution.ys.dtype == dtype
+    assert torch.allclose(solution.ys[1].abs().double(), y0.abs().double() * math.exp(-1), atol=0.05)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_samples_and_samples_of_no_numbers(shape, grad):
+    with torch.set_grad_enabled(grad):
+        solution = solve_ivp(
+            decay, torch.zeros(shape), T.float(), dense_output=True, event_fn=lambda t, y: 1.0 + t, progress=False
+        )
+    assert solution.ys.shape == (5, *shape)
+    assert solution.success
+    assert len(solution.status) == shape[0]
+    assert repr(solution)
+    assert solution.interpolant(T).shape == (5, *shape)
+
+
+def test_nested_states_are_solved_like_the_tensor_of_their_parts():
+    def f(t, state):
+        assert t.shape == (3,)
+        return {"a": -state["a"], "b": (state["b"][0] * t[:, None, None],)}
+
+    y0 = {"a": Y0[:, 0], "b": (torch.ones(3, 2, 2, dtype=F64),)}
+    solution = solve_ivp(f, y0, T, rtol=1e-8, atol=1e-10, dense_output=True)
+    exact = {"a": Y0[:, 0] * torch.exp(-T)[:, None], "b": torch.exp(T * T / 2)}
+    for found in (solution.ys, solution.interpolant(T)):
+        assert torch.allclose(found["a"], exact["a"], rtol=1e-6)
+        assert found["b"][0].shape == (5, 3, 2, 2)
+        assert torch.allclose(found["b"][0], exact["b"][:, None, None, None].expand(5, 3, 2, 2), rtol=1e-6)
+
+
+def test_each_part_of_a_structure_has_a_share_in_its_samples_norm():
+    y0 = oscillators(4)
+    parts = solve_ivp(lambda t, y: (van_der_pol(t, y[0]), 0 * y[1]), (y0, torch.zeros(4, 1000, dtype=F64)), T)
+    assert torch.equal(parts.ys[0], solve_ivp(van_der_pol, y0, T).ys)  # and does not dilute the others'
+
+
+def test_tolerances_are_those_of_one_sample():
+    y0 = (torch.ones(3, 2, dtype=F64), torch.ones(3, dtype=F64))
+    f = lambda t, y: (-y[0], -y[1])  # noqa: E731
+    each = solve_ivp(f, y0, T, rtol=(torch.tensor([1e-4, 1e-4], dtype=F64), 1e-4), atol=1e-6)
+    one = solve_ivp(f, y0, T, rtol=1e-4, atol=1e-6)
+    assert torch.equal(each.ys[0], one.ys[0])
+    with pytest.raises(InvalidValue, match=r"rtol\[0\] has shape \(6,\)"):
+        solve_ivp(f, y0, T, rtol=(torch.full((6,), 1e-4), 1e-4))
+
+
+def test_a_norm_of_the_users_judges_each_sample():
+    y0 = oscillators(5)
+    rms = lambda error: error.square().mean(-1).sqrt()  # noqa: E731
+    for backend in ("auto", "reference"):
+        with pyode.backend(backend):
+            theirs, ours = solve_ivp(van_der_pol, y0, T, options={"norm": rms}), solve_ivp(van_der_pol, y0, T)
+            assert torch.equal(theirs.stats.n_steps, ours.stats.n_steps)
+            assert torch.allclose(theirs.ys, ours.ys, rtol=1e-9)
+    with pytest.raises(InvalidValue, match=r"must return a number for each sample, \[5\]"):
+        solve_ivp(van_der_pol, y0, T, options={"norm": lambda error: error.abs().max()})
+
+
+def test_args_are_passed_to_func_and_event():
+    solution = solve_ivp(
+        lambda t, y, a, b: a * y + b, Y0, T, args=(-1.0, 0.5), event_fn=lambda t, y, a, b: y[:, 0] - b - 0.2
+    )
+    assert solution.event_index.tolist() == [0, -1, -1]
+
+
+# The other arguments.
+
+
+def test_max_num_steps_counts_the_whole_solve():
+    y0, t = oscillators(3, stiffest=5.0), torch.linspace(0, 2, 50, dtype=F64)
+    needed = solve_ivp(van_der_pol, y0, t).stats.n_steps
+    most = int(needed.max())
+    assert solve_ivp(van_der_pol, y0, t, max_num_steps=most).success
+    cut = solve_ivp(van_der_pol, y0, t, max_num_steps=most - 1, throw=False)
+    expected = torch.where(needed == most, int(Status.TOO_MANY_STEPS), int(Status.SUCCESS))
+    assert torch.equal(cut.status, expected)
+    with pytest.raises(SolveError, match="max_num_steps"):
+        solve_ivp(van_der_pol, y0, t, max_num_steps=most - 1)
+    joint = int(solve_ivp(van_der_pol, y0, t, control="joint").stats.n_steps)
+    with pytest.raises(SolveError):
+        solve_ivp(van_der_pol, y0, t, max_num_steps=joint - 1, control="joint")
+
+
+def test_the_first_step_is_the_one_given():
+    stats = solve_ivp(decay, Y0, T, first_step=1e-3, max_num_steps=1, throw=False).stats
+    assert stats.last_dt.tolist() == [1e-3] * 3
+    assert stats.n_f_evals.tolist() == [7] * 3
+    assert solve_ivp(decay, Y0, -T, first_step=1e-3, max_num_steps=1, throw=False).stats.last_dt[0] == -1e-3
+
+
+def test_counts_are_added_to_options_stats():
+    stats = Stats()
+    solution = solve_ivp(van_der_pol, oscillators(4), T, options={"stats": stats})
+    assert (stats.n_accepted, stats.n_rejected) == (
+        int(solution.stats.n_accepted.sum()),
+        int(solution.stats.n_rejected.sum()),
+    )
+    assert stats.n_f_evals == int(solution.stats.n_f_evals.max())  # func is called for all at once
+
+
+@pytest.mark.parametrize("method", ["rk4", "adams", "scipy_solver", "implicit_adams"])
+def test_joint_control_is_for_all_methods(method):
+    t = torch.linspace(0, 2, 41, dtype=F64)
+    solution = solve_ivp(decay, Y0, t, method=method, control="joint", rtol=1e-6, atol=1e-8, progress=True)
+    assert torch.allclose(solution.ys, Y0 * torch.exp(-t)[:, None, None], atol=1e-3)
+    assert solution.success
+    assert solution.stats.n_f_evals.shape == (1,)
+    with pytest.raises(InvalidValue, match="per_sample"):
+        solve_ivp(decay, Y0, T, method=method)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        ({"control": "each"}, InvalidValue, "control must be one of 'joint', 'per_sample'"),
+        ({"gradient": "magic"}, InvalidValue, "gradient must be one of"),
+        ({"controller": "PD"}, InvalidValue, "'PID'"),
+        ({"controller": ()}, InvalidValue, "one to five"),
+        ({"controller": (1, 2, 3, 4, 5, 6)}, InvalidValue, "one to five"),
+        ({"controller": ("a",)}, InvalidValue, "one to five"),
+        ({"controller": "PI", "method": "adams", "control": "joint"}, InvalidValue, "controller"),
+        ({"options": {"tolerance": 1}}, InvalidValue, "tolerance"),
+        ({"options": {"step_size": 1}}, InvalidValue, "step_size"),
+        ({"options": {"control": "joint"}}, InvalidValue, "argument control"),
+        ({"options": {"first_step": 0.1}}, InvalidValue, "argument first_step"),
+        ({"options": {"max_num_steps": 10}}, InvalidValue, "argument max_num_steps"),
+        ({"options": {"on_failure": "return"}}, InvalidValue, "argument throw"),
+        ({"method": "rk4", "control": "joint", "first_step": 0.1}, InvalidValue, "first_step"),
+        ({"method": "rk4"}, InvalidValue, "per_sample"),
+        ({"method": "rk4", "control": "joint", "dense_output": True}, InvalidValue, "no dense output"),
+        ({"compact": True, "control": "joint"}, InvalidValue, "compact"),
+        ({"t": T[:, None].expand(5, 2)}, InvalidValue, r"\[T, 3\]"),
+        ({"t": T[:, None].expand(5, 3), "control": "joint"}, InvalidValue, "1-D"),
+        ({"t": torch.tensor([[0.0, 0, 0], [1, 1, 1], [1, 2, 1], [1, 1, 1]])}, InvalidValue, r"t\[2, 1\] = 2"),
+        ({"t": torch.tensor([[0.0, 0, 0], [0, 1, 1], [1, 2, 2]])}, InvalidValue, r"t\[0, 0\] = 0 is followed"),
+        ({"t": torch.tensor([[0.0, 0, 0], [1, math.nan, 1]])}, InvalidValue, "finite"),
+        ({"y0": torch.tensor(1.0)}, InvalidValue, "first axis"),
+        ({"y0": (Y0, Y0[:2])}, InvalidValue, "first axis"),
+        ({"y0": (Y0, Y0.float())}, InvalidType, "one dtype"),
+        ({"event_fn": 3}, InvalidType, "event_fn"),
+        ({"event_fn": lambda t, y: y.sum()}, DynamicsError, r"\[B\] or \[B, E\]"),
+        ({"event_fn": lambda t, y: 1.0}, DynamicsError, "tensor"),
+    ],
+)
+def test_what_is_wrong_is_told(wrong, error, match):
+    arguments = {"y0": Y0, "t": T} | wrong
+    y0, t = arguments.pop("y0"), arguments.pop("t")
+    with pytest.raises(error, match=match):
+        solve_ivp(lambda t, y: y, y0, t, **arguments)
+
+
+def test_callbacks_are_for_joint_control():
+    class Field:
+        calls = 0
+
+        def __call__(self, t, y):
+            return -y
+
+        def callback_step(self, t, y, dt):
+            self.calls += 1
+
+    field = Field()
+    steps = int(solve_ivp(field, Y0, T, control="joint").stats.n_steps)
+    assert field.calls == steps
+    with pytest.warns(UserWarning, match="per_sample"):
+        solve_ivp(field, Y0, T)
+    assert field.calls == steps
+
+
+def test_an_exception_of_funcs_passes_through_a_progress_bar_unchanged():
+    def f(t, y):
+        raise KeyError("mine")
+
+    for backend in ("auto", "reference"):
+        with pyode.backend(backend), pytest.raises(KeyError, match="mine"):
+            solve_ivp(f, Y0, T, progress=True)
+
+
+def test_progress_shows_the_slowest_samples_time(monkeypatch):
+    tqdm = pytest.importorskip("tqdm")
+    shown = []
+
+    class Bar(tqdm.tqdm):
+        def refresh(self, *args, **kwargs):
+            shown.append((self.n, self.postfix))
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr("pyode.progress.INTERVAL", 0.0)
+    ends = torch.tensor([1.0, 4.0, -0.1], dtype=F64)
+    solution = solve_ivp(van_der_pol, oscillators(3, stiffest=5.0), torch.stack([0 * ends, ends]), progress=True)
+    fractions = [n for n, _ in shown if _]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    assert 0 < fractions[0] < 0.5
+    assert len(fractions) > int(solution.stats.n_steps.max())
+    assert f"rejected {int(solution.stats.n_rejected.sum())}" in shown[-1][1]
+    assert "dt " in shown[-1][1]
+
+
+# compact
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compact_calls_func_with_the_running_rows_only_and_changes_nothing(grad):
+    y0 = oscillators(64).requires_grad_(grad)
+    t = torch.stack([torch.zeros(64, dtype=F64), torch.linspace(0.05, 2, 64, dtype=F64)])
+    sizes = {True: [], False: []}
+
+    def f(t, y, compact):
+        assert t.shape == (len(y),)
+        sizes[compact].append(len(y))
+        return van_der_pol(t, y)
+
+    def event(t, y, compact):
+        return y[:, 0] - 1.9
+
+    solutions = [solve_ivp(f, y0, t, args=(c,), compact=c, event_fn=event, rtol=1e-6) for c in (True, False)]
+    compact, plain = solutions
+    rows = sizes[True][:-1] if grad else sizes[True]  # the last call is for the events' gradients
+    assert rows == sorted(rows, reverse=True)
+    assert rows[-1] < 48
+    assert sum(sizes[True]) < 0.9 * sum(sizes[False])
+    assert torch.equal(compact.ys.nan_to_num(), plain.ys.nan_to_num())
+    assert torch.equal(counts(compact), counts(plain))
+    assert torch.equal(compact.event_t.nan_to_num(), plain.event_t.nan_to_num())
+    if grad:
+        both = [torch.autograd.grad(s.ys.nansum() + s.event_t.nansum(), y0)[0] for s in (compact, plain)]
+        assert torch.equal(*both)
+
+
+def test_compact_takes_nested_states():
+    f = lambda t, y: {"a": -y["a"], "b": y["b"] * 0.0}  # noqa: E731
+    y0 = {"a": Y0, "b": torch.ones(3, 2, dtype=F64)}
+    t = torch.tensor([[0.0, 0, 0], [0.1, 0.2, 8.0]], dtype=F64)
+    compact, plain = (solve_ivp(f, y0, t, compact=c).ys["a"] for c in (True, False))
+    assert torch.equal(compact, plain)
+
+
+# Failures.
+
+
+def test_a_row_for_every_status():
+    # y' = y^2 blows up; func ends; an event; too many steps; all is well.
+    def f(t, y):
+        kind, x = y[:, 1], y[:, 0]
+        slope = torch.where(kind == 0, x * x, torch.where(kind == 3, -1e4 * (x - torch.cos(t)), torch.ones_like(x)))
+        slope = torch.where((kind == 1) & (x > 1.6), torch.nan, slope)
+        return torch.stack([slope, torch.zeros_like(slope)], 1)
+
+    def reached_its_end(t, y):
+        return torch.where(y[:, 1] == 2, y[:, 0] - 2.2, 1.0)
+
+    y0 = torch.tensor([[1.0, 0], [1.0, 1], [1.0, 2], [1.0, 3], [-9.0, 4]], dtype=F64)
+    t = torch.linspace(0, 4, 9, dtype=F64)
+    solution = solve_ivp(f, y0, t, throw=False, max_num_steps=900, event_fn=reached_its_end)
+    statuses = [
+        Status.STEP_TOO_SMALL, Status.NON_FINITE, Status.EVENT, Status.TOO_MANY_STEPS, Status.SUCCESS,
+    ]  # fmt: skip
+    assert solution.status.tolist() in (statuses, [Status.NON_FINITE, *statuses[1:]])
+    assert not solution.success
+    for status in statuses[2:]:
+        assert status.sentence in solution.message
+    lost = solution.ys[..., 0].isnan()
+    assert not lost[:, 4].any()
+    assert lost[:, 1].tolist() == [time > 0.6 for time in t.tolist()]
+    assert lost[:, 0].tolist() == [time >= 1 for time in t.tolist()]
+    assert lost[:, 2].tolist() == [time > 1.2 for time in t.tolist()]
+    assert lost[-1, 3]
+    for b in range(5):
+        with torch.no_grad():
+            alone = solve_ivp(f, y0[b : b + 1], t, throw=False, max_num_steps=900, event_fn=reached_its_end)
+        assert torch.equal(alone.ys[:, 0].nan_to_num(), solution.ys[:, b].nan_to_num())
+        assert torch.equal(alone.status, solution.status[b : b + 1])
+        assert torch.equal(counts(alone)[:, 0], counts(solution)[:, b])
+
+
+@pytest.mark.parametrize("control", ["per_sample", "joint"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_throw_raises_what_the_status_tells_otherwise(control, grad):
+    y0, t = torch.tensor([[0.1], [2.0]], dtype=F64).requires_grad_(grad), torch.linspace(0, 1, 5, dtype=F64)
+    with pytest.raises(SolveError) as caught:
+        solve_ivp(blow_up, y0, t, control=control)
+    assert caught.value.sample == (1 if control == "per_sample" else None)
+    assert caught.value.t == pytest.approx(0.5, abs=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = solve_ivp(blow_up, y0, t, control=control, throw=False)
+    assert solution.status[-1] == caught.value.status
+    assert solution.ys[3:, 1].isnan().all()
+    assert not solution.ys[:2].isnan().any()
+    assert solution.ys[:, 0].isnan().any() == (control == "joint")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_start_that_is_not_finite_fails_alone(value):
+    y0 = Y0.clone()
+    y0[1] = value
+    solution = solve_ivp(decay, y0, T, throw=False)
+    assert solution.status.tolist() == [Status.SUCCESS, Status.NON_FINITE, Status.SUCCESS]
+    assert solution.ys[1:, 1].isnan().all()
+    assert torch.equal(solution.ys[:, [0, 2]], solve_ivp(decay, Y0[[0, 2]], T).ys)
+
+
+def test_a_limit_in_the_domain_is_approached_by_its_sample_only():
+    f = nan_above(1.5, lambda t, y: torch.ones_like(y))
+    y0 = torch.tensor([[0.1], [0.9], [-5.0]], dtype=F64)
+    solution = solve_ivp(f, y0, T, throw=False)
+    assert solution.status.tolist() == [Status.NON_FINITE, Status.NON_FINITE, Status.SUCCESS]
+    assert torch.allclose(solution.ys[:, 2, 0], -5 + T)
+    assert solution.ys[:, 1, 0].isnan().tolist() == [False, False, True, True, True]
