@@ -24,7 +24,6 @@ COLUMNS = {
     "compact_seconds": "compact [s]",
     "rate": "trajectories / s",
     "megabytes": "peak memory [MB]",
-    "state_ratio": "of one state",
 }
 SIZES = tuple(10**k for k in range(2, 7))
 T = torch.tensor([0.0, 1.0])
@@ -93,7 +92,6 @@ def measure(seconds: float = 20.0) -> list[dict[str, Any]]:
                     "compact_seconds": compact,
                     "rate": n / best,
                     "megabytes": peak,
-                    "state_ratio": peak * 2**20 / y0.nbytes,
                 }
             )
     return rows
