@@ -26,6 +26,7 @@ COLUMNS = {
     "torchode_ratio": "torchode / per sample",
 }
 SHAPES = ((256, 2), (1024, 3), (256, 64))
+pytestmark = pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # torchode does
 STEPS = 200
 EVALUATIONS = 6 * STEPS + 1
 OPTIONS = {"max_step": 1 / STEPS}  # of a solve whose tolerances no step would violate
