@@ -35,3 +35,9 @@ def nan_above(limit: float, func):
         return torch.where(y[:, :1] > limit, torch.nan, func(t, y))
 
     return f
+
+
+def counts(solution) -> Tensor:
+    """[4, B] of a solution's statistics, last_dt among them."""
+    stats = solution.stats
+    return torch.stack([stats.n_f_evals, stats.n_accepted, stats.n_rejected, stats.last_dt])

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 import scipy.integrate
 import torch
-from ensembles import blow_up, decay, nan_above, oscillators, van_der_pol
-from hypothesis import given
-from torch import Tensor
+from ensembles import counts, decay, oscillators, van_der_pol
 
 import pyode
 from pyode import DynamicsError, InvalidType, InvalidValue, SolveError, Stats, Status, solve_ivp
@@ -22,12 +18,6 @@ METHODS = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
 F64 = torch.float64
 T = torch.linspace(0, 2, 5, dtype=F64)
 Y0 = torch.tensor([[1.0], [2.0], [-3.0]], dtype=F64)
-
-
-def counts(solution) -> Tensor:
-    """[4, B] of a solution's statistics, last_dt among them."""
-    stats = solution.stats
-    return torch.stack([stats.n_f_evals, stats.n_accepted, stats.n_rejected, stats.last_dt])
 
 
 # Together equals apart.
@@ -145,116 +135,6 @@ def test_torchode_takes_about_as_many_steps_to_the_same_solutions():
     assert torch.allclose(ours.ys.transpose(0, 1), theirs.ys, atol=0.05, rtol=0.05)
     # Its error weights, controller and norm are the same; it grows after a rejection, and chooses another first step.
     assert torch.allclose(ours.stats.n_accepted.double(), theirs.stats["n_accepted"].double(), rtol=0.05, atol=3)
-
-
-# Times.
-
-
-@given(
-    spans=st.lists(st.floats(-3, 3).filter(lambda x: abs(x) > 1e-3) | st.just(0.0), min_size=1, max_size=6),
-    n=st.integers(2, 6),
-    padding=st.integers(0, 3),
-    dtype=st.sampled_from([torch.float32, F64, torch.complex64]),
-    time=st.sampled_from([torch.float32, F64]),
-    grad=st.booleans(),
-)
-def test_samples_have_times_ends_and_directions_of_their_own(spans, n, padding, dtype, time, grad):
-    B = len(spans)
-    t = torch.linspace(0, 1, n, dtype=time)[:, None] * torch.tensor(spans, dtype=time) + torch.arange(B) * 0.25
-    if t[1:-1].numel() and not ((t.diff(dim=0) * (t[-1] - t[0])).gt(0) | (t[0] == t[-1])).all():
-        return  # rounding made two times one
-    t = torch.cat([t, t[-1:].expand(padding, B)])
-    y0 = torch.arange(1, B + 1).to(dtype)[:, None].expand(B, 2).contiguous()
-    with torch.set_grad_enabled(grad):
-        solution = solve_ivp(decay, y0, t, rtol=1e-5, atol=1e-7)
-        exact = y0.detach() * torch.exp(t[:1] - t)[..., None]
-        assert solution.success
-        assert torch.allclose(solution.ys, exact.to(dtype), rtol=1e-3, atol=1e-5)
-    with torch.no_grad():
-        for b in range(B):
-            alone = solve_ivp(decay, y0[b : b + 1], t[:, b : b + 1], rtol=1e-5, atol=1e-7)
-            assert torch.equal(alone.ys[:, 0], solution.ys[:, b])
-
-
-def test_shared_times_are_those_of_every_sample():
-    y0 = oscillators(3)
-    shared, own = (solve_ivp(van_der_pol, y0, t) for t in (T, T[:, None].expand(5, 3)))
-    assert torch.equal(shared.ys, own.ys)
-    assert shared.ts.shape == (5,)
-    assert own.ts.shape == (5, 3)
-
-
-@pytest.mark.parametrize("control", ["per_sample", "joint"])
-def test_a_single_time_is_the_start(control):
-    solution = solve_ivp(decay, Y0, T[:1], control=control, dense_output=True)
-    assert torch.equal(solution.ys, Y0[None])
-    assert solution.success
-    assert not solution.stats.n_steps.any()
-    assert torch.equal(solution.interpolant(0.0), Y0)
-
-
-@given(
-    start=st.floats(-1e3, 1e3),
-    ulps=st.integers(1, 10**9),
-    sign=st.sampled_from([1, -1]),
-    dtype=st.sampled_from([torch.float32, F64]),
-    method=st.sampled_from(METHODS),
-    control=st.sampled_from(["per_sample", "joint"]),
-)
-def test_func_is_never_evaluated_outside_the_times(start, ulps, sign, dtype, method, control):
-    t0 = torch.tensor(start, dtype=dtype)
-    t1 = t0
-    for _ in range(min(ulps, 3)):  # one to three of them, or a longer way
-        t1 = torch.nextafter(t1, t1 + sign)
-    if ulps > 3:
-        t1 = t0 + sign * ulps * 1e-8
-    if t0 == t1:
-        return
-    seen = []
-
-    def f(t, y):
-        seen.append(t.clone())
-        return torch.cos(t).reshape(-1, 1) * y
-
-    y0 = torch.ones(2, 1, dtype=dtype)
-    solution = solve_ivp(f, y0, torch.stack([t0, t1]), method=method, control=control)
-    times = torch.stack(seen)
-    assert solution.success
-    assert bool(((times >= min(t0, t1)) & (times <= max(t0, t1))).all())
-
-
-def test_func_is_not_evaluated_outside_of_a_samples_own_times():
-    ends = torch.tensor([0.1, 1.0, -2.0], dtype=F64)
-    seen = []
-
-    def f(t, y):
-        seen.append(t.clone())
-        return -y
-
-    solve_ivp(f, Y0, torch.stack([torch.zeros(3, dtype=F64), ends]))
-    times = torch.stack(seen)
-    assert bool(((times >= ends.clamp(max=0)) & (times <= ends.clamp(min=0))).all())
-
-
-@pytest.mark.parametrize("stops", ["step_t", "jump_t"])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_prescribed_times_are_met_by_samples_of_all_directions(stops, backend):
-    def f(t, y):
-        return -y * torch.where(t < 0.5, 1.0, 2.0)[:, None] * torch.where(t < 1.5, 1.0, 2.0)[:, None]
-
-    t = torch.tensor([[0.0, 2.0, 0.7, 0.0], [2.0, 0.0, 2.0, 0.5]], dtype=F64)
-    y0 = torch.ones(4, 1, dtype=F64)
-    options = {stops: [1.5, 0.5]}
-    with pyode.backend(backend), torch.no_grad():
-        together = solve_ivp(f, y0, t, options=options, rtol=1e-8, atol=1e-10)
-        exponents = torch.tensor([0.5 + 2 + 2, -4.5, 1.6 + 2, 0.5], dtype=F64)
-        assert torch.allclose(together.ys[-1, :, 0], torch.exp(-exponents), rtol=1e-5)
-        if stops == "jump_t":
-            assert together.stats.n_rejected.sum() <= 4  # nobody stumbles over a discontinuity
-        for b in range(4):
-            alone = solve_ivp(f, y0[:1], t[:, b], options=options, rtol=1e-8, atol=1e-10)
-            assert torch.equal(alone.ys[:, 0], together.ys[:, b])
-            assert torch.equal(counts(alone)[:, 0], counts(together)[:, b])
 
 
 # What func is given.
@@ -478,116 +358,3 @@ def test_progress_shows_the_slowest_samples_time(monkeypatch):
     assert len(fractions) > int(solution.stats.n_steps.max())
     assert f"rejected {int(solution.stats.n_rejected.sum())}" in shown[-1][1]
     assert "dt " in shown[-1][1]
-
-
-# compact
-
-
-@pytest.mark.parametrize("grad", [False, True])
-def test_compact_calls_func_with_the_running_rows_only_and_changes_nothing(grad):
-    y0 = oscillators(64).requires_grad_(grad)
-    t = torch.stack([torch.zeros(64, dtype=F64), torch.linspace(0.05, 2, 64, dtype=F64)])
-    sizes = {True: [], False: []}
-
-    def f(t, y, compact):
-        assert t.shape == (len(y),)
-        sizes[compact].append(len(y))
-        return van_der_pol(t, y)
-
-    def event(t, y, compact):
-        return y[:, 0] - 1.9
-
-    solutions = [solve_ivp(f, y0, t, args=(c,), compact=c, event_fn=event, rtol=1e-6) for c in (True, False)]
-    compact, plain = solutions
-    rows = sizes[True][:-1] if grad else sizes[True]  # the last call is for the events' gradients
-    assert rows == sorted(rows, reverse=True)
-    assert rows[-1] < 48
-    assert sum(sizes[True]) < 0.9 * sum(sizes[False])
-    assert torch.equal(compact.ys.nan_to_num(), plain.ys.nan_to_num())
-    assert torch.equal(counts(compact), counts(plain))
-    assert torch.equal(compact.event_t.nan_to_num(), plain.event_t.nan_to_num())
-    if grad:
-        both = [torch.autograd.grad(s.ys.nansum() + s.event_t.nansum(), y0)[0] for s in (compact, plain)]
-        assert torch.equal(*both)
-
-
-def test_compact_takes_nested_states():
-    f = lambda t, y: {"a": -y["a"], "b": y["b"] * 0.0}  # noqa: E731
-    y0 = {"a": Y0, "b": torch.ones(3, 2, dtype=F64)}
-    t = torch.tensor([[0.0, 0, 0], [0.1, 0.2, 8.0]], dtype=F64)
-    compact, plain = (solve_ivp(f, y0, t, compact=c).ys["a"] for c in (True, False))
-    assert torch.equal(compact, plain)
-
-
-# Failures.
-
-
-def test_a_row_for_every_status():
-    # y' = y^2 blows up; func ends; an event; too many steps; all is well.
-    def f(t, y):
-        kind, x = y[:, 1], y[:, 0]
-        slope = torch.where(kind == 0, x * x, torch.where(kind == 3, -1e4 * (x - torch.cos(t)), torch.ones_like(x)))
-        slope = torch.where((kind == 1) & (x > 1.6), torch.nan, slope)
-        return torch.stack([slope, torch.zeros_like(slope)], 1)
-
-    def reached_its_end(t, y):
-        return torch.where(y[:, 1] == 2, y[:, 0] - 2.2, 1.0)
-
-    y0 = torch.tensor([[1.0, 0], [1.0, 1], [1.0, 2], [1.0, 3], [-9.0, 4]], dtype=F64)
-    t = torch.linspace(0, 4, 9, dtype=F64)
-    solution = solve_ivp(f, y0, t, throw=False, max_num_steps=900, event_fn=reached_its_end)
-    statuses = [
-        Status.STEP_TOO_SMALL, Status.NON_FINITE, Status.EVENT, Status.TOO_MANY_STEPS, Status.SUCCESS,
-    ]  # fmt: skip
-    assert solution.status.tolist() in (statuses, [Status.NON_FINITE, *statuses[1:]])
-    assert not solution.success
-    for status in statuses[2:]:
-        assert status.sentence in solution.message
-    lost = solution.ys[..., 0].isnan()
-    assert not lost[:, 4].any()
-    assert lost[:, 1].tolist() == [time > 0.6 for time in t.tolist()]
-    assert lost[:, 0].tolist() == [time >= 1 for time in t.tolist()]
-    assert lost[:, 2].tolist() == [time > 1.2 for time in t.tolist()]
-    assert lost[-1, 3]
-    for b in range(5):
-        with torch.no_grad():
-            alone = solve_ivp(f, y0[b : b + 1], t, throw=False, max_num_steps=900, event_fn=reached_its_end)
-        assert torch.equal(alone.ys[:, 0].nan_to_num(), solution.ys[:, b].nan_to_num())
-        assert torch.equal(alone.status, solution.status[b : b + 1])
-        assert torch.equal(counts(alone)[:, 0], counts(solution)[:, b])
-
-
-@pytest.mark.parametrize("control", ["per_sample", "joint"])
-@pytest.mark.parametrize("grad", [False, True])
-def test_throw_raises_what_the_status_tells_otherwise(control, grad):
-    y0, t = torch.tensor([[0.1], [2.0]], dtype=F64).requires_grad_(grad), torch.linspace(0, 1, 5, dtype=F64)
-    with pytest.raises(SolveError) as caught:
-        solve_ivp(blow_up, y0, t, control=control)
-    assert caught.value.sample == (1 if control == "per_sample" else None)
-    assert caught.value.t == pytest.approx(0.5, abs=1e-3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        solution = solve_ivp(blow_up, y0, t, control=control, throw=False)
-    assert solution.status[-1] == caught.value.status
-    assert solution.ys[3:, 1].isnan().all()
-    assert not solution.ys[:2].isnan().any()
-    assert solution.ys[:, 0].isnan().any() == (control == "joint")
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_start_that_is_not_finite_fails_alone(value):
-    y0 = Y0.clone()
-    y0[1] = value
-    solution = solve_ivp(decay, y0, T, throw=False)
-    assert solution.status.tolist() == [Status.SUCCESS, Status.NON_FINITE, Status.SUCCESS]
-    assert solution.ys[1:, 1].isnan().all()
-    assert torch.equal(solution.ys[:, [0, 2]], solve_ivp(decay, Y0[[0, 2]], T).ys)
-
-
-def test_a_limit_in_the_domain_is_approached_by_its_sample_only():
-    f = nan_above(1.5, lambda t, y: torch.ones_like(y))
-    y0 = torch.tensor([[0.1], [0.9], [-5.0]], dtype=F64)
-    solution = solve_ivp(f, y0, T, throw=False)
-    assert solution.status.tolist() == [Status.NON_FINITE, Status.NON_FINITE, Status.SUCCESS]
-    assert torch.allclose(solution.ys[:, 2, 0], -5 + T)
-    assert solution.ys[:, 1, 0].isnan().tolist() == [False, False, True, True, True]
