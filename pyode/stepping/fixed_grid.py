@@ -199,11 +199,13 @@ class FixedGridLoop:
         self, course: Course, n: int, ends: list[float], y: Tensor, y1: Tensor, step: Increment, moving: bool
     ) -> RungeKuttaSegment:
         """Step n, from y to y1, with what lies between."""
-        ks = step.ks[: len(step.weights)]
-        polynomial = _linear(step.weights)
+        weights, ks = step.weights, step.ks[: len(step.weights)]
+        polynomial = _linear(weights)
         if self.cubic:
+            if not any(k is step.slope for k in ks):  # an implicit step may do without it
+                weights, ks = (*weights, 0.0), [*ks, step.slope]
             t1 = (self.grid if moving else self.grid.detach())[n + 1].to(y.device, self.layout.real_dtype)
-            polynomial = _cubic(step.weights, next(j for j, k in enumerate(ks) if k is step.slope))
+            polynomial = _cubic(weights, next(j for j, k in enumerate(ks) if k is step.slope))
             ks = [*ks, self.dynamics(t1, y1)]
         shift = course.grid[n] - course.grid[n].detach() if moving else None
         size = ends[n + 1] - ends[n]
