@@ -142,7 +142,8 @@ def odeint(
         solved = solve(problem)
     else:
         params = options.get("params")
-        found = [x for _, x in reachable((problem.func, args))] if params is None else list(params)
+        written = func.func if isinstance(func, CompiledDynamics) else func
+        found = [x for _, x in reachable((written, args))] if params is None else list(params)
         solved = _solve_checkpointed(problem, found, choice.get("checkpoints"))
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved), ys)
