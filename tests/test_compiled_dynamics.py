@@ -178,7 +178,9 @@ class TestErrors:
                 )
         torch.testing.assert_close(*results, rtol=1e-6, atol=0)
 
-    def test_interrupts_stop_a_long_solve(self):
+    def test_interrupts_stop_a_long_solve(self, request):
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores the signal
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
         f = strict(lambda t, y: torch.cos(1e6 * t) * y)
         t = tensor(0.0, 1e6)
         timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
