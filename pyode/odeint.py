@@ -305,8 +305,8 @@ def event_of(event_fn: Any, args: Any, form: Form, device: torch.device) -> Call
 
     def event(t: float, y: Tensor) -> Tensor:
         value = event_fn(torch.tensor(t, dtype=torch.float64, device=device), form.unpack(y))
-        if not isinstance(value, Tensor) or value.numel() == 0:
-            raise DynamicsError(f"event_fn must return a tensor of one or several numbers, not {value!r}")
+        if not isinstance(value, Tensor) or value.numel() == 0 or value.is_complex():
+            raise DynamicsError(f"event_fn must return a tensor of one or several real numbers, not {value!r}")
         return value
 
     return event

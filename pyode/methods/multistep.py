@@ -8,6 +8,7 @@ from functools import cache
 
 LOWEST_ORDER = 4  # below, steps are those of rk4
 HIGHEST_ORDER = 12
+HIGHEST_EXPLICIT_IN_FLOAT32 = 10  # by default: above, rounding errors grow from step to step, however short these are
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,14 @@ from torch import Tensor
 from .._ops import reference
 from ..control import number_from
 from ..methods import TABLEAUS
-from ..methods.multistep import HIGHEST_ORDER, LOWEST_ORDER, FixedAdams, bashforth, moulton
+from ..methods.multistep import (
+    HIGHEST_EXPLICIT_IN_FLOAT32,
+    HIGHEST_ORDER,
+    LOWEST_ORDER,
+    FixedAdams,
+    bashforth,
+    moulton,
+)
 from .course import Course, ExplicitSteps, Increment
 
 
@@ -22,7 +29,9 @@ class AdamsSteps:
         self.course, self.implicit = course, method.implicit
         self.times = course.stage_times((0.0, 1.0))
         self.start = ExplicitSteps(TABLEAUS["rk4"], course)
-        max_order = int(number_from(course.options, "max_order", HIGHEST_ORDER, 1, HIGHEST_ORDER))
+        exact = method.implicit or course.layout.real_dtype is torch.float64
+        default = HIGHEST_ORDER if exact else HIGHEST_EXPLICIT_IN_FLOAT32
+        max_order = int(number_from(course.options, "max_order", default, 1, HIGHEST_ORDER))
         if max_order < LOWEST_ORDER:
             warnings.warn(f"max_order is below {LOWEST_ORDER}, so the solver reduces to `rk4`.", stacklevel=2)
         self.most = max_order - 1
