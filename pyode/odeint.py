@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import methods
 from ._ops import backend_for
-from ._ops.contract import Grid, Policy
+from ._ops.contract import Grid, Policy, wide_dtype
 from .callbacks import callbacks_of
 from .compiled.dynamics import CompiledDynamics, compiled_once
 from .compiling import not_compiled
@@ -304,7 +304,7 @@ def event_of(event_fn: Any, args: Any, form: Form, device: torch.device) -> Call
     event_fn = with_args(event_fn, args)
 
     def event(t: float, y: Tensor) -> Tensor:
-        value = event_fn(torch.tensor(t, dtype=torch.float64, device=device), form.unpack(y))
+        value = event_fn(torch.tensor(t, dtype=wide_dtype(device), device=device), form.unpack(y))
         if not isinstance(value, Tensor) or value.numel() == 0 or value.is_complex():
             raise DynamicsError(f"event_fn must return a tensor of one or several real numbers, not {value!r}")
         return value
