@@ -159,7 +159,7 @@ def times_until_event(times: Times, options: dict[str, Any]) -> Times:
 
 
 def check_tolerance(tolerance: Any, name: str, form: Form, y0: Tensor) -> float | Tensor:
-    """A number, or a contiguous tensor of `wide_dtype` with one for every number of the state (each half, if complex)."""
+    """A number, or a contiguous tensor of `wide_dtype` with one for every number of the state, twice if complex."""
     if isinstance(tolerance, float) and 0 <= tolerance < math.inf:
         return tolerance
     tolerance = form.spread(tolerance, name)

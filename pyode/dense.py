@@ -52,12 +52,13 @@ class DenseOutput:
             return self._form.unpack(self._y0.expand(*t.shape, *self._y0.shape), tuple(t.shape))
         places = [min(bisect_left(self._ends, self._sign * value), len(self._ends) - 1) for value in values]
         order = sorted(range(len(values)), key=places.__getitem__)
+        times = times.to(clock_device(self._y0.device), torch.float64)
         rows, i = [self._y0[None][:0]], 0
         while i < len(order):
             j = i
             while j < len(order) and places[order[j]] == places[order[i]]:
                 j += 1
-            rows.append(self._segments[places[order[i]]].sample(times[order[i:j]].to(clock_device(self._y0.device), torch.float64)))
+            rows.append(self._segments[places[order[i]]].sample(times[order[i:j]]))
             i = j
         back = torch.empty(len(order), dtype=torch.long)
         back[order] = torch.arange(len(order))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .._ops import backend_for
 from .._ops.autograd import plain
+from .._ops.contract import clock_device
 from ..errors import InvalidValue
 from ..methods import Tableau
 from ..state import Dynamics, Form, Func
@@ -144,7 +145,7 @@ class Reversal:
         self.ops = ops = backend_for(y)
         self.layout = ops.Layout(1, y.numel(), (0, y.numel()), y.dtype, y.device)
         self.dynamics = Dynamics(recipe.func, recipe.form, y)
-        self.one = torch.ones(1, dtype=torch.float64, device=y.device)
+        self.one = torch.ones(1, dtype=torch.float64, device=clock_device(y.device))
         self.weights, self.transposed = recipe.method.weights, transposed_of(recipe.method)
         self.n_stages = len(self.weights)
         self.rows, self.table = recipe.method.rows, table_of(ops, recipe.method)

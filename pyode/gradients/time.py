@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._ops import reference
-from .._ops.contract import Layout
+from .._ops.contract import Layout, wide_dtype
 from ..methods import Tableau
 from ..stepping.tape import Step
 
@@ -34,7 +34,7 @@ class TimeGradients:
     ) -> None:
         self.steps, self.layout, self.grid = steps, layout, grid
         self.abscissae = (0.0, *method.abscissae)
-        self.outputs = torch.zeros(n_outputs, dtype=torch.float64, device=layout.device)
+        self.outputs = torch.zeros(n_outputs, dtype=wide_dtype(layout.device), device=layout.device)
         self.starts, self.sizes = self.outputs.new_zeros(len(steps)), self.outputs.new_zeros(len(steps))
 
     def add_evaluation(self, n: int, i: int, gradient: Tensor | None) -> None:
@@ -49,7 +49,7 @@ class TimeGradients:
 
     def add_sums(self, n: int, g: Tensor, k: Tensor) -> None:
         """Adds what the size of step n does in sums of a derivative k, to which they give the gradient g."""
-        self.sizes[n] += _inner(g, k) / self.steps[n].dt[0]
+        self.sizes[n] += _inner(g, k) / self.steps[n].dt[0].to(self.sizes)
 
     def add_outputs(self, n: int, ks: list[Tensor], gradient: Tensor) -> None:
         """Adds what moving the outputs within step n does, from all its derivatives and all outputs' gradients."""
@@ -83,4 +83,4 @@ class TimeGradients:
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """The real inner product."""
-    return torch.sum((a.conj() * b).real if a.is_complex() else a * b).double()
+    return torch.sum((a.conj() * b).real if a.is_complex() else a * b).to(wide_dtype(a.device))
