@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._ops.contract import REAL, Grid, Policy, clock_device, wide_dtype
 from .errors import InvalidType, InvalidValue, warn
-from .methods import Method
+from .methods import NAMES_IN_WARNINGS, Method
 from .methods.external import ScipySolver
 from .state import Form
 
@@ -75,7 +75,8 @@ def check_options(options: dict[str, Any], method: Method, strict: bool = False)
     if unknown and strict:
         raise InvalidValue(f"options has {', '.join(unknown)}; {method.name} knows {', '.join(sorted(known))}")
     if unknown:
-        warn(f"{method.name}: Unexpected arguments {unknown}; it knows {', '.join(sorted(known))}")
+        name = NAMES_IN_WARNINGS.get(method.name, method.name)
+        warn(f"{name}: Unexpected arguments {unknown}; {method.name} knows {', '.join(sorted(known))}")
 
 
 @dataclass

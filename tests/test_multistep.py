@@ -142,6 +142,16 @@ def test_below_order_4_they_are_rk4_and_say_so(method, max_order):
         assert torch.allclose(y, pyode.odeint(van_der_pol, Y0, t, method="rk4"), rtol=1e-14)
 
 
+def test_an_implicit_method_may_be_made_explicit():
+    t = torch.linspace(0, 1, 12, dtype=torch.float64)
+    (ours, a), (theirs, b) = both(van_der_pol, Y0, t, method="implicit_adams", options={"implicit": False}, **LOOSE)
+    assert torch.allclose(ours, theirs, rtol=1e-10)
+    assert len(a) == len(b)
+    with torch.no_grad():
+        explicit = pyode.odeint(van_der_pol, Y0, t, method="explicit_adams", **LOOSE)
+    assert torch.allclose(ours, explicit, rtol=1e-14)
+
+
 def test_options_out_of_range():
     t = tensor(0.0, 1.0)
     for module in (pyode, torchdiffeq):

@@ -24,7 +24,7 @@ class FixedAdams:
     order: int = HIGHEST_ORDER
     adaptive: bool = False
     one_step: bool = False
-    options: frozenset[str] = frozenset(["max_order", "max_iters"])
+    options: frozenset[str] = frozenset(["max_order", "max_iters", "implicit"])
 
 
 @cache
