@@ -218,7 +218,9 @@ class AdaptiveLoop:
         return selected
 
     def _on_jump(self) -> Tensor:
-        """Which samples have just arrived at a discontinuity: [B]."""
+        """Which samples have just arrived at a discontinuity, where one has: [B]."""
+        if self.layout.samples == 1:
+            return torch.ones(1, dtype=torch.bool)
         now, stops = self.controller.field("t"), self.grid.jump_t
         assert stops is not None
         stops = stops.to(now.device)
