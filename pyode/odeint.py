@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,7 +44,7 @@ from .stepping.fixed_grid import check_interp, grid_of
 from .stepping.hooks import Callback, Hooks
 from .stepping.loops import Loop, loop_for
 from .stepping.segment import RungeKuttaSegment, Segment
-from .stepping.tape import Tape
+from .stepping.tape import Passed, Tape
 
 GRADIENTS = ("direct", "adjoint", "checkpoint")
 GRADIENT_OPTIONS = ("gradient", "checkpoints")
@@ -141,42 +141,49 @@ def odeint(
     if kind == "direct":
         solved = solve(problem)
     else:
-        params = options.get("params")
-        written = func.func if isinstance(func, CompiledDynamics) else func
-        found = [x for _, x in reachable((written, args))] if params is None else list(params)
-        solved = _solve_checkpointed(problem, found, choice.get("checkpoints"))
+        params = parameters_of(func, args, options.get("params"))
+        found: list[Solved] = []
+
+        def carry_out(quiet: Problem, tape: Tape) -> Tensor:
+            found.append(solve(quiet, tape=tape))
+            return found[0].ys
+
+        ys = solve_checkpointed(problem, params, choice.get("checkpoints"), carry_out)
+        solved = replace(found[0], ys=ys)
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved), ys)
 
 
-def _solve_checkpointed(problem: Problem, params: list[Tensor], checkpoints: Any) -> Solved:
-    """A solve whose gradient is found by undoing its steps.
+def parameters_of(func: Func, args: Any, params: Iterable[Tensor] | None) -> list[Tensor]:
+    """What func depends on beside its arguments, as far as it can be found or is told."""
+    written = func.func if isinstance(func, CompiledDynamics) else func
+    return [x for _, x in reachable((written, args))] if params is None else list(params)
+
+
+def solve_checkpointed(
+    problem: Problem, params: list[Tensor], checkpoints: Any, carry_out: Callable[[Problem, Tape], Tensor]
+) -> Tensor:
+    """A solve whose gradient is found by undoing its steps: its outputs, packed.
 
     Args:
         problem: with a graph behind y0 and the times, if there is one.
         params: what func depends on beside its arguments.
         checkpoints: how many states to keep at most; None for one a step.
+        carry_out: solves the problem, which has no graph, notes its steps on the tape, and returns the outputs; first
+            those at the output times.
     """
     method, y0, t = problem.method, problem.y0, problem.times.tensor
     if not isinstance(method, Tableau):
-        raise InvalidValue(
-            f"options={{'gradient': 'checkpoint'}} needs an explicit Runge-Kutta method, not {method.name!r}"
-        )
+        raise InvalidValue(f"gradient 'checkpoint' needs an explicit Runge-Kutta method, not {method.name!r}")
     most = None if checkpoints is None else int(number_from({"checkpoints": checkpoints}, "checkpoints", 1, 1))
     quiet = replace(problem, y0=y0.detach(), times=replace(problem.times, tensor=t.detach()))
-    solved: list[Solved] = []
-
-    def carry_out(tape: Tape) -> Tensor:
-        solved.append(solve(quiet, tape=tape))
-        return solved[0].ys
 
     def grid(t: Tensor) -> Tensor:
         times = replace(problem.times, tensor=t)
         return grid_of(problem.options, times, problem.func, problem.form.unpack(quiet.y0))
 
     recipe = Recipe(problem.func, problem.form, method, None if method.adaptive else grid, most)
-    ys = checkpointed(carry_out, recipe, t, y0, [p for p in params if p.requires_grad])
-    return replace(solved[0], ys=ys)
+    return checkpointed(partial(carry_out, quiet), recipe, t, y0, [p for p in params if p.requires_grad])
 
 
 @dataclass
@@ -398,7 +405,8 @@ def solve(
             solved.end, solved.n_reached = search.time, 1
             if tape is not None:
                 assert isinstance(search.segment, RungeKuttaSegment)
-                tape.end_within(search.segment, search.time)
+                x = search.segment.position(search.time)
+                tape.add_event(len(tape.steps) - 1, Passed(1, 0, x, search.segment.polynomial, timed=False), last=True)
         elif solved.end == times.values[-1]:
             stats = Stats()
             loop.add_to(stats)

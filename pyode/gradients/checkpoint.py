@@ -28,6 +28,7 @@ from ..errors import InvalidValue
 from ..methods import Tableau
 from ..state import Dynamics, Form, Func
 from ..stepping.tape import Step, Tape
+from .arrivals import Shares, arrivals_at
 from .revolve import backwards
 from .time import TimeGradients
 from .vjp import Circumstances, accumulate, vjp
@@ -72,7 +73,7 @@ class _Checkpointed(torch.autograd.Function):
     ) -> Tensor:
         tape = Tape(y0.detach(), recipe.checkpoints)
         ys = solve(tape)
-        ctx.recipe, ctx.steps, ctx.n_params = recipe, tape.steps, len(params)
+        ctx.recipe, ctx.steps, ctx.left, ctx.n_params = recipe, tape.steps, tape.left, len(params)
         ctx.circumstances = Circumstances(recipe.func, y0.device)
         # Where they are few, a backward pass uses them up and makes others in their places; one after it makes all.
         first = 1 if recipe.checkpoints else len(tape.states)
@@ -94,7 +95,7 @@ class _Checkpointed(torch.autograd.Function):
         _, _, time_wanted, y0_wanted, *wanted = ctx.needs_input_grad
         params = tuple(p for p, want in zip(saved, wanted) if want)
         (gradient,) = gradients
-        reversal = Reversal(ctx.recipe, ctx.steps, end, gradient, params, time_wanted)
+        reversal = Reversal(ctx.recipe, ctx.steps, end, ctx.left, gradient, params, time_wanted)
         on_device = torch.cuda.device(gradient.device) if gradient.is_cuda else nullcontext()
         with on_device, ctx.circumstances.again(params), torch.enable_grad():
             start = reversal.run(states)
@@ -118,6 +119,7 @@ class Reversal:
         recipe: see there.
         steps: those of the solve.
         end: the state behind the last one.
+        left: [T] or [T, B], which outputs are that state because they were not reached; None if all were.
         gradient: [T, ...] what arrives at the outputs.
         params: the tensors whose gradients are wanted.
         time: whether those of the times are.
@@ -132,18 +134,21 @@ class Reversal:
         recipe: Recipe,
         steps: list[Step],
         end: Tensor,
+        left: Tensor | None,
         gradient: Tensor,
         params: tuple[Tensor, ...],
         time: bool,
     ) -> None:
-        self.recipe, self.steps, self.end, self.params = recipe, steps, end, params
-        self.gradient = gradient = plain(gradient.detach())
+        self.recipe, self.steps, self.end, self.left, self.params = recipe, steps, end, left, params
+        gradient = plain(gradient.detach())
         self.param_gradients = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
         self.zero = y = torch.zeros_like(end)
         self.ops = ops = backend_for(y)
-        self.layout = ops.Layout(1, y.numel(), (0, y.numel()), y.dtype, y.device)
+        samples, size = recipe.form.samples, recipe.form.segments[-1]
+        self.layout = ops.Layout(samples, size, (0, size), y.dtype, y.device)
+        self.arrivals = arrivals_at(gradient, self.layout, ops)
         self.dynamics = Dynamics(recipe.func, recipe.form, y)
-        self.one = torch.ones(1, dtype=torch.float64, device=y.device)
+        self.one = torch.ones(samples, dtype=torch.float64, device=y.device)
         self.weights, self.transposed = recipe.method.weights, transposed_of(recipe.method)
         self.n_stages = len(self.weights)
         self.rows = recipe.method.rows[: self.n_stages - 1]
@@ -151,30 +156,30 @@ class Reversal:
 
     def run(self, states: dict[int, Tensor]) -> Tensor:
         """Undoes all steps, from the states that were kept, and returns the gradient at the start."""
-        steps, gradient = self.steps, self.gradient
-        behind = max((1, *(step.outputs.stop for step in steps)))
-        lam = gradient[behind:].sum(0)  # a solve that ended early has put out its last state for all the rest
-        if self.clock is not None and steps and behind < len(gradient):
+        steps, arrivals, n_derivatives = self.steps, self.arrivals, self.n_stages + 1
+        lam = arrivals.at_last_state(self.left)
+        if self.clock is not None and steps and self.left is not None:
             # That state has moved with the start, and is wanted at the time where it stands.
             slope = self._evaluate(steps[-1].times[-1], self.end).k.detach()
             self.clock.add_start(len(steps) - 1, -lam, torch.where(slope.isfinite(), slope, 0.0))
         y1, last = self.end, None  # the state at the end of the next step to be undone, and the derivative if known
-        shares = self._shares_of_outputs(len(steps) - 1)
+        shares = arrivals.shares(steps[-1], n_derivatives) if steps else []
         for n, y in self._backwards(states):
             step = steps[n]
-            if step.outputs and step.positions[-1] == 1.0:
-                lam = lam + gradient[step.outputs[-1]]
+            arriving = arrivals.at_end(step)
+            if arriving is not None:
+                lam = lam + arriving
             if last is None and (shares[-1] is not None or self._needs_slope_at_end(step)):
                 lam, last = self._undo_end(n, y1, lam, shares[-1])
             if self.clock is not None and last is not None and shares[-1] is not None:
                 self.clock.add_sums(n, shares[-1], last)
-            shares_before = self._shares_of_outputs(n - 1)
+            shares_before: Shares = arrivals.shares(steps[n - 1], n_derivatives) if n else [None]
             carried = shares_before[-1] if step.opening is None else None
             lam, ks = self._undo(n, y, lam, shares, carried)
-            if self.clock is not None:
-                self.clock.add_outputs(n, ks if last is None else [*ks, last], gradient)
+            if self.clock is not None and step.outputs:
+                self.clock.add_outputs(n, arrivals.effects(step, ks if last is None else [*ks, last]))
             y1, shares, last = y, shares_before, None if step.opening is not None else ks[0]
-        return lam + gradient[0]
+        return lam + arrivals.at_start(steps, self.left)
 
     def _backwards(self, states: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
         """The steps from the last to the first, each with the state at its start."""
@@ -200,26 +205,10 @@ class Reversal:
         first = self.steps[n - 1].times[-1] if step.opening is None else step.opening
         return first, *step.times.unbind()[: self.n_stages - 1]
 
-    def _shares_of_outputs(self, n: int) -> list[Tensor | None]:
-        """What outputs inside step n give to its derivatives, the last of them that at its end."""
-        total: list[Tensor | None] = [None] * (self.n_stages + 1)
-        if n < 0:
-            return total
-        step = self.steps[n]
-        for m, x in zip(step.outputs, step.positions):
-            if x != 1.0:
-                assert step.polynomial is not None
-                shares = self.ops.stage_vjp(self.layout, step.polynomial.weights_at(x), self.gradient[m], step.dt)
-                for j, share in enumerate(shares):
-                    before = total[j]
-                    total[j] = share if before is None else before if share is None else before + share
-        return total
-
     def _needs_slope_at_end(self, step: Step) -> bool:
         """Whether the derivative at a step's end is needed though it got no gradient: moving outputs move along it."""
-        polynomial = step.polynomial
-        wanted = self.clock is not None and bool(step.outputs)
-        return wanted and polynomial is not None and len(polynomial.coefficients) > self.n_stages
+        several = (len(passed.polynomial.coefficients) > self.n_stages for passed in step.outputs)
+        return self.clock is not None and any(several)
 
     def _undo_end(self, n: int, y1: Tensor, lam: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
         """Undoes the evaluation at the end of step n, which no step after it uses; returns the derivative too."""
@@ -229,13 +218,14 @@ class Reversal:
         return lam, evaluation.k.detach()
 
     def _undo(
-        self, n: int, y: Tensor, lam: Tensor, shares: list[Tensor | None], carried: Tensor | None
+        self, n: int, y: Tensor, lam: Tensor, shares: Shares, carried: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Undoes step n, from y; returns the gradient at its start and its derivatives.
 
         Args:
             lam: the gradient at its end.
-            shares: see _shares_of_outputs; `carried` is that of the step before at its end, this one's start.
+            shares: what outputs inside it give to its derivatives.
+            carried: what those of the step before give to that at its end, which is this one's first.
         """
         step, combine, layout = self.steps[n], self.ops.stage_combine, self.layout
         evaluations: list[_Evaluation] = []
@@ -251,10 +241,8 @@ class Reversal:
                 self.clock.add_sums(n, g, ks[i])
             hs.append(self._pull_back(n, i, evaluations.pop(), g if i or carried is None else g + carried))
         lam = combine(layout, (1.0,) * self.n_stages, lam, hs[1:], self.one)
-        for m, x in zip(step.outputs, step.positions):
-            if x != 1.0:
-                lam = lam + self.gradient[m]
-        return lam, ks
+        inside = self.arrivals.inside(step)
+        return lam if inside is None else lam + inside, ks
 
     def _evaluate(self, t: Tensor, y: Tensor) -> _Evaluation:
         y = y.detach().requires_grad_()

@@ -24,7 +24,7 @@ from .implicit import ImplicitSteps
 from .multistep import AdamsSteps
 from .quadrature import Quadrature
 from .segment import RungeKuttaSegment
-from .tape import Step
+from .tape import Passed, Step
 
 INTERPOLATIONS = ("linear", "cubic")
 MOST_STEPS = 20_000  # to an event, as in torchdiffeq
@@ -158,6 +158,8 @@ class FixedGridLoop:
         if i < len(values):  # there was no event
             hooks.fail(SolveError(Status.TOO_MANY_STEPS, ends[-1], float(sizes[-1].detach()), self.counts.n_accepted))
             outputs.add(y)
+            if hooks.tape is not None:
+                hooks.tape.left = torch.arange(len(values), device=y.device) >= i
         return outputs.collect()
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
@@ -191,9 +193,9 @@ class FixedGridLoop:
         if self.cubic:
             times = torch.cat([times, self.grid[n + 1 : n + 2].to(times)])
         values, (t0, t1) = self.times.values, ends[n : n + 2]
-        positions = tuple(1.0 if values[i] == t1 else (values[i] - t0) / (t1 - t0) for i in outputs)
         polynomial = _cubic(weights, 0) if self.cubic else _linear(weights)
-        return Step(steps.course.sizes[n], times[1:], times[0], False, outputs, positions, polynomial)
+        passed = (Passed(i, 0, 1.0 if values[i] == t1 else (values[i] - t0) / (t1 - t0), polynomial) for i in outputs)
+        return Step(steps.course.sizes[n], times[1:], times[0], False, tuple(passed))
 
     def _segment(
         self, course: Course, n: int, ends: list[float], y: Tensor, y1: Tensor, step: Increment, moving: bool

@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._ops.reference import Interpolant
-from .segment import RungeKuttaSegment
+
+
+@dataclass(frozen=True)
+class Passed:
+    """An output within a step; of several samples one each, of some of them, with all numbers in tensors [n].
+
+    Attributes:
+        index: which of the solve's outputs it is.
+        samples: which samples'; 0 if there is only one.
+        position: where in the step it lies, from 0 to 1.
+        polynomial: the dense output over the step's evaluations.
+        timed: whether its time is one of the output times; that of an event has no gradient.
+    """
+
+    index: int | Tensor
+    samples: int | Tensor
+    position: float | Tensor
+    polynomial: Interpolant
+    timed: bool = True
 
 
 @dataclass(frozen=True)
 class Step:
-    """An accepted explicit Runge-Kutta step, without its states.
+    """An accepted explicit Runge-Kutta step of one sample or of some out of B, without its states.
 
     Attributes:
-        dt: [1] float64, signed.
-        times: [stages] those of the evaluations after the first, as func saw them; that at the step's end is the last.
-        opening: the time of the first evaluation; None where that is the last one of the step before.
-        on_jump: whether the step ends where a discontinuity has it end.
-        outputs: the indices of the output times that it passed.
-        positions: where in the step they lie, from 0 to 1.
-        polynomial: the dense output over the evaluations, if there are outputs.
+        dt: [B] float64, signed; 0 for samples that have not moved.
+        times: [stages] or [stages, B], those of the evaluations after the first, as func saw them; that at the step's
+            end is the last. Samples that have not moved have the first one's.
+        opening: the times of the first evaluation; None where that is the last one of the step before.
+        on_jump: whether the step ends where a discontinuity has it end: for all samples, or [B].
+        outputs: those that it passed.
     """
 
     dt: Tensor
     times: Tensor
     opening: Tensor | None
-    on_jump: bool = False
-    outputs: range = range(0)
-    positions: tuple[float, ...] = ()
-    polynomial: Interpolant | None = None
+    on_jump: bool | Tensor = False
+    outputs: tuple[Passed, ...] = ()
 
 
 class Tape:
@@ -46,6 +64,7 @@ class Tape:
         steps: all of them.
         states: by the step that they are the start of; the first step's is always there.
         end: the state behind the last step.
+        left: [T] or [T, B], which outputs were not reached and are the last state; None if all were.
     """
 
     def __init__(self, y0: Tensor, most: int | None = None) -> None:
@@ -53,6 +72,7 @@ class Tape:
         self.steps: list[Step] = []
         self.states: dict[int, Tensor] = {}
         self.end = y0
+        self.left: Tensor | None = None
         self._stride = 1
 
     def add(self, step: Step, y: Tensor, y1: Tensor) -> None:
@@ -66,7 +86,27 @@ class Tape:
         self.steps.append(step)
         self.end = y1
 
-    def end_within(self, segment: RungeKuttaSegment, t: float) -> None:
-        """Notes that the solve ended at t, within the last step, and put out the state there."""
-        x, polynomial = segment.position(t), segment.polynomial
-        self.steps[-1] = replace(self.steps[-1], outputs=range(1, 2), positions=(x,), polynomial=polynomial)
+    def add_event(self, n: int, passed: Passed, last: bool = False) -> None:
+        """Notes that the state at an event within step n is an output too, and its only one if it is the `last`."""
+        step = self.steps[n]
+        self.steps[n] = replace(step, outputs=(passed,) if last else (*step.outputs, passed))
+
+
+def passed_by_samples(controller: Any, times: Tensor, polynomial: Interpolant) -> Iterator[Passed]:
+    """The outputs which the step just judged has passed: the first of each sample, the second of each, ...
+
+    Args:
+        controller: of B samples.
+        times: [T] or [T, B] float64, of the outputs.
+        polynomial: the dense output.
+    """
+    begin, end, t0, t1, size = (
+        controller.field(name).to(times.device) for name in ("output_begin", "output_end", "t_prev", "t", "dt_prev")
+    )
+    samples = torch.arange(len(begin), device=times.device)
+    for j in range(int((end - begin).max())):
+        some = samples[begin + j < end]
+        index = begin[some] + j
+        time = times[index] if times.dim() == 1 else times[index, some]
+        position = torch.where(time == t1[some], 1.0, (time - t0[some]) / size[some])
+        yield Passed(index, some, position, polynomial)
