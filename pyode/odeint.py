@@ -34,17 +34,18 @@ from .control import (
     times_until_event,
 )
 from .errors import DynamicsError, InvalidType, InvalidValue, SolveError, Status, warn
-from .gradients.checkpoint import Recipe, checkpointed
-from .methods import TABLEAUS, Method, Tableau
+from .gradients.checkpoint import checkpointed
+from .gradients.reversal import Recipe
+from .methods import TABLEAUS, ImplicitTableau, Method, Tableau
 from .parameters import reachable
 from .solution import Stats
 from .state import Dynamics, Form, Func, State, check_y0, with_args
 from .stepping.event import EventSearch
 from .stepping.fixed_grid import check_interp, grid_of
-from .stepping.hooks import Callback, Hooks
+from .stepping.hooks import NO_HOOKS, Callback, Hooks
 from .stepping.loops import Loop, loop_for
 from .stepping.segment import RungeKuttaSegment, Segment
-from .stepping.tape import Passed, Tape
+from .stepping.tape import Passed, Step, Tape
 
 GRADIENTS = ("direct", "adjoint", "checkpoint")
 GRADIENT_OPTIONS = ("gradient", "checkpoints")
@@ -173,8 +174,11 @@ def solve_checkpointed(
             those at the output times.
     """
     method, y0, t = problem.method, problem.y0, problem.times.tensor
-    if not isinstance(method, Tableau):
-        raise InvalidValue(f"gradient 'checkpoint' needs an explicit Runge-Kutta method, not {method.name!r}")
+    if not isinstance(method, (Tableau, ImplicitTableau)):
+        raise InvalidValue(
+            f"gradient 'checkpoint' needs a method whose steps depend on the state at their start alone, a Runge-Kutta "
+            f"method; {method.name!r} is none. It has 'direct' and 'adjoint'"
+        )
     most = None if checkpoints is None else int(number_from({"checkpoints": checkpoints}, "checkpoints", 1, 1))
     quiet = replace(problem, y0=y0.detach(), times=replace(problem.times, tensor=t.detach()))
 
@@ -182,7 +186,13 @@ def solve_checkpointed(
         times = replace(problem.times, tensor=t)
         return grid_of(problem.options, times, problem.func, problem.form.unpack(quiet.y0))
 
-    recipe = Recipe(problem.func, problem.form, method, None if method.adaptive else grid, most)
+    def retake(step: Step, y: Tensor, ends: Tensor, inside: Tensor) -> Tensor:
+        moments = torch.cat([ends[:1], inside, ends[1:]])
+        times = Times(moments, moments.tolist())
+        loop = loop_of(replace(quiet, y0=y, times=times, callbacks={}), NO_HOOKS, ends)
+        return loop.solve(y)[1:]
+
+    recipe = Recipe(problem.func, problem.form, method, None if method.adaptive else grid, most, retake)
     return checkpointed(partial(carry_out, quiet), recipe, t, y0, [p for p in params if p.requires_grad])
 
 
@@ -324,8 +334,8 @@ def on_device_of(y: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(y.device) if y.device.type == "cuda" else nullcontext()
 
 
-def loop_of(problem: Problem, hooks: Hooks) -> Loop:
-    """The loop that carries out a solve."""
+def loop_of(problem: Problem, hooks: Hooks, ends: Tensor | None = None) -> Loop:
+    """The loop that carries out a solve; of a method that does not choose its steps with the given ends, if any."""
     y0, form, options = problem.y0, problem.form, problem.options
     ops = backend_for(y0)
     layout = ops.Layout(form.samples, form.segments[-1], form.segments, y0.dtype, y0.device)
@@ -340,7 +350,7 @@ def loop_of(problem: Problem, hooks: Hooks) -> Loop:
         problem.policy,
         problem.grid,
         options,
-        lambda: grid_of(options, problem.times, problem.func, form.unpack(y0)),
+        lambda: grid_of(options, problem.times, problem.func, form.unpack(y0)) if ends is None else ends,
         None if norm is None else lambda error, _: norm_by(norm, form, error),
         hooks=hooks,
     )

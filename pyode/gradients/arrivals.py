@@ -131,7 +131,7 @@ class SampleArrivals:
 
 
 def _weights(passed: Passed, slopes: bool = False) -> list[Tensor | None]:
-    """The dense output's weights for each derivative at outputs of several samples, [n]; or the slopes of these weights."""
+    """The dense output's weights for each derivative at outputs of several samples, [n], or the weights' slopes."""
     found: list[Tensor | None] = []
     x = passed.position
     assert isinstance(x, Tensor)

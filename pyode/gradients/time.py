@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ class TimeGradients:
         steps: those of the solve.
         layout: the state's.
         n_outputs: how many output times there are.
-        grid: the steps' ends as a function of the output times, if the method does not choose them.
     """
 
     def __init__(
@@ -30,9 +29,8 @@ class TimeGradients:
         steps: list[Step],
         layout: Layout,
         n_outputs: int,
-        grid: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        self.steps, self.samples, self.grid = steps, layout.samples, grid
+        self.steps, self.samples = steps, layout.samples
         self.abscissae = (0.0, *method.abscissae)
         self.outputs = torch.zeros(n_outputs, layout.samples, dtype=torch.float64, device=layout.device)
         self.starts, self.sizes = (self.outputs.new_zeros(len(steps), layout.samples) for _ in range(2))
@@ -61,24 +59,21 @@ class TimeGradients:
             self.sizes[n, passed.samples] -= passed.position * effect
 
     def of(self, t: Tensor) -> Tensor:
-        """The gradient of the output times t, [T] or [T, B], when all has been added."""
-        if self.grid is None:
+        """The gradient of the output times t, [T] or [T, B], of steps that were chosen, when all has been added."""
+        if self.steps:
             # All steps move with the start, but the end of one at a discontinuity does not, nor what comes behind it.
-            if self.steps:
-                jumps = torch.stack(
-                    [torch.as_tensor(s.on_jump).to(self.sizes.device).expand(self.samples) for s in self.steps]
-                )
-                before = jumps.cumsum(0) - jumps.long() == 0
-                self.outputs[0] += (self.starts * before - self.sizes * (before & jumps)).sum(0)
-            of_times = self.outputs[: len(t)]
-            return (of_times if t.dim() == 2 else of_times.sum(1)).to(t)
-        starts, sizes, outputs = self.starts[:, 0], self.sizes[:, 0], self.outputs[: len(t), 0].to(t)
+            jumps = [
+                torch.as_tensor(step.on_jump, device=self.sizes.device).expand(self.samples) for step in self.steps
+            ]
+            on_jump = torch.stack(jumps)
+            before = on_jump.cumsum(0) - on_jump.long() == 0
+            self.outputs[0] += (self.starts * before - self.sizes * (before & on_jump)).sum(0)
+        of_times = self.outputs[: len(t)]
+        return (of_times if t.dim() == 2 else of_times.sum(1)).to(t)
+
+    def of_ends(self) -> Tensor:
+        """The gradient of the ends of steps that were given, [N + 1]."""
+        starts, sizes = self.starts[:, 0], self.sizes[:, 0]
         ends = torch.nn.functional.pad(starts - sizes, (0, 1))
         ends[1:] += sizes
-        with torch.enable_grad():
-            t = t.detach().requires_grad_()
-            grid = self.grid(t)[: len(ends)]
-            if not grid.requires_grad:
-                return outputs
-        (through,) = torch.autograd.grad(grid, t, ends.to(grid))
-        return through + outputs
+        return ends

@@ -188,9 +188,11 @@ class FixedGridLoop:
         )
 
     def _noted(self, steps: Any, n: int, ends: list[float], outputs: range) -> Step:
-        """Step n of an explicit Runge-Kutta method, for a tape."""
+        """Step n of a Runge-Kutta method, for a tape; of an implicit one the times are those of its ends."""
         times, weights = steps.times[n], steps.tableau.weights
-        if self.cubic:
+        if isinstance(self.method, ImplicitTableau):
+            times = steps.course.grid[[n, n, n + 1]]
+        elif self.cubic:
             times = torch.cat([times, self.grid[n + 1 : n + 2].to(times)])
         values, (t0, t1) = self.times.values, ends[n : n + 2]
         polynomial = _cubic(weights, 0) if self.cubic else _linear(weights)
