@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import methods
 from ._ops import backend_for
-from ._ops.contract import Grid, Policy
+from ._ops.contract import Grid, Policy, RightHandSide
 from .callbacks import callbacks_of
 from .compiled.dynamics import CompiledDynamics, compiled_once
 from .compiling import not_compiled
@@ -48,7 +48,8 @@ from .stepping.segment import RungeKuttaSegment, Segment
 from .stepping.tape import Passed, Step, Tape
 
 GRADIENTS = ("direct", "adjoint", "checkpoint")
-GRADIENT_OPTIONS = ("gradient", "checkpoints")
+GRADIENT_OPTIONS = ("gradient", "checkpoints", "graph_bytes")
+GRAPH_BYTES = 1 << 24  # by default
 
 
 @not_compiled
@@ -149,7 +150,7 @@ def odeint(
             found.append(solve(quiet, tape=tape))
             return found[0].ys
 
-        ys = solve_checkpointed(problem, params, choice.get("checkpoints"), carry_out)
+        ys = solve_checkpointed(problem, params, choice, carry_out, options.get("params") != ())
         solved = replace(found[0], ys=ys)
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved), ys)
@@ -162,16 +163,21 @@ def parameters_of(func: Func, args: Any, params: Iterable[Tensor] | None) -> lis
 
 
 def solve_checkpointed(
-    problem: Problem, params: list[Tensor], checkpoints: Any, carry_out: Callable[[Problem, Tape], Tensor]
+    problem: Problem,
+    params: list[Tensor],
+    choice: dict[str, Any],
+    carry_out: Callable[[Problem, Tape], Tensor],
+    warns: bool = True,
 ) -> Tensor:
     """A solve whose gradient is found by undoing its steps: its outputs, packed.
 
     Args:
         problem: with a graph behind y0 and the times, if there is one.
         params: what func depends on beside its arguments.
-        checkpoints: how many states to keep at most; None for one a step.
+        choice: the user's options checkpoints and graph_bytes.
         carry_out: solves the problem, which has no graph, notes its steps on the tape, and returns the outputs; first
             those at the output times.
+        warns: whether of tensors that func depends on and that get no gradient.
     """
     method, y0, t = problem.method, problem.y0, problem.times.tensor
     if not isinstance(method, (Tableau, ImplicitTableau)):
@@ -179,7 +185,7 @@ def solve_checkpointed(
             f"gradient 'checkpoint' needs a method whose steps depend on the state at their start alone, a Runge-Kutta "
             f"method; {method.name!r} is none. It has 'direct' and 'adjoint'"
         )
-    most = None if checkpoints is None else int(number_from({"checkpoints": checkpoints}, "checkpoints", 1, 1))
+    most = choice.get("checkpoints")
     quiet = replace(problem, y0=y0.detach(), times=replace(problem.times, tensor=t.detach()))
 
     def grid(t: Tensor) -> Tensor:
@@ -192,7 +198,11 @@ def solve_checkpointed(
         loop = loop_of(replace(quiet, y0=y, times=times, callbacks={}), NO_HOOKS, ends)
         return loop.solve(y)[1:]
 
-    recipe = Recipe(problem.func, problem.form, method, None if method.adaptive else grid, most, retake)
+    most = None if most is None else int(number_from(choice, "checkpoints", 1, 1))
+    graph_bytes = int(number_from(choice, "graph_bytes", GRAPH_BYTES if most is None else 0, 0))
+    recipe = Recipe(
+        problem.func, problem.form, method, None if method.adaptive else grid, most, graph_bytes, warns, retake
+    )
     return checkpointed(partial(carry_out, quiet), recipe, t, y0, [p for p in params if p.requires_grad])
 
 
@@ -340,9 +350,10 @@ def loop_of(problem: Problem, hooks: Hooks, ends: Tensor | None = None) -> Loop:
     ops = backend_for(y0)
     layout = ops.Layout(form.samples, form.segments[-1], form.segments, y0.dtype, y0.device)
     norm = options.get("norm")
+    dynamics: RightHandSide = Dynamics(problem.func, form, y0, partial(ops.copy, layout))
     return loop_for(
         problem.method,
-        Dynamics(problem.func, form, y0, partial(ops.copy, layout)),
+        dynamics if hooks.tape is None else hooks.tape.listening(dynamics),
         layout,
         problem.times,
         problem.rtol,

@@ -125,7 +125,7 @@ def solve_ivp(
     options = {} if options is None else dict(check_dict(options, "options"))
     for name in ARGUMENTS.keys() & options.keys():
         raise InvalidValue(f"options has {name}, which for solve_ivp is the argument {ARGUMENTS[name]}")
-    checkpoints = options.pop("checkpoints", None)
+    choice = {name: options.pop(name) for name in ("checkpoints", "graph_bytes") if name in options}
     options["control"] = control
     if found.adaptive or first_step is not None:
         options["first_step"] = first_step
@@ -191,7 +191,8 @@ def solve_ivp(
 
     with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
         if gradient == "checkpoint" and torch.is_grad_enabled():
-            ys = solve_checkpointed(problem, parameters_of(func, args, params), checkpoints, carry_out)
+            listed = parameters_of(func, args, params)
+            ys = solve_checkpointed(problem, listed, choice, carry_out, warns=params != ())
         else:
             ys = carry_out(problem)
     (loop,) = loops

@@ -36,7 +36,7 @@ def gradients(gradient, t, func=field, y0=Y0, event=None, options=None, **kwargs
     solution = solve_ivp(
         func, y0, t, args=(a,), event_fn=event, gradient=gradient,
         options=options if gradient == "checkpoint" or not options else {
-            k: v for k, v in options.items() if k != "checkpoints"
+            k: v for k, v in options.items() if k not in ("checkpoints", "graph_bytes")
         }, **kwargs,
     )  # fmt: skip
     ys = solution.ys.nan_to_num()
@@ -46,12 +46,13 @@ def gradients(gradient, t, func=field, y0=Y0, event=None, options=None, **kwargs
     return list(torch.autograd.grad(loss, inputs, materialize_grads=True))
 
 
-def assert_as_direct(t, tolerance=1e-11, checkpoints=(None, 1, 3), options=None, **kwargs) -> None:
+MODES = ({}, {"graph_bytes": 3000}, {"graph_bytes": 0}, {"checkpoints": 1}, {"checkpoints": 3})
+
+
+def assert_as_direct(t, modes=MODES, options=None, **kwargs) -> None:
     expected = gradients("direct", t, options=options, **kwargs)
-    for n in checkpoints:
-        assert_close(
-            gradients("checkpoint", t, options={**(options or {}), "checkpoints": n}, **kwargs), expected, tolerance
-        )
+    for mode in modes:
+        assert_close(gradients("checkpoint", t, options={**(options or {}), **mode}, **kwargs), expected, 1e-11)
 
 
 @TIMES
@@ -196,8 +197,8 @@ def test_odeint_by_samples(options, method):
 
     for t in (SHARED, -SHARED, OWN):
         expected = run("direct", t)
-        for n in (None, 2):
-            assert_close(run("checkpoint", t, checkpoints=n), expected, 1e-11)
+        for mode in MODES:
+            assert_close(run("checkpoint", t, **mode), expected, 1e-11)
 
 
 def test_it_is_told_where_gradient_belongs():

@@ -14,6 +14,7 @@ from .._ops.contract import Layout
 from ..stepping.tape import Passed, Step
 
 Shares = list[Tensor | None]
+MOST_TERMS = 16  # of a sum, as many as a table has stages at most
 
 
 def arrivals_at(gradient: Tensor, layout: Layout, ops: ModuleType) -> JointArrivals | SampleArrivals:
@@ -31,10 +32,11 @@ class JointArrivals:
 
     def __init__(self, gradient: Tensor, layout: Layout, ops: ModuleType) -> None:
         self.gradient, self.layout, self.ops = gradient, layout, ops
+        self.zero = torch.zeros_like(gradient[0])
 
     def at_last_state(self, left: Tensor | None) -> Tensor:
         """What arrives at outputs that were not reached."""
-        return torch.zeros_like(self.gradient[0]) if left is None else self.gradient[: len(left)][left].sum(0)
+        return self.zero if left is None else self.gradient[: len(left)][left].sum(0)
 
     def at_start(self, steps: list[Step], left: Tensor | None) -> Tensor:
         """What arrives at outputs that are the state at the start."""
@@ -54,23 +56,28 @@ class JointArrivals:
 
     def shares(self, step: Step, n: int) -> Shares:
         """What outputs inside a step give to its n derivatives, that at its end included."""
-        total: Shares = [None] * n
-        for passed in step.outputs:
-            if passed.position == 1.0:
-                continue
-            weights = passed.polynomial.weights_at(passed.position)  # type: ignore[arg-type]
-            shares = self.ops.stage_vjp(self.layout, weights, self.gradient[passed.index], step.dt)
-            for j, share in enumerate(shares):
-                before = total[j]
-                total[j] = share if before is None else before if share is None else before + share
+        inside = [passed for passed in step.outputs if passed.position != 1.0]
+        if not inside:
+            return [None] * n
+        gradients = [self.gradient[passed.index] for passed in inside]
+        columns = [passed.polynomial.weights_at(passed.position) for passed in inside]  # type: ignore[arg-type]
+        rows = (tuple(column[j] if j < len(column) else 0.0 for column in columns) for j in range(n))
+        return [self._sum(row, gradients, step.dt) if any(row) else None for row in rows]
+
+    def _sum(self, weights: tuple[float, ...], gradients: list[Tensor], dt: Tensor) -> Tensor:
+        """dt sum_m w_m G_m."""
+        total = self.zero
+        for i in range(0, len(weights), MOST_TERMS):
+            some = slice(i, i + MOST_TERMS)
+            total = self.ops.stage_combine(self.layout, weights[some], total, gradients[some], dt)
         return total
 
     def effects(self, step: Step, ks: list[Tensor]) -> Iterator[tuple[Passed, Tensor]]:
         """Each output within a step, and the effect of moving it along the solution; from all derivatives."""
-        zero, one = torch.zeros_like(ks[0]), torch.ones(1, dtype=torch.float64)
+        one = torch.ones(1, dtype=torch.float64)
         for passed in step.outputs:
             slopes = passed.polynomial.slopes_at(passed.position)  # type: ignore[arg-type]
-            slope = reference.stage_combine(self.layout, slopes, zero, ks, one)
+            slope = reference.stage_combine(self.layout, slopes, self.zero, ks, one)
             yield passed, inner(self.gradient[passed.index], slope)[0]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from ..errors import InvalidValue
 from ..methods import Tableau
+from ..stepping.recorder import Recorder
 from ..stepping.tape import Tape
 from .explicit import ExplicitReversal
 from .retaken import RetakenReversal
 from .reversal import Recipe
+from .survey import Survey
 from .vjp import Circumstances
 
 
@@ -43,10 +46,17 @@ class _Checkpointed(torch.autograd.Function):
     def forward(
         ctx: Any, solve: Callable[[Tape], Tensor], recipe: Recipe, t: Tensor, y0: Tensor, *params: Tensor
     ) -> Tensor:
-        tape = Tape(y0.detach(), recipe.checkpoints)
+        record, n_stages = None, 0
+        if isinstance(recipe.method, Tableau):
+            # Hooks on saved tensors, as torch.utils.checkpoint's, have other plans with what is saved.
+            room = 0 if torch._C._autograd._top_saved_tensors_default_hooks(False) else recipe.graph_bytes
+            survey, n_stages = Survey(params, recipe.warns), len(recipe.method.weights)
+            record = partial(Recorder, time=ctx.needs_input_grad[2], room=room, survey=survey)
+        tape = Tape(y0.detach(), recipe.checkpoints, record, n_stages)
         ys = solve(tape)
         ctx.recipe, ctx.steps, ctx.left, ctx.n_params = recipe, tape.steps, tape.left, len(params)
-        ctx.circumstances = Circumstances(recipe.func, y0.device)
+        ctx.last = tape.last
+        ctx.circumstances = Circumstances(recipe.func, y0.device, params)
         # Where they are few, a backward pass uses them up and makes others in their places; one after it makes all.
         first = 1 if recipe.checkpoints else len(tape.states)
         indices, states = list(tape.states), list(tape.states.values())
@@ -68,9 +78,9 @@ class _Checkpointed(torch.autograd.Function):
         params = tuple(p for p, want in zip(saved, wanted) if want)
         (gradient,) = gradients
         kind = ExplicitReversal if isinstance(ctx.recipe.method, Tableau) else RetakenReversal
-        reversal = kind(ctx.recipe, ctx.steps, end, ctx.left, gradient, params, time_wanted)
+        reversal = kind(ctx.recipe, ctx.steps, end, ctx.left, gradient, params, time_wanted, ctx.last)
         on_device = torch.cuda.device(gradient.device) if gradient.is_cuda else nullcontext()
-        with on_device, ctx.circumstances.again(params), torch.enable_grad():
+        with on_device, ctx.circumstances.again(), torch.enable_grad():
             start = reversal.run(states)
         found = iter(reversal.param_gradients)
         times = reversal.of_times(t) if time_wanted else None

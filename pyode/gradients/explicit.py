@@ -13,7 +13,7 @@ first evaluation and is undone with it.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,19 +21,12 @@ from torch import Tensor
 from .._ops.autograd import plain
 from ..methods import Tableau
 from ..state import Dynamics
+from ..stepping.recorder import Evaluation, evaluate
 from ..stepping.tape import Step
 from .arrivals import Shares
 from .reversal import Reversal
 from .time import TimeGradients
 from .vjp import accumulate, vjp
-
-
-class _Evaluation(NamedTuple):
-    """f(t, y) with a graph of its own."""
-
-    t: Tensor
-    y: Tensor
-    k: Tensor
 
 
 class ExplicitReversal(Reversal):
@@ -105,7 +98,8 @@ class ExplicitReversal(Reversal):
 
     def _undo_end(self, n: int, y1: Tensor, lam: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
         """Undoes the evaluation at the end of step n, which no step after it uses; returns the derivative too."""
-        evaluation = self._evaluate(self.steps[n].times[-1], y1)
+        kept = self.last.pop() if self.last and n == len(self.steps) - 1 else None
+        evaluation = self._evaluate(self.steps[n].times[-1], y1) if kept is None else kept
         if share is not None:
             lam = lam + self._pull_back(n, -1, evaluation, share)
         return lam, evaluation.k.detach()
@@ -121,11 +115,17 @@ class ExplicitReversal(Reversal):
             carried: what those of the step before give to that at its end, which is this one's first.
         """
         step, combine, layout = self.steps[n], self.ops.stage_combine, self.layout
-        evaluations: list[_Evaluation] = []
+        kept = step.evaluations.copy() or [None] * self.n_stages
+        step.evaluations.clear()  # their graphs can be gone through once
+        evaluations: list[Evaluation] = []
         ks: list[Tensor] = []
         for i, t in enumerate(self._times(n)):
-            evaluations.append(self._evaluate(t, combine(layout, self.rows[i - 1], y, ks, step.dt) if i else y))
-            ks.append(evaluations[-1].k.detach())
+            known = kept[i]
+            if known is None:
+                known = self._evaluate(t, combine(layout, self.rows[i - 1], y, ks, step.dt) if i else y)
+            evaluations.append(known)
+            ks.append(known.k.detach())
+        del kept, known  # an evaluation's graph goes when it has been gone through
         hs = [lam]
         for i in reversed(range(self.n_stages)):
             share = shares[i]
@@ -137,17 +137,14 @@ class ExplicitReversal(Reversal):
         inside = self.arrivals.inside(step)
         return lam if inside is None else lam + inside, ks
 
-    def _evaluate(self, t: Tensor, y: Tensor) -> _Evaluation:
-        y = y.detach().requires_grad_()
-        if self.clock is not None:
-            t = t.detach().requires_grad_()
-        return _Evaluation(t, y, self.dynamics(t, y))
+    def _evaluate(self, t: Tensor, y: Tensor) -> Evaluation:
+        return evaluate(self.dynamics, t, y, self.time)
 
-    def _pull_back(self, n: int, i: int, evaluation: _Evaluation, g: Tensor) -> Tensor:
+    def _pull_back(self, n: int, i: int, evaluation: Evaluation, g: Tensor) -> Tensor:
         """Returns g df/dy for evaluation i of step n, and adds what it does to the parameters and times."""
         t, y, k = evaluation
         own = (y,) if self.clock is None else (y, t)
-        gradients = vjp(k, own + self.params, g)
+        gradients = vjp(k, own + self.params, g, shared=self.recipe.graph_bytes > 0)
         if self.clock is not None:
             self.clock.add_evaluation(n, i, gradients[1])
         if self.params:

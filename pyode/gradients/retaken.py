@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._ops.autograd import plain
 from .reversal import Reversal
+from .survey import Survey
 from .vjp import accumulate, vjp
 
 
@@ -19,6 +20,7 @@ class RetakenReversal(Reversal):
         super().__init__(*arguments)
         n = len(self.steps)
         self.end_gradients = torch.zeros(n + 1, dtype=torch.float64, device=self.end.device)
+        self.survey: Survey | None = Survey(self.params, self.recipe.warns)
         self.output_gradients = self.end_gradients.new_zeros(len(self.gradient))
 
     def of_times(self, t: Tensor) -> Tensor:  # noqa: D102
@@ -46,6 +48,8 @@ class RetakenReversal(Reversal):
         if self.time:
             leaves += [ends.requires_grad_(), inside.requires_grad_()]
         states = self.recipe.retake(step, y, ends, inside)
+        if self.survey is not None and self.survey(states, tuple(leaves)) is not None:
+            self.survey = None
         rows = [passed.index for passed in step.outputs]
         found = vjp(states, (*leaves, *self.params), torch.cat([self.gradient[rows], lam[None]]))
         if self.time:

@@ -13,6 +13,7 @@ from .._ops import backend_for
 from .._ops.autograd import plain
 from ..methods import ImplicitTableau, Tableau
 from ..state import Form, Func
+from ..stepping.recorder import Evaluation
 from ..stepping.tape import Step
 from .arrivals import arrivals_at
 from .revolve import backwards
@@ -28,6 +29,8 @@ class Recipe:
         func, form, method: the solve's.
         grid: the steps' ends as a function of the output times, if the method does not choose them.
         checkpoints: how many states are kept at most; None for one a step.
+        graph_bytes: how much memory the graphs of evaluations may take that are kept and need not be made again.
+        warns: whether of tensors that func depends on and that get no gradient.
         retake: takes a step of an implicit method again, from a state, between two ends [2], and returns the states at
             some times within it and at its end, [..., *state], with a graph to the times, too, if they carry one.
     """
@@ -37,6 +40,8 @@ class Recipe:
     method: Tableau | ImplicitTableau
     grid: Callable[[Tensor], Tensor] | None
     checkpoints: int | None
+    graph_bytes: int
+    warns: bool
     retake: Retake
 
 
@@ -51,6 +56,7 @@ class Reversal(ABC):
         gradient: [T, ...] what arrives at the outputs.
         params: the tensors whose gradients are wanted.
         time: whether those of the times are.
+        last: the evaluation at the end, if its graph was kept; taken out when it is used.
 
     Attributes:
         param_gradients: of the steps undone.
@@ -65,6 +71,7 @@ class Reversal(ABC):
         gradient: Tensor,
         params: tuple[Tensor, ...],
         time: bool,
+        last: list[Evaluation | None],
     ) -> None:
         self.recipe, self.steps, self.end, self.left, self.params = recipe, steps, end, left, params
         self.param_gradients = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
@@ -73,7 +80,7 @@ class Reversal(ABC):
         samples, size = recipe.form.samples, recipe.form.segments[-1]
         self.layout = ops.Layout(samples, size, (0, size), end.dtype, end.device)
         self.arrivals = arrivals_at(self.gradient, self.layout, ops)
-        self.time = time
+        self.time, self.last = time, last
 
     @abstractmethod
     def run(self, states: dict[int, Tensor]) -> Tensor:

@@ -125,6 +125,8 @@ class AdaptiveLoop:
         y, ks[0] = y0, dynamics(start, y0)
         opening: Tensor | None = start  # the time of a first evaluation, if the step before has not made it
         flags = self._first_step(y, ks[0], first_step)
+        if tape is not None:
+            tape.keep_first()
         self._evals_before_steps, self._n_jumps = dynamics.n_evals, torch.zeros(layout.samples, dtype=torch.int64)
         while flags & _RUNNING:
             if hooks.step is not None:
@@ -142,6 +144,9 @@ class AdaptiveLoop:
                 end = y1 if not flags & _STAYED else self._select(y1, y, controller.field("accepted"))
                 tape.add(self._noted(flags, dt, times, opening), y, end)
                 opening = None
+                if flags & _STAYED:
+                    spoiled = (controller.field("non_finite") != 0) & (controller.field("accepted") == 0)
+                    tape.mix(bool(spoiled.any()))
             if hooks.after_step:
                 end = self._call_hooks(bool(flags & _ACCEPTED), y, ks, dt, shift)
                 if end is not None:
@@ -155,6 +160,8 @@ class AdaptiveLoop:
             if not flags & _ACCEPTED:
                 if quadrature is not None:
                     quadrature.reject()
+                if tape is not None:
+                    tape.keep_first()
                 continue
             if not flags & _STAYED:
                 y, ks[0] = y1, ks[-1]
@@ -168,6 +175,8 @@ class AdaptiveLoop:
                 if shift is not None:  # what comes behind a discontinuity does not move with the start
                     shift = torch.where(self._on_jump(), torch.zeros_like(shift), shift)
                 y, ks[0], opening = self._behind_jump(y, ks[0])
+                if tape is not None:
+                    tape.keep_last()
         if flags & _FAILED:
             hooks.fail(self._error(y, ks[0]))
         if flags & _FAILED or hooks.watch_batch is not None:  # some outputs may not have been reached

@@ -130,6 +130,8 @@ class FixedGridLoop:
             dt = sizes[n]
             if hooks.step is not None:
                 hooks.step(ends[n], y, abs(ends[n + 1] - ends[n]))
+            if hooks.tape is not None:
+                hooks.tape.keep_none()
             step = steps(n, y)
             y1 = course.combine(step.weights, y, step.ks, dt)
             self.counts.n_accepted += 1

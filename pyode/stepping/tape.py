@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._ops.contract import RightHandSide
 from .._ops.reference import Interpolant
+from .recorder import Evaluation, Recorder
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Step:
         opening: the times of the first evaluation; None where that is the last one of the step before.
         on_jump: whether the step ends where a discontinuity has it end: for all samples, or [B].
         outputs: those that it passed.
+        evaluations: with their graphs, from the first on, if those were kept; taken out when they are used.
     """
 
     dt: Tensor
@@ -50,6 +53,7 @@ class Step:
     opening: Tensor | None
     on_jump: bool | Tensor = False
     outputs: tuple[Passed, ...] = ()
+    evaluations: list[Evaluation | None] = field(default_factory=list)
 
 
 class Tape:
@@ -59,21 +63,40 @@ class Tape:
         y0: the state at the start.
         most: how many states to keep at most, 1 or more; None for all. How many steps a solve will take is not known
             before its end: when there are too many states, every other one is dropped.
+        record: makes a recorder of func; None if its evaluations are not to have graphs.
+        n_stages: how many evaluations a step is the sum of.
 
     Attributes:
         steps: all of them.
         states: by the step that they are the start of; the first step's is always there.
         end: the state behind the last step.
+        last: the evaluation at the end of the last step, in a list, if its graph was kept.
         left: [T] or [T, B], which outputs were not reached and are the last state; None if all were.
     """
 
-    def __init__(self, y0: Tensor, most: int | None = None) -> None:
+    def __init__(
+        self,
+        y0: Tensor,
+        most: int | None = None,
+        record: Callable[[RightHandSide], Recorder] | None = None,
+        n_stages: int = 0,
+    ) -> None:
+        self.record, self.n_stages = record, n_stages
+        self.recorder: Recorder | None = None
         self.most = math.inf if most is None else most
         self.steps: list[Step] = []
         self.states: dict[int, Tensor] = {}
         self.end = y0
         self.left: Tensor | None = None
+        self.last: list[Evaluation | None] = []
         self._stride = 1
+
+    def listening(self, dynamics: RightHandSide) -> RightHandSide:
+        """The same right-hand side, whose evaluations are noted, too."""
+        if self.record is None:
+            return dynamics
+        self.recorder = self.record(dynamics)
+        return self.recorder
 
     def add(self, step: Step, y: Tensor, y1: Tensor) -> None:
         """Notes a step from y to y1."""
@@ -83,8 +106,37 @@ class Tape:
             self.states = {i: state for i, state in self.states.items() if i % self._stride == 0}
         if n % self._stride == 0:
             self.states[n] = y
+        if self.recorder is not None:
+            step.evaluations.extend(self.recorder.take(self.n_stages))
+            self.last = self.recorder.recent[:]
         self.steps.append(step)
         self.end = y1
+
+    def keep_first(self) -> None:
+        """Drops the evaluations of the step under way but its first: it was rejected."""
+        if self.recorder is not None:
+            del self.recorder.recent[1:]
+
+    def keep_last(self) -> None:
+        """Drops the evaluations but the last: it is a step's first."""
+        if self.recorder is not None:
+            del self.recorder.recent[:-1]
+
+    def keep_none(self) -> None:
+        """Drops the evaluations: a step begins."""
+        if self.recorder is not None:
+            self.recorder.recent.clear()
+
+    def mix(self, spoiled: bool) -> None:
+        """Notes that some samples have not moved in the last step: no one evaluation is the first of the next.
+
+        Where their evaluations were `spoiled`, by numbers that are not finite, none is kept.
+        """
+        if self.recorder is not None and self.recorder.recent:
+            self.recorder.recent[:] = [None]
+        if spoiled:
+            self.steps[-1].evaluations.clear()
+            self.last = []
 
     def add_event(self, n: int, passed: Passed, last: bool = False) -> None:
         """Notes that the state at an event within step n is an output too, and its only one if it is the `last`."""
