@@ -140,7 +140,7 @@ def odeint(
             event_fn=event_fn, args=args, adjoint_params=options.get("params"),
         )  # fmt: skip
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn, args)
-    if kind == "direct":
+    if kind == "direct" or not torch.is_grad_enabled():
         solved = solve(problem)
     else:
         params = parameters_of(func, args, options.get("params"))

@@ -49,7 +49,8 @@ class _Checkpointed(torch.autograd.Function):
         record, n_stages = None, 0
         if isinstance(recipe.method, Tableau):
             # Hooks on saved tensors, as torch.utils.checkpoint's, have other plans with what is saved.
-            room = 0 if torch._C._autograd._top_saved_tensors_default_hooks(False) else recipe.graph_bytes
+            hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+            room = 0 if hooked or not any(ctx.needs_input_grad) else recipe.graph_bytes
             survey, n_stages = Survey(params, recipe.warns), len(recipe.method.weights)
             record = partial(Recorder, time=ctx.needs_input_grad[2], room=room, survey=survey)
         tape = Tape(y0.detach(), recipe.checkpoints, record, n_stages)
