@@ -125,7 +125,7 @@ def solve_ivp(
     options = {} if options is None else dict(check_dict(options, "options"))
     for name in ARGUMENTS.keys() & options.keys():
         raise InvalidValue(f"options has {name}, which for solve_ivp is the argument {ARGUMENTS[name]}")
-    choice = {name: options.pop(name) for name in ("checkpoints", "graph_bytes") if name in options}
+    choice: dict[str, Any] = {name: options.pop(name) for name in ("checkpoints", "graph_bytes") if name in options}
     options["control"] = control
     if found.adaptive or first_step is not None:
         options["first_step"] = first_step

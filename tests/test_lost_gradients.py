@@ -108,6 +108,26 @@ def test_a_tensor_that_func_differentiates_by_is_not_lost(mode):
     assert_close(list(found), list(expected), 1e-11)
 
 
+def test_a_compiled_backward_pass_that_can_not_be_kept():
+    # torch.compile's may refuse to be called with retain_graph=True, in these words.
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, g):
+            if torch._C._autograd._get_current_graph_task_keep_graph():
+                raise RuntimeError("This backward function was compiled with non-empty donated buffers which requires")
+            return g * ctx.saved_tensors[0].cos()
+
+    y0 = Y0.clone().requires_grad_()
+    found = torch.autograd.grad(loss_of(checkpoint(lambda t, y: Sine.apply(y), y0, T)), y0)
+    expected = torch.autograd.grad(loss_of(pyode.odeint(lambda t, y: y.sin(), y0, T, **ROUGH)), y0)
+    assert_close(list(found), list(expected), 1e-11)
+
+
 @MODES
 def test_hooks_on_tensors_that_were_computed_see_the_whole_gradient_once(mode):
     def gradients(odeint):

@@ -55,7 +55,7 @@ class ExplicitReversal(Reversal):
         lam = arrivals.at_last_state(self.left)
         if self.clock is not None and steps and self.left is not None and self.recipe.grid is None:
             # That state has moved with the start, and is wanted at the time where it stands.
-            slope = self._evaluate(steps[-1].times[-1], self.end).k.detach()
+            slope = self._value(self._evaluate(steps[-1].times[-1], self.end))
             self.clock.add_start(len(steps) - 1, -lam, torch.where(slope.isfinite(), slope, 0.0))
         y1, last = self.end, None  # the state at the end of the next step to be undone, and the derivative if known
         shares = arrivals.shares(steps[-1], n_derivatives) if steps else []
@@ -102,7 +102,7 @@ class ExplicitReversal(Reversal):
         evaluation = self._evaluate(self.steps[n].times[-1], y1) if kept is None else kept
         if share is not None:
             lam = lam + self._pull_back(n, -1, evaluation, share)
-        return lam, evaluation.k.detach()
+        return lam, self._value(evaluation)
 
     def _undo(
         self, n: int, y: Tensor, lam: Tensor, shares: Shares, carried: Tensor | None
@@ -124,7 +124,7 @@ class ExplicitReversal(Reversal):
             if known is None:
                 known = self._evaluate(t, combine(layout, self.rows[i - 1], y, ks, step.dt) if i else y)
             evaluations.append(known)
-            ks.append(known.k.detach())
+            ks.append(self._value(known))
         del kept, known  # an evaluation's graph goes when it has been gone through
         hs = [lam]
         for i in reversed(range(self.n_stages)):
@@ -140,11 +140,15 @@ class ExplicitReversal(Reversal):
     def _evaluate(self, t: Tensor, y: Tensor) -> Evaluation:
         return evaluate(self.dynamics, t, y, self.time)
 
+    def _value(self, evaluation: Evaluation) -> Tensor:
+        """That of func, or in its place zeros if it is not needed any more."""
+        return self.zero if evaluation.k is None else evaluation.k.detach()
+
     def _pull_back(self, n: int, i: int, evaluation: Evaluation, g: Tensor) -> Tensor:
         """Returns g df/dy for evaluation i of step n, and adds what it does to the parameters and times."""
-        t, y, k = evaluation
+        t, y, _, root = evaluation
         own = (y,) if self.clock is None else (y, t)
-        gradients = vjp(k, own + self.params, g, shared=self.recipe.graph_bytes > 0)
+        gradients = vjp(root, own + self.params, g, shared=self.recipe.graph_bytes > 0)
         if self.clock is not None:
             self.clock.add_evaluation(n, i, gradients[1])
         if self.params:

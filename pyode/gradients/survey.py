@@ -27,7 +27,7 @@ class Survey:
         self._suspects: list[Tensor] | None = None
 
     def __call__(self, k: Tensor, inputs: tuple[Tensor, ...]) -> int | None:
-        """Returns how many bytes an evaluation's graph takes, its ends included; None if another look is needed.
+        """Returns how many bytes an evaluation's graph takes, its inputs included; None if another look is needed.
 
         Args:
             k: what func returned.
@@ -35,7 +35,7 @@ class Survey:
         """
         known = {id(x) for x in (*self.listed, *inputs)}
         stops = {x.grad_fn for x in (*self.listed, *inputs) if x.grad_fn is not None}
-        sizes, leaves = {x.data_ptr(): x.nbytes for x in (k, *inputs)}, {x.data_ptr() for x in self.listed}
+        sizes, leaves = {x.data_ptr(): x.nbytes for x in inputs}, {x.data_ptr() for x in self.listed}
         suspects: list[Tensor] = []
         for node in _nodes(k, stops):
             variable = getattr(node, "variable", None)
@@ -63,7 +63,8 @@ class Survey:
 
 def _nodes(k: Tensor, stops: set[Any]) -> Iterator[Any]:
     """The nodes of a graph behind a tensor, without those at which to stop and what is behind them."""
-    waiting, seen = [k.grad_fn], {None, *stops}
+    waiting: list[Any] = [k.grad_fn]
+    seen = {None, *stops}
     while waiting:
         node = waiting.pop()
         if node not in seen:
@@ -73,14 +74,15 @@ def _nodes(k: Tensor, stops: set[Any]) -> Iterator[Any]:
 
 
 @lru_cache(maxsize=1024)
-def _names(kind: type) -> tuple[str, ...]:
+def _names(kind: Any) -> tuple[str, ...]:
     """The attributes of a kind of node that hold what it has saved."""
     return tuple(name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors")
 
 
 def _saved(node: Any) -> Iterator[Tensor]:
     """The tensors that a node has saved."""
-    for name in _names(type(node)):
+    kind: Any = type(node)
+    for name in _names(kind):
         value = getattr(node, name)
         for x in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(x, Tensor):

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from ..parameters import Loan
 from ..state import Func
@@ -16,13 +17,15 @@ from ..state import Func
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
 
 
-def vjp(f: Tensor, inputs: tuple[Tensor, ...], g: Tensor, shared: bool = False) -> tuple[Tensor | None, ...]:
+def vjp(
+    f: Tensor | GradientEdge | None, inputs: tuple[Tensor, ...], g: Tensor, shared: bool = False
+) -> tuple[Tensor | None, ...]:
     """The gradients of <g, f> with respect to the inputs; None for those that f does not depend on.
 
-    g is of f's shape, dtype and device. Nothing is kept of f's graph, unless it is `shared`: func may have computed
+    f may be given by the root of its graph. g is of f's shape, dtype and device. Nothing is kept of f's graph, unless it is `shared`: func may have computed
     something once, with a graph, that several evaluations use.
     """
-    if not inputs or not f.requires_grad:
+    if not inputs or f is None or (isinstance(f, Tensor) and not f.requires_grad):
         return (None,) * len(inputs)
     if shared:
         try:
@@ -35,11 +38,9 @@ def vjp(f: Tensor, inputs: tuple[Tensor, ...], g: Tensor, shared: bool = False) 
 
 def accumulate(totals: list[Tensor], gradients: Sequence[Tensor | None]) -> None:
     """Adds gradients, where there are any, to totals, in place."""
-    if any(gradient is None for gradient in gradients):
-        pairs = [(total, gradient) for total, gradient in zip(totals, gradients) if gradient is not None]
-        totals, gradients = [total for total, _ in pairs], [gradient for _, gradient in pairs]
-    if totals:
-        torch._foreach_add_(totals, gradients)
+    pairs = [(total, gradient) for total, gradient in zip(totals, gradients) if gradient is not None]
+    if pairs:
+        torch._foreach_add_(*map(list, zip(*pairs)))
 
 
 class Circumstances:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from .._ops.contract import RightHandSide
 
@@ -14,11 +15,18 @@ Survey = Callable[[Tensor, tuple[Tensor, ...]], int | None]
 
 
 class Evaluation(NamedTuple):
-    """f(t, y) with a graph of its own."""
+    """f(t, y) with a graph of its own.
+
+    Attributes:
+        t, y: leaves of the graph, t if its gradient is wanted.
+        k: the value; None if it is not needed any more.
+        root: where the graph begins; None if there is none.
+    """
 
     t: Tensor
     y: Tensor
-    k: Tensor
+    k: Tensor | None
+    root: Tensor | GradientEdge | None
 
 
 def evaluate(dynamics: RightHandSide, t: Tensor, y: Tensor, time: bool) -> Evaluation:
@@ -26,7 +34,8 @@ def evaluate(dynamics: RightHandSide, t: Tensor, y: Tensor, time: bool) -> Evalu
     y = y.detach().requires_grad_()
     if time:
         t = t.detach().requires_grad_()
-    return Evaluation(t, y, dynamics(t, y))
+    k = dynamics(t, y)
+    return Evaluation(t, y, k, k if k.requires_grad else None)
 
 
 class Recorder:
@@ -81,11 +90,17 @@ class Recorder:
             evaluation = evaluate(self.dynamics, t, y, self.time)
         finally:
             torch._C._set_grad_enabled(False)
+        _, y, k, root = evaluation
+        assert k is not None
         if self._bytes is None:
-            self._bytes = self.survey(evaluation.k, evaluation[:2])
+            self._bytes = self.survey(k, evaluation[:2])
             self._recording = self._bytes is None or self.room > 0
+        if not self.time:  # the value serves the solve, and then times alone
+            if k.grad_fn is not None:
+                root = GradientEdge(k.grad_fn, k.output_nr)
+            evaluation = Evaluation(evaluation.t, y, None, root)
         self.recent.append(evaluation)
-        return evaluation.k.detach()
+        return k.detach()
 
     def take(self, n: int) -> list[Evaluation | None]:
         """The first n evaluations of a step that was accepted; none if not all were recorded, or there is no room.
