@@ -173,14 +173,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set(title=name, xlabel="error of the parameters' gradient", ylabel="forward and backward, one thread [ms]")
         axis.invert_xaxis()
     axes[0].legend()
-    figure.savefig(path)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
     import argparse
 
     parser = argparse.ArgumentParser(description="Draw the work-precision picture of gradients.")
-    parser.add_argument("path", type=Path, nargs="?", default=Path("docs/gradients.svg"))
+    parser.add_argument("path", type=Path, nargs="?", default=Path("docs/gradients.png"))
     parser.add_argument("--seconds", type=float, default=20.0, help="for each case (default: 20)")
     chosen = parser.parse_args()
     torch.set_num_threads(1)

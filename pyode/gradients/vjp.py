@@ -22,8 +22,8 @@ def vjp(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of <g, f> with respect to the inputs; None for those that f does not depend on.
 
-    f may be given by the root of its graph. g is of f's shape, dtype and device. Nothing is kept of f's graph, unless it is `shared`: func may have computed
-    something once, with a graph, that several evaluations use.
+    f may be given by the root of its graph. g is of f's shape, dtype and device. Nothing is kept of the graph, unless
+    it is `shared`: func may have computed something once, with a graph, that several evaluations use.
     """
     if not inputs or f is None or (isinstance(f, Tensor) and not f.requires_grad):
         return (None,) * len(inputs)
