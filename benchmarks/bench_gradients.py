@@ -164,7 +164,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(CASES), figsize=(10, 4), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, len(CASES), figsize=(10, 4.4), constrained_layout=True)
     for axis, name in zip(axes, CASES):
         for solver in SOLVERS:
             points = [row for row in rows if row["case"] == name and row["solver"] == solver]
@@ -172,8 +172,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             axis.loglog([p["error"] for p in points], [p["ms"] for p in points], style, marker="o", label=solver)
         axis.set(title=name, xlabel="error of the parameters' gradient", ylabel="forward and backward, one thread [ms]")
         axis.invert_xaxis()
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
+        for where in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            where("{x:g}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SOLVERS))
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ def solve_ivp(
             (beta1, beta2, beta3, alpha2, alpha3) of a digital filter.
         gradient: "direct": by backpropagation through the steps taken. "adjoint": by a second solve, backwards in time,
             in memory that does not grow with the number of steps; its norm covers each sample's state and adjoint.
-            "checkpoint": direct's, once, by undoing the steps of an explicit Runge-Kutta method one by one, in the
-            memory of their states, or of options["checkpoints"] of them. The interpolant has direct's alone.
+            "checkpoint": direct's, once, by undoing the steps of a Runge-Kutta method one by one, in the memory of
+            their states, or of options["checkpoints"] of them; see `odeint`. The interpolant has direct's alone.
         event_fn: called as event_fn(t, y, *args); returns [B] or [B, E] with per-sample control, else one or several
             numbers. A sample ends where the first of its functions changes its sign. Gradients reach the event's time.
         dense_output: whether the Solution is to have an interpolant; it keeps all steps.

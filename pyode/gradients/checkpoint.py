@@ -79,7 +79,7 @@ class _Checkpointed(torch.autograd.Function):
         params = tuple(p for p, want in zip(saved, wanted) if want)
         (gradient,) = gradients
         kind = ExplicitReversal if isinstance(ctx.recipe.method, Tableau) else RetakenReversal
-        reversal = kind(ctx.recipe, ctx.steps, end, ctx.left, gradient, params, time_wanted, ctx.last)
+        reversal = kind(ctx.recipe, ctx.steps, end, ctx.left, gradient, params, y0_wanted, time_wanted, ctx.last)
         on_device = torch.cuda.device(gradient.device) if gradient.is_cuda else nullcontext()
         with on_device, ctx.circumstances.again(), torch.enable_grad():
             start = reversal.run(states)

@@ -147,13 +147,14 @@ class ExplicitReversal(Reversal):
     def _pull_back(self, n: int, i: int, evaluation: Evaluation, g: Tensor) -> Tensor:
         """Returns g df/dy for evaluation i of step n, and adds what it does to the parameters and times."""
         t, y, _, root = evaluation
-        own = (y,) if self.clock is None else (y, t)
+        unwanted = not (n or i or self.start)  # the gradient of the start
+        own = (() if unwanted else (y,)) + ((t,) if self.time else ())
         gradients = vjp(root, own + self.params, g, shared=self.recipe.graph_bytes > 0)
         if self.clock is not None:
-            self.clock.add_evaluation(n, i, gradients[1])
+            self.clock.add_evaluation(n, i, gradients[len(own) - 1])
         if self.params:
             accumulate(self.param_gradients, gradients[len(own) :])
-        h = gradients[0]
+        h = None if unwanted else gradients[0]
         return self.zero if h is None else plain(h)
 
 

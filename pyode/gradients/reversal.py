@@ -55,7 +55,7 @@ class Reversal(ABC):
         left: [T] or [T, B], which outputs are that state because they were not reached; None if all were.
         gradient: [T, ...] what arrives at the outputs.
         params: the tensors whose gradients are wanted.
-        time: whether those of the times are.
+        start, time: whether those of the start and of the times are.
         last: the evaluation at the end, if its graph was kept; taken out when it is used.
 
     Attributes:
@@ -70,6 +70,7 @@ class Reversal(ABC):
         left: Tensor | None,
         gradient: Tensor,
         params: tuple[Tensor, ...],
+        start: bool,
         time: bool,
         last: list[Evaluation | None],
     ) -> None:
@@ -80,7 +81,7 @@ class Reversal(ABC):
         samples, size = recipe.form.samples, recipe.form.segments[-1]
         self.layout = ops.Layout(samples, size, (0, size), end.dtype, end.device)
         self.arrivals = arrivals_at(self.gradient, self.layout, ops)
-        self.time, self.last = time, last
+        self.start, self.time, self.last = start, time, last
 
     @abstractmethod
     def run(self, states: dict[int, Tensor]) -> Tensor:
