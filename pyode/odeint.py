@@ -97,7 +97,8 @@ def odeint(
             same gradient, once, by undoing the steps of a Runge-Kutta method one by one, in the memory of their
             states, or "adjoint", `odeint_adjoint`'s; checkpoints, how many states "checkpoint" keeps at most, taking
             steps again (None: all); graph_bytes, how much memory it may spend on graphs that it then need not make
-            again (2**24; 0 with checkpoints); params, the tensors that func uses, if it is not to be searched; compile, True to make the solve one native call (see `pyode.compile`).
+            again (2**24; 0 with checkpoints); params, the tensors that func uses, if it is not to be searched;
+            compile, True to make the solve one native call (see `pyode.compile`).
         event_fn: a function of (t, y) that returns a tensor of one or several numbers: the solve ends where the first
             of them changes its sign. t then has two entries: where the solve starts, and on which side it goes on. A
             solve that starts on an event ends there, unless options has skip_initial_event=True, which waits until it

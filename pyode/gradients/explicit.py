@@ -21,6 +21,7 @@ from torch import Tensor
 from .._ops.autograd import plain
 from ..methods import Tableau
 from ..state import Dynamics
+from ..stepping.course import table_of
 from ..stepping.recorder import Evaluation, evaluate
 from ..stepping.tape import Step
 from .arrivals import Shares
@@ -41,7 +42,7 @@ class ExplicitReversal(Reversal):
         self.one = torch.ones(recipe.form.samples, dtype=torch.float64, device=y.device)
         self.weights, self.transposed = method.weights, transposed_of(method)
         self.n_stages = len(self.weights)
-        self.rows = method.rows[: self.n_stages - 1]
+        self.rows, self.table = method.rows, table_of(self.ops, method)
         self.clock = TimeGradients(method, self.steps, self.layout, len(self.gradient)) if self.time else None
 
     def of_times(self, t: Tensor) -> Tensor:  # noqa: D102
@@ -81,7 +82,7 @@ class ExplicitReversal(Reversal):
             for n in range(begin, end):
                 first, *times = self._times(n)
                 ks, dt = [self.dynamics(first, y)] * self.n_stages, self.steps[n].dt
-                self.ops.stages(self.layout, self.rows, y, ks, dt, tuple(times), self.dynamics)
+                self.ops.stages(self.layout, self.table, y, ks, dt, tuple(times), self.dynamics)
                 y = self.ops.stage_combine(self.layout, self.weights, y, ks, dt)
         return y
 
