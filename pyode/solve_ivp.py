@@ -134,7 +134,7 @@ def solve_ivp(
     problem = pose(func, y0, t, rtol, atol, method, options, None, args, strict=True)
     problem = replace(problem, policy=_policy_of(problem.policy, controller))
     adjoint = gradient == "adjoint" and torch.is_grad_enabled()
-    listed = listed_parameters(func, params, args) if adjoint else []
+    listed = listed_parameters(func, params, args)[0] if adjoint else []
     backward = backward_config(problem, controller, adjoint_options) if adjoint else None
     steered = isinstance(found, Tableau) and found.adaptive
     if (event_fn is not None or dense_output) and not steered:

@@ -45,6 +45,15 @@ def test_a_tensor_out_of_reach_is_told(mode, method):
     assert weight.grad is None
 
 
+def test_so_it_is_in_an_adjoint_solve():
+    weight, other = torch.eye(2, dtype=F64, requires_grad=True), torch.ones(2, dtype=F64, requires_grad=True)
+    hidden = out_of_reach(weight)
+    y = pyode.odeint_adjoint(lambda t, y: other * hidden(t, y), Y0, T, **ROUGH)
+    with pytest.warns(UserWarning, match=LOST):
+        y.sum().backward()
+    assert other.grad is not None
+
+
 def test_so_is_one_that_it_was_computed_from():
     raw = torch.eye(2, dtype=F64, requires_grad=True)
     with pytest.warns(UserWarning, match=LOST):

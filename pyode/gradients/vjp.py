@@ -55,12 +55,13 @@ class Circumstances:
     def __init__(self, func: Func, device: torch.device, params: Sequence[Tensor]) -> None:
         self._params = params
         self._loan = Loan(func)
-        kind = device.type
+        self._kind = kind = device.type
+        self._enabled = torch.is_autocast_enabled(kind)
         self._autocast = partial(
             torch.autocast,
             kind,
             dtype=torch.get_autocast_dtype(kind),
-            enabled=torch.is_autocast_enabled(kind),
+            enabled=self._enabled,
             cache_enabled=torch.is_autocast_cache_enabled(),
         )
 
@@ -73,8 +74,9 @@ class Circumstances:
         hooks = [(held, dict(held)) for held in (p._backward_hooks for p in self._params) if held]
         for held, _ in hooks:
             held.clear()
+        differs = self._enabled or torch.is_autocast_enabled(self._kind)
         try:
-            with self._loan.renewed(), self._autocast():
+            with self._loan.renewed(), self._autocast() if differs else contextlib.nullcontext():
                 yield
         finally:
             for held, its in hooks:
