@@ -273,7 +273,7 @@ def pose(
         first_step=first_step_from(options),
         callbacks=callbacks_of(func, found, times.tensor, form.unpack, per_sample=form.per_sample),
         event=None if event_fn is None else event_of(event_fn, args, form, packed.device),
-        compiled=None if args or form.per_sample else compiled,
+        compiled=None if args else compiled,
     )
 
 

@@ -244,8 +244,8 @@ class AdaptiveSolve : Blocks<F> {
     const int64_t n = s.n_accepted - 1;
     if (n >= solve.capacity) return;
     memcpy(static_cast<V*>(solve.tape) + n * blocks * D, y_, sizeof(V) * static_cast<size_t>(blocks * D));
-    solve.steps[n] = {s.t_prev,       s.dt_prev,    s.t,     static_cast<double>(first_time_),
-                      s.output_begin, s.output_end, chained_};
+    solve.steps[n] = {s.t_prev,       s.dt_prev,    s.t,      static_cast<double>(first_time_),
+                      s.output_begin, s.output_end, chained_, n - 1};
     solve.n_steps = s.n_accepted;
   }
 

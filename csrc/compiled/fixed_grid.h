@@ -73,7 +73,7 @@ class FixedGridSolve : Blocks<F> {
       if (solve.tape && b == 0)
         solve.steps[n] = {
             ends[n], size, ends[n + 1], static_cast<double>(static_cast<const T*>(solve.stage_times)[n * S]),
-            i_begin, i,    false};
+            i_begin, i,    false,       n - 1};
     }
   }
 

@@ -90,15 +90,21 @@ class Dynamics:
         dtype: of the state.
         rows: whether there are several rows, side by side in vectors.
         gradients: of a vector-Jacobian product: those of inputs.
+        own_times: whether every row has a time of its own.
 
     Attributes:
         source: the struct.
     """
 
     def __init__(
-        self, outputs: Sequence[Node], dtype: torch.dtype, rows: bool, gradients: Sequence[Node] | None = None
+        self,
+        outputs: Sequence[Node],
+        dtype: torch.dtype,
+        rows: bool,
+        gradients: Sequence[Node] | None = None,
+        own_times: bool = False,
     ) -> None:
-        self._gradients = gradients
+        self._gradients, self._own_times = gradients, own_times
         self.widths = [out.numel for out in outputs]
         self._starts = [sum(self.widths[:i]) for i in range(len(outputs) + 1)]
         self._names: dict[int, str] = {}
@@ -311,7 +317,8 @@ class Dynamics:
         base = x.base
         if base.kind in ("literal", "time"):
             name = f"q{len(self._code[place].lines)}"
-            self._code[place].add(f"const T {name} = {self._read(x, [], Place.STAGE)};")
+            scalar = "V" if base.place is Place.ROW else "T"
+            self._code[place].add(f"const {scalar} {name} = {self._read(x, [], base.place)};")
             return _Matrix(f"&{name}", strides)
         if base.kind == "state":
             name, start = self._state(base)
@@ -378,7 +385,7 @@ class Dynamics:
   }}
 
   // For every row: {"k = g df/dy, and sums += g df/dp" if adjoint else "k = f(t, y)"}.
-  static void rows([[maybe_unused]] T t, [[maybe_unused]] const V* __restrict__ y,{vector}
+  static void rows([[maybe_unused]] {"V" if self._own_times else "T"} t, [[maybe_unused]] const V* __restrict__ y,{vector}
                    V* __restrict__ k, [[maybe_unused]] const void* const* inputs, [[maybe_unused]] const Fixed& fixed,
                    [[maybe_unused]] const Timed& timed{", [[maybe_unused]] Sums& sums" if adjoint else ""}) {{
 {self._body(Place.ROW)}

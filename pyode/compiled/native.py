@@ -45,7 +45,7 @@ class TapeStep(Structure):
 
     _fields_ = (
         *((name, c_double) for name in ("t0", "dt", "t1", "first_time")),
-        *((name, c_int64) for name in ("output_begin", "output_end", "chained")),
+        *((name, c_int64) for name in ("output_begin", "output_end", "chained", "previous")),
     )
 
 
@@ -56,12 +56,27 @@ class Solve(Structure):
         ("y0", c_void_p), ("out", c_void_p), ("workspace", c_void_p), ("inputs", c_void_p), ("rows", c_int64),
         ("grid", _Grid), ("policy", _Policy), ("rtol", c_double), ("atol", c_double),
         ("rtol_each", c_void_p), ("atol_each", c_void_p), ("first_step", c_double),
-        ("ends", c_void_p), ("n_ends", c_int64), ("stage_times", c_void_p),
+        ("first_steps", c_void_p), ("ends", c_void_p), ("n_ends", c_int64), ("stage_times", c_void_p),
         ("threads", c_int64), ("run_parallel", c_void_p), ("interrupted", c_void_p),
         ("tape", c_void_p), ("steps", c_void_p), ("capacity", c_int64), ("n_steps", c_int64),
         ("gradient", c_void_p), ("y0_gradient", c_void_p), ("gradients", c_void_p),
-        ("sample", _Sample), ("evaluations", c_int64), ("finite_start", c_int64),
+        ("states", c_void_p), ("sample", _Sample), ("evaluations", c_int64), ("finite_start", c_int64),
     )  # fmt: skip
+
+
+_ROW_FIELDS = (*REAL_FIELDS, *INTEGER_FIELDS, "n_jumps", "last", "finite_start")
+
+
+class RowStates:
+    """How the solve of every row has ended, where each has steps of its own: kRowWords of csrc/compiled/blocks.h."""
+
+    def __init__(self, rows: int) -> None:
+        self.words = torch.empty(len(_ROW_FIELDS), rows, dtype=torch.float64)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """[rows] of a field."""
+        words = self.words[_ROW_FIELDS.index(name)]
+        return words if name in REAL_FIELDS else words.view(torch.int64)
 
 
 class _Workspace(threading.local):
@@ -139,7 +154,7 @@ class Library:
         form = Solve(
             rows=rows,
             grid=_Grid(
-                grid.times.data_ptr(), n, 1, 0,
+                grid.times.data_ptr(), n, *(grid.times.stride() if grid.times.dim() == 2 else (1, 0)),
                 _address(grid.step_t), 0 if grid.step_t is None else len(grid.step_t),
                 _address(grid.jump_t), 0 if grid.jump_t is None else len(grid.jump_t), 1, 0,
             ),
@@ -182,13 +197,16 @@ class Plan:
         self.shape, self.dtype = shape, dtype
         self._pointers: tuple[list[int], Any] = ([], None)
 
-    def run(self, y0: Tensor, inputs: list[Tensor], tape: Tape | None = None) -> tuple[Tensor, Solve]:
+    def run(
+        self, y0: Tensor, inputs: list[Tensor], tape: Tape | None = None, states: RowStates | None = None
+    ) -> tuple[Tensor, Solve]:
         """Solves from a packed, contiguous state.
 
         Args:
             y0: the state.
             inputs: the tensors that func has closed over.
             tape: where the steps are noted, if the gradient is wanted.
+            states: where rows with steps of their own tell how they ended.
 
         Returns:
             The states at the output times, and how it ended.
@@ -199,6 +217,8 @@ class Plan:
         kept = self._point_to(inputs, solve)
         if tape is not None:
             tape.attach(solve)
+        if states is not None:
+            solve.states = states.words.data_ptr()
         self.library.call("", solve)
         del kept
         return out, solve

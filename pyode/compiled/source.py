@@ -55,15 +55,20 @@ def method_source(tableau: Tableau) -> str:
     return "struct Method {\n" + "\n".join(lines) + "\n};\n"
 
 
-def solver_source(dynamics: Dynamics, tableau: Tableau, adjoint: Dynamics | None = None) -> str:
+def solver_source(
+    dynamics: Dynamics, tableau: Tableau, adjoint: Dynamics | None = None, per_sample: bool = False
+) -> str:
     """A whole file: dynamics, method, and what Python calls; with an adjoint, the gradient too."""
     kind, header = ("AdaptiveSolve", "adaptive.h") if tableau.adaptive else ("FixedGridSolve", "fixed_grid.h")
-    headers = ["contract.h", "functions.h", header, *(["reversal.h"] if adjoint else [])]
+    undoing, undoing_header = "Reversal", "reversal.h"
+    if per_sample:
+        kind, header, undoing, undoing_header = "SampleSolve", "samples.h", "SampleReversal", "sample_reversal.h"
+    headers = ["contract.h", "functions.h", header, *([undoing_header] if adjoint else [])]
     includes = "\n".join(f'#include "compiled/{name}"' for name in headers)
     solvers = f"using Solver = {kind}<Dynamics, Method>;\n"
     functions = _functions("Solver", "")
     if adjoint is not None:
-        solvers += "using Undoing = Reversal<Dynamics, Adjoint, Method>;\n"
+        solvers += f"using Undoing = {undoing}<Dynamics, Adjoint, Method>;\n"
         functions += _functions("Undoing", "reversal_")
     return f"""// Written by pyode.compile. Rows lie in blocks, a vector V for each number of a row.
 {includes}
