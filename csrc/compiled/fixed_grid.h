@@ -27,10 +27,11 @@ class FixedGridSolve : Blocks<F> {
     F::prepare(solve.inputs, fixed_);
     const int64_t steps = solve.n_ends - 1;
     constexpr int64_t operations = S * (F::operations + 2 * S * D);
-    // Ctrl-C ends the blocks that have not begun; a block asks now and then.
-    this->for_each_part(operations * steps,
-                        [&](int64_t part) { this->for_each_block(part, [&](int64_t b) { run_block(b); }); });
-    solve.sample.status = interrupted_ ? kInterrupted : kSuccess;
+    this->for_each_part(operations * steps, [&](int64_t part) {
+      int64_t spent = 0;
+      this->for_each_block(part, [&](int64_t b) { run_block(b, spent); });
+    });
+    solve.sample.status = this->interruption.stop ? kInterrupted : kSuccess;
     solve.sample.n_accepted = steps;
     solve.evaluations = S * steps;
     solve.n_steps = steps;
@@ -38,22 +39,18 @@ class FixedGridSolve : Blocks<F> {
 
  private:
   typename F::Fixed fixed_;
-  volatile bool interrupted_ = false;
 
-  void run_block(int64_t b) {
+  void run_block(int64_t b, int64_t& spent) {
     const double* const ends = solve.ends;
     const Grid& grid = solve.grid;
     const double sign = direction(grid, 0);
     V y[D], k[S][D], stage[D];
     this->load(static_cast<const T*>(solve.y0), b, y);
     write(y, b, 0);
-    constexpr int64_t patience = 1 + 100'000'000 / (1 + S * (F::operations + 2 * S * D));
-    int64_t i = 1, countdown = b == 0 ? patience : -1;
-    for (int64_t n = 0; n + 1 < solve.n_ends && !interrupted_; ++n) {
-      if (--countdown == 0) {
-        interrupted_ = solve.interrupted() != 0;
-        countdown = patience;
-      }
+    constexpr int64_t operations = Base::W * S * (F::operations + 2 * S * D);
+    int64_t i = 1;
+    for (int64_t n = 0; n + 1 < solve.n_ends; ++n) {
+      if (this->interruption.after(operations, spent)) return;
       if (solve.tape) memcpy(static_cast<V*>(solve.tape) + (n * this->blocks + b) * D, y, sizeof y);
       const int64_t i_begin = i;
       const double size = ends[n + 1] - ends[n];

@@ -64,10 +64,14 @@ PYODE_HD number_t<X> over_lanes(X x) {
   return numbers[0];
 }
 
+/// Into how many parts the rows are cut at most, each with sums of its own.
+template <class G>
+constexpr int64_t kPartsOfSums = sizeof(typename G::Sums) > 1 << 16 ? 8 : 64;
+
 /// F is the emitted dynamics, G its emitted vector-Jacobian product, M the emitted tableau.
 template <class F, class G, class M>
-class Reversal : Blocks<F, (sizeof(typename G::Sums) > 1 << 16) ? 8 : 64> {
-  using Base = Blocks<F, (sizeof(typename G::Sums) > 1 << 16) ? 8 : 64>;
+class Reversal : Blocks<F, kPartsOfSums<G>> {
+  using Base = Blocks<F, kPartsOfSums<G>>;
   using T = typename F::T;
   using V = typename F::V;
   using Sums = typename G::Sums;
@@ -75,6 +79,7 @@ class Reversal : Blocks<F, (sizeof(typename G::Sums) > 1 << 16) ? 8 : 64> {
   using Base::solve;
   using Base::W;
   static constexpr int D = F::size, S = M::evaluations;
+  static constexpr int64_t kStepOperations = W * (S * (F::operations + G::operations) + 6 * S * S * D);
 
  public:
   /// Bytes of workspace.
@@ -91,11 +96,12 @@ class Reversal : Blocks<F, (sizeof(typename G::Sums) > 1 << 16) ? 8 : 64> {
   void run() {
     F::prepare(solve.inputs, fixed_);
     G::prepare(solve.inputs, adjoint_fixed_);
-    const int64_t operations = (S * (F::operations + G::operations) + 6 * S * S * D) * (1 + solve.n_steps);
-    this->for_each_part(operations, [&](int64_t part) {
+    this->for_each_part(kStepOperations / W * (1 + solve.n_steps), [&](int64_t part) {
       memset(static_cast<void*>(&sums_[part]), 0, sizeof(Sums));
-      this->for_each_block(part, [&](int64_t b) { undo_block(b, sums_[part]); });
+      int64_t spent = 0;
+      this->for_each_block(part, [&](int64_t b) { undo_block(b, sums_[part], spent); });
     });
+    solve.sample.status = this->interruption.stop ? kInterrupted : kSuccess;
     typename G::Totals totals;
     G::collect(sums_, this->parts, totals);
     G::finish(solve.inputs, adjoint_fixed_, totals, solve.gradients);
@@ -134,7 +140,7 @@ class Reversal : Blocks<F, (sizeof(typename G::Sums) > 1 << 16) ? 8 : 64> {
     }
   }
 
-  void undo_block(int64_t b, Sums& sums) const {
+  void undo_block(int64_t b, Sums& sums, int64_t& spent) {
     // Of the state and of f, both at the end of the step to undo.
     V lam[D] = {}, slope[D] = {}, g[D];
     for (int64_t i = solve.steps[solve.n_steps - 1].output_end; i < solve.grid.n_times; ++i) {
@@ -142,7 +148,10 @@ class Reversal : Blocks<F, (sizeof(typename G::Sums) > 1 << 16) ? 8 : 64> {
       for (int d = 0; d < D; ++d) lam[d] += g[d];
     }
     bool sloped = false;
-    for (int64_t n = solve.n_steps; n-- > 0;) undo_step(n, b, lam, slope, sloped, sums);
+    for (int64_t n = solve.n_steps; n-- > 0;) {
+      if (this->interruption.after(kStepOperations, spent)) return;
+      undo_step(n, b, lam, slope, sloped, sums);
+    }
     load_gradient(0, b, g);
     for (int d = 0; d < D; ++d) lam[d] += g[d];
     this->store(lam, b, static_cast<T*>(solve.y0_gradient));

@@ -94,22 +94,27 @@ struct SideBySide {
   }
 };
 
-/// The weights of an interpolant at a position for each lane; body(j, w) for those j where they are not 0 everywhere.
-template <class M, class G, class Body>
-PYODE_HD void for_each_output_weight(const typename G::Numbers& x, Body body) {
-  using V = typename G::V;
-  using R = typename G::R;
+/// The weights of an interpolant at a position x[h] for each lane; body(j, w) for those j whose weight is not 0
+/// everywhere. Those that are 0 at some positions only are the second body's: 0 times inf would be nan.
+template <class M, class F, class Body, class Careful>
+PYODE_HD void for_each_output_weight(const typename SideBySide<F>::Numbers& x, Body body, Careful careful) {
+  using R = typename SideBySide<F>::R;
   for (int j = 0; j < M::evaluations; ++j) {
-    bool zero = M::end[j] == 0;
-    for (int p = 0; p < M::degree; ++p) zero = zero && M::interpolant[j][p] == 0;
-    if (zero) continue;
-    body(j, G::numbers([&](int h) {
+    const bool at_end = M::end[j] != 0;
+    bool between = false;
+    for (int p = 0; p < M::degree; ++p) between = between || M::interpolant[j][p] != 0;
+    if (!at_end && !between) continue;
+    const auto w = SideBySide<F>::numbers([&](int h) {
       const R at = x.parts[h];
       R weight{};
       for (int p = M::degree - 1; p >= 0; --p)
         weight = fused_multiply_add(weight, at, spread<R>(M::interpolant[j][p]));
       return at == 1 ? spread<R>(M::end[j]) : weight * at;
-    }));
+    });
+    if (at_end && between)
+      body(j, w);
+    else
+      careful(j, w);
   }
 }
 
@@ -328,9 +333,14 @@ class SampleSolve : SideBySide<F> {
         position.parts[h] = output_position(s[h], time);
       }
       V point[D] = {};
-      for_each_output_weight<M, Sides>(position, [&](int j, V w) {
-        for (int d = 0; d < D; ++d) point[d] = w == 0 ? point[d] : fused_multiply_add(w, x.k[j][d], point[d]);
-      });
+      for_each_output_weight<M, F>(
+          position,
+          [&](int j, V w) {
+            for (int d = 0; d < D; ++d) point[d] = fused_multiply_add(w, x.k[j][d], point[d]);
+          },
+          [&](int j, V w) {
+            for (int d = 0; d < D; ++d) point[d] = w == 0 ? point[d] : fused_multiply_add(w, x.k[j][d], point[d]);
+          });
       for (int d = 0; d < D; ++d) point[d] = advance_state(x.y[d], dt, point[d]);
       for (int l = 0; l < W; ++l)
         if (passed[l / Sides::N][l % Sides::N]) this->get_row(point, l, output(at[l], x.row[l]));

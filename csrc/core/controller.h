@@ -135,8 +135,14 @@ PYODE_HD R output_time(const Grid& grid, counts_t<R> i, counts_t<R> b) {
   return read_at<R>(grid.times, i * grid.time_stride + b * grid.sample_stride);
 }
 template <class R = double>
+PYODE_HD R first_time(const Grid& grid, counts_t<R> b) {
+  return grid.sample_stride == 0 ? spread<R>(grid.times[0]) : output_time<R>(grid, counts_t<R>{}, b);
+}
+template <class R = double>
 PYODE_HD R last_time(const Grid& grid, counts_t<R> b) {
-  return output_time<R>(grid, spread_count<R>(grid.n_times - 1), b);
+  const int64_t last = grid.n_times - 1;
+  if (grid.sample_stride == 0) return spread<R>(grid.times[last * grid.time_stride]);
+  return output_time<R>(grid, spread_count<R>(last), b);
 }
 
 template <class R>
@@ -147,7 +153,8 @@ PYODE_HD flags_t<R> is_running(const Samples<R>& s) {
 /// +1 or -1: where time goes for sample b.
 template <class R = double>
 PYODE_HD R direction(const Grid& grid, counts_t<R> b) {
-  return last_time<R>(grid, b) < output_time<R>(grid, counts_t<R>{}, b) ? spread<R>(-1) : spread<R>(1);
+  const flags_t<R> backwards = last_time<R>(grid, b) < first_time<R>(grid, b);
+  return backwards ? spread<R>(-1) : spread<R>(1);
 }
 
 /// Prescribed times in the order in which a sample meets them.
@@ -266,7 +273,7 @@ PYODE_HD R step_factor(const Samples<R>& s, const Policy& policy, R error) {
   if (integrating || any(!accepted)) {
     // Elementary control never shrinks a step that was accurate enough.
     const R least = error < 1 ? spread<R>(integrating ? 1 : policy.dfactor) : spread<R>(policy.dfactor);
-    const R exponent = (accepted ? spread<R>(beta[0]) : spread<R>(1)) / policy.order;
+    const R exponent = accepted ? spread<R>(beta[0] / policy.order) : spread<R>(1 / policy.order);
     factor = smaller(most, larger(policy.safety / power(error, exponent), least));
   }
   if (!integrating && any(accepted)) {
