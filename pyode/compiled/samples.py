@@ -69,6 +69,8 @@ class CompiledSamples:
     """A loop for samples with steps of their own."""
 
     last_step = None
+    _solve: Solve | None = None  # as it has ended
+    _states: RowStates
 
     def __init__(
         self,
@@ -101,10 +103,11 @@ class CompiledSamples:
 
     def status_of_samples(self) -> Tensor:
         """[B] how each has ended."""
-        return self._states["status"]
+        return self._states["status"].clone()
 
     def stats_of_samples(self) -> SampleStats:
         """What each sample has taken."""
+        assert self._solve is not None
         accepted, rejected = self._states["n_accepted"].clone(), self._states["n_rejected"].clone()
         evals = self._solve.evaluations + (accepted + rejected) * len(self._method.rows) + self._states["n_jumps"]
         return SampleStats(evals, accepted, rejected, self._states["size1"].clone())
@@ -115,7 +118,7 @@ class CompiledSamples:
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
         """Adds the solve's counts; evaluations of all samples together count as one, as where func is called."""
-        if stats is not None:
+        if stats is not None and self._solve is not None:
             found = self.stats_of_samples()
             stats.n_f_evals += int(found.n_f_evals.max())
             stats.n_accepted += int(found.n_accepted.sum())

@@ -21,7 +21,6 @@ from ..stepping.course import stage_times
 from ..stepping.fixed_grid import grid_of
 from .dynamics import CompiledDynamics
 from .native import Plan, Solve, Tape
-from .samples import sample_loop
 
 if TYPE_CHECKING:
     from .entry import Entry
@@ -124,14 +123,6 @@ def solve_compiled(
         or backend_for(y0) is not native
     ):
         return None
-    if form.per_sample:
-        arguments = compiled, form, y0, times, method, rtol, atol, policy, grid, options, fail, eagerly
-        loop = sample_loop(*arguments)
-        if loop is None:
-            return None
-        ys = loop.solve(y0, first_step)
-        loop.add_to(options.get("stats"))
-        return ys, None
     entry = compiled.entry(form.shapes, form.is_tuple, y0.dtype, method)
     if entry is None or (torch.is_grad_enabled() and times.tensor.requires_grad):
         return None
