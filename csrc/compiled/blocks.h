@@ -32,7 +32,8 @@ struct CompiledSolve {
   const double* first_steps;            // for each row, instead
   const double* ends;                   // fixed grid: the n_ends times of the steps' ends
   int64_t n_ends;
-  const void* stage_times;  // fixed grid: [n_ends - 1, stages], as f sees them
+  const void* stage_times;  // fixed grid: [n_ends - 1, evaluations], as f sees them
+  int64_t cubic;            // fixed grid: whether outputs lie on cubics instead of lines
   int64_t threads;
   // idle(context) is called now and then by a calling thread that waits for the others.
   void (*run_parallel)(int64_t n, int threads, void (*body)(int64_t, void*), void* context, void (*idle)(void*));

@@ -174,21 +174,16 @@ class Reversal : Blocks<F, kPartsOfSums<G>> {
       const double x = time == step.t1 ? 1.0 : (time - step.t0) / step.dt;
       for (int d = 0; d < D; ++d) start[d] += g[d];
       for (int j = 0; j < S; ++j) {
-        const V w = dt * broadcast<V>(static_cast<T>(M::output_weight(j, x)));
+        const V w = dt * broadcast<V>(static_cast<T>(M::output_weight(solve, j, x)));
         for (int d = 0; d < D; ++d) gk[j][d] = fused_multiply_add(w, g[d], gk[j][d]);
       }
-      sloped = sloped || x != 1;
+      sloped = sloped || (x != 1 && M::output_weight(solve, S - 1, x) != 0);
     }
-    if constexpr (M::ends_with_slope) {
-      if (n + 1 == solve.n_steps || solve.steps[n + 1].chained)
-        for (int d = 0; d < D; ++d) gk[S - 1][d] += slope[d];
-      if (sloped) pull_back(times[S - 1], stages[S - 1], gk[S - 1], lam, sums);
-      spread_gradient(terms_of<T>(M::a[S - 2], S - 1), dt, lam, start, gk);
-      undo_stages<S - 2>(times, dt, stages, gk, start, sums);
-    } else {
-      spread_gradient(terms_of<T>(M::b), dt, lam, start, gk);
-      undo_stages<S - 1>(times, dt, stages, gk, start, sums);
-    }
+    if (n + 1 == solve.n_steps || solve.steps[n + 1].chained)
+      for (int d = 0; d < D; ++d) gk[S - 1][d] += slope[d];
+    if (sloped) pull_back(times[S - 1], stages[S - 1], gk[S - 1], lam, sums);
+    spread_gradient(terms_of<T>(M::a[S - 2], S - 1), dt, lam, start, gk);
+    undo_stages<S - 2>(times, dt, stages, gk, start, sums);
     sloped = step.chained;
     memcpy(lam, start, sizeof start);
     if (step.chained)

@@ -56,7 +56,7 @@ class Solve(Structure):
         ("y0", c_void_p), ("out", c_void_p), ("workspace", c_void_p), ("inputs", c_void_p), ("rows", c_int64),
         ("grid", _Grid), ("policy", _Policy), ("rtol", c_double), ("atol", c_double),
         ("rtol_each", c_void_p), ("atol_each", c_void_p), ("first_step", c_double),
-        ("first_steps", c_void_p), ("ends", c_void_p), ("n_ends", c_int64), ("stage_times", c_void_p),
+        ("first_steps", c_void_p), ("ends", c_void_p), ("n_ends", c_int64), ("stage_times", c_void_p), ("cubic", c_int64),
         ("threads", c_int64), ("run_parallel", c_void_p), ("interrupted", c_void_p),
         ("tape", c_void_p), ("steps", c_void_p), ("capacity", c_int64), ("n_steps", c_int64),
         ("gradient", c_void_p), ("y0_gradient", c_void_p), ("gradients", c_void_p),
@@ -141,6 +141,7 @@ class Library:
         atol: float | Tensor,
         first_step: float | None,
         steps: tuple[Tensor, Tensor] | None = None,
+        cubic: bool = False,
     ) -> Plan:
         """What can be done again and again for other states and inputs.
 
@@ -148,7 +149,9 @@ class Library:
             shape, dtype: of the packed state.
             rows: how many rows it has.
             grid, policy, rtol, atol, first_step: as the loops'.
-            steps: of a fixed grid, the ends of the steps and the times of the stages, [N - 1, S], of the state's dtype.
+            steps: of a fixed grid, the ends of the steps and the times of the stages and of the end, [N - 1, S + 1], of
+                the state's dtype.
+            cubic: whether outputs between them lie on cubics.
         """
         n = len(grid.times)
         form = Solve(
@@ -167,6 +170,7 @@ class Library:
             ends=None if steps is None else steps[0].data_ptr(),
             n_ends=0 if steps is None else len(steps[0]),
             stage_times=None if steps is None else steps[1].data_ptr(),
+            cubic=cubic,
             run_parallel=ops.RUN_PARALLEL,
             interrupted=ops.INTERRUPTED,
         )  # fmt: skip

@@ -24,13 +24,12 @@ def method_source(tableau: Tableau) -> str:
         degree = max(map(len, tableau.interpolant))
         lines = [
             f"  static constexpr int evaluations = {n}, degree = {degree};",
-            "  static constexpr bool ends_with_slope = true;  // the last evaluation is at the step's end",
             _table("a", tableau.rows, n),
             _row("c", tableau.abscissae),
             _row("error", [*tableau.error_weights, *[0.0] * (n - len(tableau.error_weights))]),
             _table("interpolant", tableau.interpolant, degree),
             _row("end", tableau.end),
-            "  static double output_weight(int j, double x) {",
+            "  static double output_weight(const CompiledSolve&, int j, double x) {",
             "    return x == 1 ? end[j] : interpolant_weight(interpolant[j], degree, x);",
             "  }",
             "  template <class T>",
@@ -41,12 +40,16 @@ def method_source(tableau: Tableau) -> str:
             "  }",
         ]
     else:
+        b = tableau.weights
+        cubic = [((j == 0) * 1.0, 3 * w - 2 * (j == 0), (j == 0) - 2 * w) for j, w in enumerate(b)]
         lines = [
-            f"  static constexpr int evaluations = {n};",
-            "  static constexpr bool ends_with_slope = false;",
-            _table("a", tableau.rows or ((0.0,),), n),
-            _row("b", tableau.weights),
-            "  static double output_weight(int j, double x) { return b[j] * x; }",
+            f"  static constexpr int evaluations = {n + 1}, degree = 3;  // f at the step's end included",
+            _table("a", [*tableau.rows, b], n + 1),
+            _table("cubic", [*cubic, (0.0, -1.0, 1.0)], 3),
+            "  static double output_weight(const CompiledSolve& solve, int j, double x) {",
+            "    const double weight = j + 1 < evaluations ? a[evaluations - 2][j] : 0;",
+            "    return x == 1 ? weight : solve.cubic ? interpolant_weight(cubic[j], degree, x) : weight * x;",
+            "  }",
             "  template <class T>",
             "  static T stage_time(const CompiledSolve& solve, const TapeStep&, int64_t n, int j, T) {",
             "    return static_cast<const T*>(solve.stage_times)[n * evaluations + j];",
