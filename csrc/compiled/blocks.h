@@ -46,6 +46,12 @@ struct CompiledSolve {
   const void* gradient;    // [T] states: what arrives at the outputs
   void* y0_gradient;       // a state
   void* const* gradients;  // of the inputs for which they are wanted
+  // The backward solve of the continuous adjoint, whose state is (y, a).
+  const void* arriving_states;  // [T] states of the forward solve, at whose times `gradient` arrives
+  const double* arrival_times;  // [n_arrivals], in the forward solve's order
+  int64_t n_arrivals;
+  double integral_rtol, integral_atol;
+  int64_t seminorm;  // whether the integrals have no share in the norm
   // What comes back.
   double* states;  // of rows with steps of their own, [kRowWords, rows]
   Sample sample;
@@ -149,11 +155,11 @@ struct Blocks {
   /// How many rows of a block are rows of the state; those behind repeat the last one.
   int valid(int64_t block) const { return static_cast<int>(smaller_of(W, solve.rows - block * W)); }
 
-  /// Reads a block from a packed state of numbers of any type.
+  /// Reads a block from a packed state of numbers of any type, or from one of its first segments only.
   template <class From>
-  void load(const From* packed, int64_t block, V* to) const {
+  void load(const From* packed, int64_t block, V* to, int n_segments = F::n_segments) const {
     const int last = valid(block) - 1;
-    for (int s = 0; s < F::n_segments; ++s) {
+    for (int s = 0; s < n_segments; ++s) {
       const int begin = F::segments[s], width = F::segments[s + 1] - begin;
       const From* const from = packed + solve.rows * begin + block * W * width;
       for (int d = 0; d < width; ++d) {
@@ -161,6 +167,18 @@ struct Blocks {
         for (int l = 0; l < W; ++l) row[l] = static_cast<T>(from[smaller_of(l, last) * width + d]);
         memcpy(&to[begin + d], row, sizeof row);
       }
+    }
+  }
+
+  /// Puts 0 into the rows that only fill the last block.
+  template <int n>
+  void blank(int64_t block, V* x) const {
+    if (valid(block) == W) return;
+    for (int d = 0; d < n; ++d) {
+      T numbers[W];
+      memcpy(numbers, &x[d], sizeof numbers);
+      for (int l = valid(block); l < W; ++l) numbers[l] = 0;
+      memcpy(&x[d], numbers, sizeof numbers);
     }
   }
 

@@ -130,14 +130,7 @@ class Reversal : Blocks<F, kPartsOfSums<G>> {
   /// What arrives at output i; 0 in the rows that only fill the last block.
   void load_gradient(int64_t i, int64_t b, V* g) const {
     this->load(static_cast<const T*>(solve.gradient) + i * solve.rows * D, b, g);
-    const int n = this->valid(b);
-    if (n == W) return;
-    for (int d = 0; d < D; ++d) {
-      T numbers[W];
-      memcpy(numbers, &g[d], sizeof numbers);
-      for (int l = n; l < W; ++l) numbers[l] = 0;
-      memcpy(&g[d], numbers, sizeof numbers);
-    }
+    this->template blank<D>(b, g);
   }
 
   void undo_block(int64_t b, Sums& sums, int64_t& spent) {

@@ -161,14 +161,20 @@ PYODE_HD R direction(const Grid& grid, counts_t<R> b) {
 template <class R>
 struct Stops {
   const double* times;
-  int64_t n, stride;
-  counts_t<R> offset;
+  int64_t n, stride;  // n >= 1
+  counts_t<R> offset, last;
   R sign;
+  flags_t<R> reversed;
 
+  PYODE_HD Stops(const double* sorted, int64_t count, int64_t apart, counts_t<R> from, R where)
+      : times(sorted), n(count), stride(apart), offset(from), last(spread_count<R>(count - 1)), sign(where) {
+    reversed = sign * (read_at<R>(times, last * stride + offset) - read_at<R>(times, offset)) < 0;
+  }
+
+  /// The i-th; of those behind the last one, the last.
   PYODE_HD R operator[](counts_t<R> i) const {
-    const counts_t<R> last = spread_count<R>(n - 1), in_order = sign < 0 ? last - i : i;
-    const counts_t<R> within = in_order < 0 ? counts_t<R>{} : (in_order > last ? last : in_order);
-    return read_at<R>(times, within * stride + offset);
+    const counts_t<R> within = i > last ? last : i;
+    return read_at<R>(times, (reversed ? last - within : within) * stride + offset);
   }
 
   /// Index of the first, from the i-th on, that lies behind t.
@@ -200,7 +206,7 @@ PYODE_HD void plan_step(Samples<R>& s, const Policy& policy, const Grid& grid, c
   s.t1 = s.t + s.dt;
   if (!any(running)) return;
   if (grid.n_step_t > 0) {
-    const Stops<R> step_t{grid.step_t, grid.n_step_t, 1, none, sign};
+    const Stops<R> step_t(grid.step_t, grid.n_step_t, 1, none, sign);
     s.next_step_t = running ? step_t.skip_passed(s.next_step_t, s.t) : s.next_step_t;
     const R stop = step_t[s.next_step_t];
     const Flags over = running & (s.next_step_t < grid.n_step_t) & (sign * (s.t1 - stop) > 0);
@@ -208,7 +214,7 @@ PYODE_HD void plan_step(Samples<R>& s, const Policy& policy, const Grid& grid, c
     s.dt = over ? s.t1 - s.t : s.dt;
   }
   if (grid.n_jump_t > 0) {
-    const Stops<R> jump_t{grid.jump_t, grid.n_jump_t, grid.jump_stride, b * grid.jump_sample_stride, sign};
+    const Stops<R> jump_t(grid.jump_t, grid.n_jump_t, grid.jump_stride, b * grid.jump_sample_stride, sign);
     s.next_jump_t = running ? jump_t.skip_passed(s.next_jump_t, s.t) : s.next_jump_t;
     const R stop = jump_t[s.next_jump_t];
     const Flags over = running & (s.next_jump_t < grid.n_jump_t) & (sign * (s.t1 - stop) >= 0);

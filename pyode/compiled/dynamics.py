@@ -72,12 +72,21 @@ class CompiledDynamics(nn.Module):
     def trained(self, entry: Entry) -> Library | None:
         """An entry's library with gradients to what requires them now; None, after a warning, if there is none."""
         wanted = tuple(i for i, x in enumerate(entry.inputs) if x.requires_grad)
+        return self._gradient(entry.trained, entry, wanted)
+
+    def backsolving(self, entry: Entry, wanted: tuple[int, ...]) -> Library | None:
+        """An entry's library of the continuous adjoint, with gradients to some of its inputs; None likewise."""
+        return self._gradient(entry.backsolving, entry, wanted)
+
+    def _gradient(
+        self, make: Callable[[tuple[int, ...]], Library], entry: Entry, wanted: tuple[int, ...]
+    ) -> Library | None:
         key = entry, wanted
         if key in self._refused:
             return None
         try:
             with self._lock:
-                return entry.trained(wanted)
+                return make(wanted)
         except Exception as error:
             self.refuse(key, f"its gradient: {str(error).splitlines()[0]}")
             return None

@@ -296,7 +296,7 @@ class Dynamics:
         self._totals.append(f"    T {number}[{n}];")
         self._collected.append(
             f"    for (int i = 0; i < {n}; ++i) {{\n      totals.{number}[i] = 0;\n"
-            f"      for (int64_t p = 0; p < n; ++p) totals.{number}[i] += over_lanes(parts[p].{number}[i]);\n    }}"
+            f"      for (int64_t p = 0; p < n; ++p) totals.{number}[i] += over_lanes(parts[p * step].{number}[i]);\n    }}"
         )
         if len(node.inputs) == 1:
             (x,) = node.inputs
@@ -395,6 +395,7 @@ class Dynamics:
 
     def _struct_of_sums(self) -> str:
         sums, totals, collected = ("\n".join(x) for x in (self._sums, self._totals, self._collected))
+        sizes = [x.numel for x in self._gradients or ()]
         return f"""
   struct Sums {{
 {sums}
@@ -403,9 +404,11 @@ class Dynamics:
 {totals}
   }};
 
-  // The sums over all rows, from those of parts.
+  static constexpr int n_gradients = {len(sizes)}, gradient_sizes[] = {{{", ".join(map(str, sizes or [0]))}}};
+
+  // The sums over all rows, from those of n parts, `step` apart.
   static void collect([[maybe_unused]] const Sums* parts, [[maybe_unused]] int64_t n,
-                      [[maybe_unused]] Totals& totals) {{
+                      [[maybe_unused]] Totals& totals, [[maybe_unused]] int64_t step = 1) {{
 {collected}
   }}
 

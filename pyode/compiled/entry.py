@@ -14,7 +14,7 @@ from ..methods import Tableau
 from .emit import Dynamics
 from .lowering import Lowering
 from .native import Library
-from .source import solver_source
+from .source import backsolve_source, solver_source
 from .trace import trace, trace_vjp
 
 LARGEST_ROW = 4096  # numbers in a state that is one row because its rows are mixed
@@ -62,6 +62,8 @@ class Entry:
         self.source = solver_source(self._dynamics, method, per_sample=per_sample)
         self.library = Library(self.source)
         self._trained: dict[tuple[int, ...], Library] = {}
+        self._backsolving: dict[tuple[int, ...], Library] = {}
+        self._adjoints: dict[tuple[int, ...], Dynamics] = {}
         self.seconds = time.perf_counter() - began
 
     def _lower(
@@ -80,14 +82,26 @@ class Entry:
         """The library that has the gradient too, with respect to the state and to some of the inputs."""
         if wanted not in self._trained:
             with _tracing:
-                inputs = [self.inputs[i] for i in wanted]
-                times = self._per_sample
-                traced = trace_vjp(self._traced, self._shapes, self._dtype, self.rows, inputs, times)
-                lowered = Lowering(traced, self._dtype, self.rows, totals=True, inputs=self.inputs, own_times=times)
-                adjoint = Dynamics(lowered.outputs, self._dtype, self.rows, lowered.gradients, times)
-                self.source = solver_source(self._dynamics, self._method, adjoint, times)
+                self.source = solver_source(self._dynamics, self._method, self._adjoint(wanted), self._per_sample)
                 self._trained[wanted] = Library(self.source, gradient=True)
         return self._trained[wanted]
+
+    def backsolving(self, wanted: tuple[int, ...]) -> Library:
+        """The library of the continuous adjoint's backward solve, likewise."""
+        if wanted not in self._backsolving:
+            with _tracing:
+                self.source = backsolve_source(self._dynamics, self._method, self._adjoint(wanted))
+                self._backsolving[wanted] = Library(self.source)
+        return self._backsolving[wanted]
+
+    def _adjoint(self, wanted: tuple[int, ...]) -> Dynamics:
+        """The vector-Jacobian product."""
+        if wanted not in self._adjoints:
+            inputs, times = [self.inputs[i] for i in wanted], self._per_sample
+            traced = trace_vjp(self._traced, self._shapes, self._dtype, self.rows, inputs, times)
+            lowered = Lowering(traced, self._dtype, self.rows, totals=True, inputs=self.inputs, own_times=times)
+            self._adjoints[wanted] = Dynamics(lowered.outputs, self._dtype, self.rows, lowered.gradients, times)
+        return self._adjoints[wanted]
 
     def fits(self) -> bool:
         """Whether the inputs are still of their shapes and dtypes."""

@@ -60,6 +60,8 @@ class Solve(Structure):
         ("threads", c_int64), ("run_parallel", c_void_p), ("interrupted", c_void_p),
         ("tape", c_void_p), ("steps", c_void_p), ("capacity", c_int64), ("n_steps", c_int64),
         ("gradient", c_void_p), ("y0_gradient", c_void_p), ("gradients", c_void_p),
+        ("arriving_states", c_void_p), ("arrival_times", c_void_p), ("n_arrivals", c_int64),
+        ("integral_rtol", c_double), ("integral_atol", c_double), ("seminorm", c_int64),
         ("states", c_void_p), ("sample", _Sample), ("evaluations", c_int64), ("finite_start", c_int64),
     )  # fmt: skip
 
@@ -99,6 +101,12 @@ _workspace = _Workspace()
 def _policy(policy: Policy) -> _Policy:
     values = {name.name: getattr(policy, name.name) for name in fields(policy)}
     return _Policy(**{**values, "beta": (c_double * 3)(*policy.beta), "alpha": (c_double * 2)(*policy.alpha)})
+
+
+def _places_for(wanted: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Any]:
+    """Memory for gradients, and the addresses."""
+    found = [torch.empty(x.shape, dtype=dtype) for x in wanted]
+    return found, (c_void_p * max(len(found), 1))(*(x.data_ptr() for x in found))
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -227,13 +235,49 @@ class Plan:
         del kept
         return out, solve
 
+    def run_back(
+        self,
+        z: Tensor,
+        inputs: list[Tensor],
+        times: Tensor,
+        ys: Tensor,
+        gradient: Tensor,
+        tolerances: tuple[float, float],
+        seminorm: bool,
+        wanted: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor], Solve]:
+        """The backward solve of the continuous adjoint.
+
+        Args:
+            z: [2, ...] the state and the adjoint at the last output time.
+            inputs: the tensors that func has closed over.
+            times: [T] float64, of the forward solve's outputs.
+            ys, gradient: [T, ...] the states there, and the gradients that arrive.
+            tolerances: rtol and atol for the integrals.
+            seminorm: whether they have no share in the norm.
+            wanted: the inputs whose gradients are wanted.
+
+        Returns:
+            The state and the adjoint at the first output time, the gradients, and how the solve ended.
+        """
+        out = torch.empty(self.shape, dtype=self.dtype)
+        found, array = _places_for(wanted, self.dtype)
+        solve = Solve.from_buffer_copy(self._form)
+        solve.y0, solve.out, solve.gradients = z.data_ptr(), out.data_ptr(), ctypes.addressof(array)
+        solve.arriving_states, solve.gradient = ys.data_ptr(), gradient.data_ptr()
+        solve.arrival_times, solve.n_arrivals = times.data_ptr(), len(times)
+        (solve.integral_rtol, solve.integral_atol), solve.seminorm = tolerances, seminorm
+        kept = self._point_to(inputs, solve)
+        self.library.call("", solve)
+        del kept
+        return out[1], found, solve
+
     def undo(
         self, solve: Solve, gradient: Tensor, y0: Tensor, inputs: list[Tensor], wanted: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The gradients of the start and of the wanted inputs, from that of the outputs and a tape's notes."""
         start = torch.empty_like(y0)
-        found = [torch.empty(x.shape, dtype=self.dtype) for x in wanted]
-        array = (c_void_p * max(len(found), 1))(*(x.data_ptr() for x in found))
+        found, array = _places_for(wanted, self.dtype)
         solve.gradient, solve.y0_gradient, solve.gradients = (
             gradient.data_ptr(),
             start.data_ptr(),

@@ -150,7 +150,7 @@ def solve_compiled(
         stats.n_accepted += sample.n_accepted
         stats.n_rejected += sample.n_rejected
     if sample.status != _SUCCESS:
-        fail(_error(solve))
+        fail(error_of(solve))
     return ys, abs(sample.dt_prev) if method.adaptive else None
 
 
@@ -206,7 +206,8 @@ class _Recorded(torch.autograd.Function):
         return None, None, None, None, None, start, *of_wanted
 
 
-def _error(solve: Solve) -> SolveError:
+def error_of(solve: Solve) -> SolveError:
+    """Why a solve could not go on."""
     sample = solve.sample
     status, n = Status(sample.status), sample.n_accepted + sample.n_rejected
     if status is Status.NON_FINITE and n == 0 and solve.finite_start:

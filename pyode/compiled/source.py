@@ -67,12 +67,28 @@ def solver_source(
     if per_sample:
         kind, header, undoing, undoing_header = "SampleSolve", "samples.h", "SampleReversal", "sample_reversal.h"
     headers = ["contract.h", "functions.h", header, *([undoing_header] if adjoint else [])]
-    includes = "\n".join(f'#include "compiled/{name}"' for name in headers)
     solvers = f"using Solver = {kind}<Dynamics, Method>;\n"
     functions = _functions("Solver", "")
     if adjoint is not None:
         solvers += f"using Undoing = {undoing}<Dynamics, Adjoint, Method>;\n"
         functions += _functions("Undoing", "reversal_")
+    sources = [dynamics.source, *([adjoint.source] if adjoint else []), method_source(tableau), solvers]
+    return _file(headers, sources, functions)
+
+
+def backsolve_source(dynamics: Dynamics, tableau: Tableau, adjoint: Dynamics) -> str:
+    """A whole file with the backward solve of the continuous adjoint."""
+    solver = (
+        "using Solver = AdaptiveSolve<Augmented<Dynamics, Adjoint>, Method, "
+        "AdjointIntegrals<Dynamics, Adjoint, Method>>;\n"
+    )
+    headers = ("contract.h", "functions.h", "adaptive.h", "integrals.h")
+    return _file(headers, [dynamics.source, adjoint.source, method_source(tableau), solver], _functions("Solver", ""))
+
+
+def _file(headers: Sequence[str], parts: Sequence[str], functions: str) -> str:
+    includes = "\n".join(f'#include "compiled/{name}"' for name in headers)
+    body = "\n".join(parts)
     return f"""// Written by pyode.compile. Rows lie in blocks, a vector V for each number of a row.
 {includes}
 
@@ -81,10 +97,7 @@ inline namespace PYODE_LEVEL {{
 namespace compiled {{
 namespace {{
 
-{dynamics.source}
-{adjoint.source if adjoint else ""}
-{method_source(tableau)}
-{solvers}
+{body}
 }}  // namespace
 }}  // namespace compiled
 }}  // namespace PYODE_LEVEL
