@@ -179,8 +179,7 @@ struct Stops {
 
   /// Index of the first, from the i-th on, that lies behind t.
   PYODE_HD counts_t<R> skip_passed(counts_t<R> i, R t) const {
-    for (flags_t<R> passed; any(passed = (i < n) & (sign * ((*this)[i] - t) <= 0));)
-      i = passed ? i + 1 : i;
+    for (flags_t<R> passed; any(passed = (i < n) & (sign * ((*this)[i] - t) <= 0));) i = passed ? i + 1 : i;
     return i;
   }
 };

@@ -135,7 +135,9 @@ def solve_compiled(
         times_of_stages = stage_times(ends, abscissae, y0.dtype, times.sign, bool(options.get("perturb", False)))
         steps = ends, torch.cat([times_of_stages, ends[1:, None].to(y0.dtype)], 1)
     rows = entry.rows_of(form.shapes[0])
-    plan = library.plan(y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, steps, options.get("interp") == "cubic")
+    plan = library.plan(
+        y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, steps, options.get("interp") == "cubic"
+    )
     if recorded:
         ys, solve = _recorded(plan, rows, entry, eagerly, y0)
     else:
