@@ -278,8 +278,11 @@ PYODE_HD R step_factor(const Samples<R>& s, const Policy& policy, R error) {
   if (integrating || any(!accepted)) {
     // Elementary control never shrinks a step that was accurate enough.
     const R least = error < 1 ? spread<R>(integrating ? 1 : policy.dfactor) : spread<R>(policy.dfactor);
-    const R exponent = accepted ? spread<R>(beta[0] / policy.order) : spread<R>(1 / policy.order);
-    factor = smaller(most, larger(policy.safety / power(error, exponent), least));
+    const double exponent = 1 / policy.order;
+    const R root = beta[0] == 1
+                       ? power(error, exponent)
+                       : power(error, accepted ? spread<R>(beta[0] / policy.order) : spread<R>(exponent));
+    factor = smaller(most, larger(policy.safety / root, least));
   }
   if (!integrating && any(accepted)) {
     const auto filter = [](R x, double exponent) { return power(x, spread<R>(exponent)); };
