@@ -224,7 +224,7 @@ def first_step_from(options: dict[str, Any]) -> float | None:
 def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Grid:
     """The output times and the steps and discontinuities that the options prescribe, sorted."""
     device = clock_device(device)
-    values = times.tensor.detach().to(device, torch.float64).contiguous()
+    values = times.tensor.detach().to(device, torch.float64, copy=True).contiguous()  # the user's may change
     if options.get("step_t") is None and options.get("jump_t") is None:
         return Grid(values)
     stops = {name: _stops(options.get(name), name, times) for name in ("step_t", "jump_t")}
@@ -244,7 +244,8 @@ def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Gr
 
 def numbers_of(times: Any) -> list[float]:
     """Times that are numbers or a tensor on any device."""
-    return torch.as_tensor(times).detach().cpu().double().reshape(-1).tolist()
+    times = times.detach().cpu() if isinstance(times, Tensor) else times
+    return torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()  # type: ignore[no-any-return]
 
 
 def _stops(value: Any, name: str, times: Times) -> list[float]:

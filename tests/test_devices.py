@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyode.methods import METHODS, TABLEAUS
+from pyode.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 CASES = {
@@ -16,7 +16,6 @@ CASES = {
     "odeint_adjoint": [name for name in METHODS if name not in ("fixed_adams", "scipy_solver")],
     "odeint_event": [name for name in METHODS if name not in ("fixed_adams", "scipy_solver")],
     "odeint_dense": [name for name in METHODS if name not in ("fixed_adams", "scipy_solver")],
-    "checkpoint": list(TABLEAUS),
     "options": ["dopri5", "adams"],
 }
 

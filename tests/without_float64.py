@@ -117,11 +117,8 @@ def solve(device: str, interface: str, **kwargs: Any) -> list[Tensor]:
 def check(name: str) -> None:
     """Compares what is computed there with what the CPU computes."""
     method, _, interface = name.partition(" by ")
-    if interface in ("odeint", "odeint_adjoint", "checkpoint"):
-        kwargs = options_of(method)
-        if interface == "checkpoint":
-            interface, kwargs["options"] = "odeint", {**kwargs["options"], "gradient": "checkpoint"}
-        for there, here in zip(*(solve(device, interface, **kwargs) for device in (DEVICE, "cpu"))):
+    if interface in ("odeint", "odeint_adjoint"):
+        for there, here in zip(*(solve(device, interface, **options_of(method)) for device in (DEVICE, "cpu"))):
             close(there, here)
         return
     results = []
