@@ -128,7 +128,8 @@ def odeint(
         again = solve_again(func, y0, t, rtol, atol, method, lambda y: odeint(func.func, y, t, rtol, atol, method))
         if again is not None:
             return again
-    kind = None if options or event_fn is not None or args else kind_of(func, y0, t, rtol, atol, method)
+    plain = not options and event_fn is None and not args and not isinstance(func, CompiledDynamics)
+    kind = kind_of(func, y0, t, rtol, atol, method) if plain else None
     idle = None if kind is None else idle_loops.take(kind)
     if idle is not None and callable(func):
         ys = idle.solve(func, y0)
