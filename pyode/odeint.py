@@ -36,6 +36,7 @@ from .control import (
 from .errors import DynamicsError, InvalidType, InvalidValue, SolveError, Status, warn
 from .gradients.checkpoint import checkpointed
 from .gradients.reversal import Recipe
+from .idle import idle_loops, keep, kind_of
 from .methods import TABLEAUS, ImplicitTableau, Method, Tableau
 from .parameters import reachable
 from .solution import Stats
@@ -127,13 +128,19 @@ def odeint(
         again = solve_again(func, y0, t, rtol, atol, method, lambda y: odeint(func.func, y, t, rtol, atol, method))
         if again is not None:
             return again
+    kind = None if options or event_fn is not None or args else kind_of(func, y0, t, rtol, atol, method)
+    idle = None if kind is None else idle_loops.take(kind)
+    if idle is not None and callable(func):
+        ys = idle.solve(func, y0)
+        idle_loops.put(kind, idle)
+        return ys
     options = {} if options is None else check_dict(options, "options")
     choice = {name: options[name] for name in GRADIENT_OPTIONS if name in options}
     options = {name: value for name, value in options.items() if name not in choice}
-    kind = choice.get("gradient", "direct")
-    if kind not in GRADIENTS:
-        raise InvalidValue(f"options['gradient'] must be one of {', '.join(GRADIENTS)}, not {kind!r}")
-    if kind == "adjoint":
+    gradient = choice.get("gradient", "direct")
+    if gradient not in GRADIENTS:
+        raise InvalidValue(f"options['gradient'] must be one of {', '.join(GRADIENTS)}, not {gradient!r}")
+    if gradient == "adjoint":
         from .adjoint import odeint_adjoint  # which is made of this module's parts
 
         return odeint_adjoint(
@@ -141,8 +148,10 @@ def odeint(
             event_fn=event_fn, args=args, adjoint_params=options.get("params"),
         )  # fmt: skip
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn, args)
-    if kind == "direct" or not torch.is_grad_enabled():
+    if gradient == "direct" or not torch.is_grad_enabled():
         solved = solve(problem)
+        if kind is not None:
+            keep(kind, problem.form, solved.loop)
     else:
         params = parameters_of(func, args, options.get("params"))
         found: list[Solved] = []
@@ -237,15 +246,21 @@ class Solved:
 
     Attributes:
         ys: the packed states at the output times, [T, *y0.shape], with a graph behind them where gradients are enabled.
-        last_step: the size of the last step, if the method chose it.
         end: where the solve ended: at the last output time, at the event, or where it failed.
         n_reached: how many output times it reached; the states behind them, if any, are all that at the end.
+        loop: what has done it, if a loop has.
     """
 
     ys: Tensor
-    last_step: float | None
     end: float
     n_reached: int
+    loop: Loop | None = None
+    compiled_last_step: float | None = None
+
+    @property
+    def last_step(self) -> float | None:
+        """The size of the last step, if the method chose it."""
+        return self.compiled_last_step if self.loop is None else self.loop.last_step
 
 
 def pose(
@@ -385,15 +400,15 @@ def solve(
     """Carries out a solve; `watch` is told every accepted step, and the tape notes it."""
     y0, times, options = problem.y0, problem.times, problem.options
     if len(times.values) == 1:
-        return Solved(y0.unsqueeze(0).clone(), None, times.values[0], 1)
-    solved = Solved(y0, None, times.values[-1], len(times.values))
+        return Solved(y0.unsqueeze(0).clone(), times.values[0], 1)
+    solved = Solved(y0, times.values[-1], len(times.values))
     search = None
     if problem.event is not None:
         tolerance = problem.atol if isinstance(problem.atol, float) else float(problem.atol.min())
         skip = bool(options.get("skip_initial_event", False))
         watch = search = EventSearch(problem.event, times.values[0], y0, times.values[-1], tolerance, skip)
         if search.time is not None:
-            return Solved(torch.stack([y0, y0]), None, search.time, 1)
+            return Solved(torch.stack([y0, y0]), search.time, 1)
 
     def fail(error: SolveError) -> None:
         if problem.event is not None and error.status is Status.TOO_MANY_STEPS:
@@ -413,13 +428,13 @@ def solve(
             problem.first_step, options, fail, lambda y: solve(replace(problem, compiled=None, y0=y)).ys,
         )  # fmt: skip
         if outcome is not None:
-            solved.ys, solved.last_step = outcome
+            solved.ys, solved.compiled_last_step = outcome
             return solved
 
     with on_device_of(y0):
         loop = loop_of(problem, Hooks(watch=watch, tape=tape, fail=fail, **problem.callbacks))  # type: ignore[arg-type]
         try:
-            solved.ys, solved.last_step = loop.solve(y0, problem.first_step), loop.last_step
+            solved.ys, solved.loop = loop.solve(y0, problem.first_step), loop
         finally:
             loop.add_to(options.get("stats"))
     if search is not None:
