@@ -313,12 +313,13 @@ def test_graphs_are_kept_as_long_as_there_is_room():
     room = 3 * 6 + 1
     for n in (10, 30):
         more = most_states_alive(n, graph_bytes=room * 4 * BIG) - most_states_alive(n)
-        assert 3 * 5 <= more <= room
+        assert 3 * 5 - 4 <= more <= room  # without, up to four states wait to be used again
 
 
 def test_memory_is_flat_with_a_number_of_checkpoints():
     most = [most_states_alive(n, checkpoints=5) for n in (12, 30, 100)]
-    assert max(most) - min(most) <= 4  # at the peak of one all checkpoints may be in use, at another's only the first
+    # At the peak of one all checkpoints are in use, at another's only the first; and up to four states wait to be used.
+    assert max(most) - min(most) <= 4 + 4
 
 
 def test_ten_thousand_steps():
