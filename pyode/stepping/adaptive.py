@@ -230,7 +230,9 @@ class AdaptiveLoop:
         return selected
 
     def _on_jump(self) -> Tensor:
-        """Which samples have just arrived at a discontinuity: [B]."""
+        """Which samples have just arrived at a discontinuity, where one has: [B]."""
+        if self.layout.samples == 1:
+            return torch.ones(1, dtype=torch.bool)
         now, stops = self.controller.field("t"), self.grid.jump_t
         assert stops is not None
         stops = stops.to(now.device)
@@ -295,6 +297,11 @@ class AdaptiveLoop:
         status = self.controller.field("status")
         running, failed = (bool(some.any()) for some in (status == int(Status.RUNNING), status > int(Status.RUNNING)))
         return _RUNNING * running | _FAILED * failed
+
+    def status_of_samples(self) -> Tensor:
+        """[B] how each sample stands."""
+        status: Tensor = self.controller.field("status").cpu().clone()
+        return status
 
     def stats_of_samples(self) -> SampleStats:
         """What each sample has taken."""
