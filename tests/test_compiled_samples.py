@@ -174,8 +174,8 @@ class TestFailures:
     def test_odeint_repeats_the_last_state(self):
         y0, found = torch.tensor([[0.1], [1.0]]).double(), []
         for f in (strict(blow_up), blow_up):
+            options = {"control": "per_sample", "on_failure": "return"}
             with pytest.warns(UserWarning, match="the solve failed"):
-                options = {"control": "per_sample", "on_failure": "return"}
                 found.append(pyode.odeint(f, y0, T, rtol=1e-5, atol=1e-7, options=options))
         torch.testing.assert_close(*found, rtol=1e-6, atol=0)
 
