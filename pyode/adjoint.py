@@ -94,7 +94,7 @@ def odeint_adjoint(
         inherited if adjoint_options is None else dict(adjoint_options),
         warns=not warned and adjoint_params != (),
     )
-    if not config.fused and len(params) < len(found):
+    if len(params) < len(found) and callable((adjoint_options or {}).get("norm")):
         warn(
             "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from "
             "the adjoint pass, and will not appear as a tensor in the adjoint norm."
@@ -196,9 +196,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         ctx.problem, ctx.config, ctx.end, ctx.n_reached = problem, config, solved.end, solved.n_reached
         ctx.adjoint_options = {**config.options, "norm": config.norm}  # where torchdiffeq's users find and replace it
         ctx.save_for_backward(t, solved.ys, *params)
-        end = problem.event_time(solved)
-        ctx.mark_non_differentiable(end)
-        return end, solved.ys
+        return problem.event_time(solved), solved.ys  # the time's gradient is 0, as in torchdiffeq
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import methods
 from ._ops import backend_for
-from ._ops.contract import Grid, Policy, RightHandSide
+from ._ops.contract import Grid, Policy, RightHandSide, wide_dtype
 from .callbacks import callbacks_of
 from .compiled.dynamics import CompiledDynamics, compiled_once
 from .compiling import not_compiled
@@ -348,9 +348,9 @@ def event_of(event_fn: Any, args: Any, form: Form, device: torch.device) -> Call
     event_fn = with_args(event_fn, args)
 
     def event(t: float, y: Tensor) -> Tensor:
-        value = event_fn(torch.tensor(t, dtype=torch.float64, device=device), form.unpack(y))
-        if not isinstance(value, Tensor) or value.numel() == 0:
-            raise DynamicsError(f"event_fn must return a tensor of one or several numbers, not {value!r}")
+        value = event_fn(torch.tensor(t, dtype=wide_dtype(device), device=device), form.unpack(y))
+        if not isinstance(value, Tensor) or value.numel() == 0 or value.is_complex():
+            raise DynamicsError(f"event_fn must return a tensor of one or several real numbers, not {value!r}")
         return value
 
     return event
