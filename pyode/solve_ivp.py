@@ -20,7 +20,7 @@ from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.samples import SampleAdjoint, SolvedSamples
 from .methods import Tableau
 from .methods.external import ScipySolver
-from .odeint import Problem, loop_of, on_device_of, pose
+from .odeint import Problem, compiled_samples, loop_of, on_device_of, pose
 from .progress import Progress
 from .samples import RunningRows, SampleDenseOutput, Samples
 from .solution import SampleStats, Solution, Stats
@@ -28,6 +28,7 @@ from .state import Func, State
 from .stepping.adaptive import AdaptiveLoop
 from .stepping.event import SampleEvents
 from .stepping.hooks import Hooks
+from .stepping.loops import SampleLoop
 from .stepping.segment import BatchSegment
 
 GRADIENTS = ("direct", "adjoint")
@@ -158,7 +159,10 @@ def solve_ivp(
         hooks = replace(hooks, step=_all_of([bar.step, *([hooks.step] if hooks.step else [])]))
     hooks = replace(hooks, watch_batch=_all_of(watchers), judged=_all_of(judges))
     with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
-        loop = loop_of(carried_out, hooks)
+        watched = bool(watchers or bar or problem.callbacks)
+        loop = None if watched else compiled_samples(problem, failures.append)
+        if loop is None:
+            loop = loop_of(carried_out, hooks)
         try:
             ys = loop.solve(problem.y0, problem.first_step)
             if bar is not None:
@@ -229,10 +233,9 @@ def _outcome(
     loop: Any, failures: list[SolveError], problem: Problem, samples: Samples
 ) -> tuple[Tensor, SampleStats, Tensor]:
     """Each sample's status and counts, and which outputs were reached: [T, B]."""
-    if isinstance(loop, AdaptiveLoop):
+    if isinstance(loop, SampleLoop):
         left = loop.left()
-        status = loop.controller.field("status").cpu().clone()
-        return status, loop.stats_of_samples(), ~(left if left.dim() == 2 else left[:, None])
+        return loop.status_of_samples(), loop.stats_of_samples(), ~(left if left.dim() == 2 else left[:, None])
     status = torch.full((samples.count,), int(failures[0].status if failures else Status.SUCCESS))
     counts = Stats()
     loop.add_to(counts)

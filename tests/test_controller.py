@@ -28,9 +28,9 @@ NORMS = st.one_of(st.floats(0, 3), st.floats(1e-12, 1e12), st.sampled_from([0.0,
 
 
 def test_the_fields_are_those_of_the_struct_in_their_order():
-    struct = re.search(r"struct Sample \{(.*?)\n\};", CONTROLLER_H.read_text(), re.S)[1]
-    assert tuple(re.findall(r"^  double (\w+);", struct, re.M)) == REAL_FIELDS
-    assert tuple(re.findall(r"^  int64_t (\w+);", struct, re.M)) == INTEGER_FIELDS
+    struct = re.search(r"struct Samples \{(.*?)\n\};", CONTROLLER_H.read_text(), re.S)[1]
+    assert tuple(re.findall(r"^  R (\w+);", struct, re.M)) == REAL_FIELDS
+    assert tuple(re.findall(r"^  counts_t<R> (\w+);", struct, re.M)) == INTEGER_FIELDS
     assert native._C.STATE_WORDS == N_FIELDS
 
 

@@ -1,5 +1,8 @@
 // The step-size controller of one sample: what the next step is, whether the last one counts, which outputs
 // it passed, and when and how the solve ends.
+//
+// R is double, or a SIMD vector of double for several samples side by side, each with a decision of its own: hence
+// `flags ? a : b` in place of branches. For vectors, side_by_side.h is to be included before.
 #pragma once
 
 #include "common.h"
@@ -17,32 +20,50 @@ constexpr int64_t kAnyOutput = 8;    // some accepted step passed an output time
 constexpr int64_t kAnyJump = 16;     // some accepted step ended on a discontinuity
 constexpr int64_t kAnyFailed = 32;   // some sample has failed
 
-/// One sample of the step state. In memory it is kWords rows of B words of 8 bytes, in this order.
-struct Sample {
-  double t;         // where the accepted steps have come to
-  double dt;        // the step to take, signed; 0: stand still
-  double t1;        // where it ends; t + dt but for rounding, exact at a prescribed time
-  double t_prev;    // start of the last step tried
-  double dt_prev;   // its size
-  double dt_whole;  // the step to take before a prescribed time cut it short
-  double slope;     // first step only: |f(t0, y0)|, scaled
-  double error1;    // the scaled error of the step accepted last; 1 before there is one
-  double error2;    // and of the one before
-  double size1;     // size of the step accepted last; 0 before there is one
-  double ratio1;    // its size over that of the one before; 1 before there are two
-  int64_t status;
-  int64_t accepted;      // whether the last step was
-  int64_t output_begin;  // the outputs which the last step passed: [begin, end)
-  int64_t output_end;
-  int64_t on_jump;     // whether the step to take ends on a discontinuity
-  int64_t non_finite;  // whether the last error estimate was inf or nan
-  int64_t n_accepted;
-  int64_t n_rejected;
-  int64_t n_steps;      // since the last output, or since the start: what max_num_steps bounds
-  int64_t next_step_t;  // index of the next prescribed step end
-  int64_t next_jump_t;  // index of the next discontinuity
-  int64_t rejected;     // whether the step tried last was
+/// What goes with R, which is double, or a SIMD vector of double for as many samples side by side: what a comparison
+/// gives, and integers.
+template <class R>
+using flags_t = decltype(R{} < R{});
+template <class Flags>
+struct CountsFor {
+  using type = Flags;
 };
+template <>
+struct CountsFor<bool> {
+  using type = int64_t;
+};
+template <class R>
+using counts_t = typename CountsFor<flags_t<R>>::type;
+
+/// One sample of the step state, or several side by side. In memory it is kWords rows of B words of 8 bytes, in this
+/// order.
+template <class R>
+struct Samples {
+  R t;         // where the accepted steps have come to
+  R dt;        // the step to take, signed; 0: stand still
+  R t1;        // where it ends; t + dt but for rounding, exact at a prescribed time
+  R t_prev;    // start of the last step tried
+  R dt_prev;   // its size
+  R dt_whole;  // the step to take before a prescribed time cut it short
+  R slope;     // first step only: |f(t0, y0)|, scaled
+  R error1;    // the scaled error of the step accepted last; 1 before there is one
+  R error2;    // and of the one before
+  R size1;     // size of the step accepted last; 0 before there is one
+  R ratio1;    // its size over that of the one before; 1 before there are two
+  counts_t<R> status;
+  counts_t<R> accepted;      // whether the last step was
+  counts_t<R> output_begin;  // the outputs which the last step passed: [begin, end)
+  counts_t<R> output_end;
+  counts_t<R> on_jump;     // whether the step to take ends on a discontinuity
+  counts_t<R> non_finite;  // whether the last error estimate was inf or nan
+  counts_t<R> n_accepted;
+  counts_t<R> n_rejected;
+  counts_t<R> n_steps;      // since the last output, or since the start: what max_num_steps bounds
+  counts_t<R> next_step_t;  // index of the next prescribed step end
+  counts_t<R> next_jump_t;  // index of the next discontinuity
+  counts_t<R> rejected;     // whether the step tried last was
+};
+using Sample = Samples<double>;
 constexpr int kWords = static_cast<int>(sizeof(Sample) / 8);
 constexpr int kRealWords = 11;
 static_assert(sizeof(Sample) == 8 * 23, "Sample is a row of 8-byte words");
@@ -99,71 +120,114 @@ PYODE_HD void store_sample(const StepState& state, int64_t b, const Sample& samp
   for (int i = 0; i < kWords; ++i) memcpy(&state.words[i * state.samples + b], &words[i], 8);
 }
 
-PYODE_HD double output_time(const Grid& grid, int64_t i, int64_t b) {
-  return grid.times[i * grid.time_stride + b * grid.sample_stride];
+/// x for every sample.
+template <class R>
+PYODE_HD R spread(double x) {
+  return x - R{};  // x - 0 is x, also for -0
+}
+template <class R>
+PYODE_HD counts_t<R> spread_count(int64_t n) {
+  return n + counts_t<R>{};
+}
+
+template <class R = double>
+PYODE_HD R output_time(const Grid& grid, counts_t<R> i, counts_t<R> b) {
+  return read_at<R>(grid.times, i * grid.time_stride + b * grid.sample_stride);
+}
+template <class R = double>
+PYODE_HD R first_time(const Grid& grid, counts_t<R> b) {
+  return grid.sample_stride == 0 ? spread<R>(grid.times[0]) : output_time<R>(grid, counts_t<R>{}, b);
+}
+template <class R = double>
+PYODE_HD R last_time(const Grid& grid, counts_t<R> b) {
+  const int64_t last = grid.n_times - 1;
+  if (grid.sample_stride == 0) return spread<R>(grid.times[last * grid.time_stride]);
+  return output_time<R>(grid, spread_count<R>(last), b);
+}
+
+template <class R>
+PYODE_HD flags_t<R> is_running(const Samples<R>& s) {
+  return s.status == int64_t{kRunning};
 }
 
 /// +1 or -1: where time goes for sample b.
-PYODE_HD double direction(const Grid& grid, int64_t b) {
-  return output_time(grid, grid.n_times - 1, b) < output_time(grid, 0, b) ? -1.0 : 1.0;
+template <class R = double>
+PYODE_HD R direction(const Grid& grid, counts_t<R> b) {
+  const flags_t<R> backwards = last_time<R>(grid, b) < first_time<R>(grid, b);
+  return backwards ? spread<R>(-1) : spread<R>(1);
 }
 
 /// Prescribed times in the order in which a sample meets them.
+template <class R>
 struct Stops {
   const double* times;
-  int64_t n, stride;
+  int64_t n, stride;  // n >= 1
+  counts_t<R> offset, last;
+  R sign;
+  flags_t<R> reversed;
 
-  PYODE_HD Stops(const double* sorted, int64_t count, int64_t apart, double sign)
-      : times(sorted), n(count), stride(apart) {
-    if (n > 1 && sign * (sorted[(n - 1) * stride] - sorted[0]) < 0) {
-      times += (n - 1) * stride;
-      stride = -stride;
-    }
+  PYODE_HD Stops(const double* sorted, int64_t count, int64_t apart, counts_t<R> from, R where)
+      : times(sorted), n(count), stride(apart), offset(from), last(spread_count<R>(count - 1)), sign(where) {
+    reversed = sign * (read_at<R>(times, last * stride + offset) - read_at<R>(times, offset)) < 0;
   }
 
-  PYODE_HD double operator[](int64_t i) const { return times[i * stride]; }
+  /// The i-th; of those behind the last one, the last.
+  PYODE_HD R operator[](counts_t<R> i) const {
+    const counts_t<R> within = i > last ? last : i;
+    return read_at<R>(times, (reversed ? last - within : within) * stride + offset);
+  }
 
   /// Index of the first, from the i-th on, that lies behind t.
-  PYODE_HD int64_t skip_passed(int64_t i, double t, double sign) const {
-    while (i < n && sign * ((*this)[i] - t) <= 0) ++i;
+  PYODE_HD counts_t<R> skip_passed(counts_t<R> i, R t) const {
+    for (flags_t<R> passed; any(passed = (i < n) & (sign * ((*this)[i] - t) <= 0));)
+      i = passed ? i + 1 : i;
     return i;
   }
 };
 
 /// Fixes the step to take: within its bounds, not across a prescribed time, not too small to move t.
-PYODE_HD void plan_step(Sample& s, const Policy& policy, const Grid& grid, int64_t b) {
-  if (s.status == kRunning && s.n_steps >= policy.max_num_steps) s.status = kTooManySteps;
-  const double sign = direction(grid, b);
-  s.dt = sign * smaller(larger(fabs(s.dt), policy.min_step), policy.max_step);
+template <class R>
+PYODE_HD void plan_step(Samples<R>& s, const Policy& policy, const Grid& grid, counts_t<R> b) {
+  using Counts = counts_t<R>;
+  using Flags = flags_t<R>;
+  const Counts none{};
+  const Flags too_many = is_running(s) & (s.n_steps >= policy.max_num_steps);
+  s.status = too_many ? spread_count<R>(kTooManySteps) : s.status;
+  const R sign = direction<R>(grid, b);
+  s.dt = sign * smaller(larger(magnitude(s.dt), spread<R>(policy.min_step)), spread<R>(policy.max_step));
   s.dt_whole = s.dt;
-  const double least = policy.least_ulps * kEpsilon * fabs(s.t);
-  if (s.status == kRunning && (!(sign * (s.t + s.dt - s.t) > 0) || fabs(s.dt) < least))
-    s.status = s.non_finite ? kNonFinite : kStepTooSmall;
-  s.on_jump = 0;
-  if (s.status != kRunning) {
-    s.dt = 0;
-    s.t1 = s.t;
-    return;
-  }
+  const R least = policy.least_ulps * kEpsilon * magnitude(s.t);
+  const Flags moves = (sign * (s.t + s.dt - s.t) > 0) & (magnitude(s.dt) >= least);
+  const Counts why = s.non_finite != 0 ? spread_count<R>(kNonFinite) : spread_count<R>(kStepTooSmall);
+  s.status = is_running(s) & !moves ? why : s.status;
+  const Flags running = is_running(s);
+  s.on_jump = none;
+  s.dt = running ? s.dt : R{};
   s.t1 = s.t + s.dt;
-  const Stops step_t(grid.step_t, grid.n_step_t, 1, sign);
-  const Stops jump_t(grid.jump_t + b * grid.jump_sample_stride, grid.n_jump_t, grid.jump_stride, sign);
-  s.next_step_t = step_t.skip_passed(s.next_step_t, s.t, sign);
-  s.next_jump_t = jump_t.skip_passed(s.next_jump_t, s.t, sign);
-  if (s.next_step_t < step_t.n && sign * (s.t1 - step_t[s.next_step_t]) > 0) {
-    s.t1 = step_t[s.next_step_t];
-    s.dt = s.t1 - s.t;
+  if (!any(running)) return;
+  if (grid.n_step_t > 0) {
+    const Stops<R> step_t(grid.step_t, grid.n_step_t, 1, none, sign);
+    s.next_step_t = running ? step_t.skip_passed(s.next_step_t, s.t) : s.next_step_t;
+    const R stop = step_t[s.next_step_t];
+    const Flags over = running & (s.next_step_t < grid.n_step_t) & (sign * (s.t1 - stop) > 0);
+    s.t1 = over ? stop : s.t1;
+    s.dt = over ? s.t1 - s.t : s.dt;
   }
-  if (s.next_jump_t < jump_t.n && sign * (s.t1 - jump_t[s.next_jump_t]) >= 0) {
-    s.t1 = jump_t[s.next_jump_t];
-    s.dt = s.t1 - s.t;
-    s.on_jump = 1;
+  if (grid.n_jump_t > 0) {
+    const Stops<R> jump_t(grid.jump_t, grid.n_jump_t, grid.jump_stride, b * grid.jump_sample_stride, sign);
+    s.next_jump_t = running ? jump_t.skip_passed(s.next_jump_t, s.t) : s.next_jump_t;
+    const R stop = jump_t[s.next_jump_t];
+    const Flags over = running & (s.next_jump_t < grid.n_jump_t) & (sign * (s.t1 - stop) >= 0);
+    s.t1 = over ? stop : s.t1;
+    s.dt = over ? s.t1 - s.t : s.dt;
+    s.on_jump = over ? spread_count<R>(1) : none;
   }
-  const double end = output_time(grid, grid.n_times - 1, b);
-  if (policy.clip && sign * (s.t1 - end) > 0) {
-    s.t1 = end;
-    s.dt = end - s.t;
-    s.on_jump = 0;
+  if (policy.clip) {
+    const R end = last_time<R>(grid, b);
+    const Flags over = running & (sign * (s.t1 - end) > 0);
+    s.t1 = over ? end : s.t1;
+    s.dt = over ? end - s.t : s.dt;
+    s.on_jump = over ? none : s.on_jump;
   }
 }
 
@@ -181,76 +245,96 @@ PYODE_HD Sample start_sample(const Grid& grid, int64_t b) {
 
 /// The first guess h0, with which the second derivative is tried (Hairer, Norsett, Wanner I, II.4, steps a to c).
 /// `size` and `slope` are the norms of y0 and f(t0, y0), each over atol + rtol |y0|.
-PYODE_HD void try_first_step(Sample& s, const Policy& policy, const Grid& grid, int64_t b, double size, double slope) {
-  if (s.status == kRunning && (!is_finite(size) || !is_finite(slope))) s.status = kNonFinite;
-  double h0 = (size < 1e-5 || slope < 1e-5) ? 1e-6 : 0.01 * size / slope;
-  if (policy.clip) h0 = smaller(h0, fabs(output_time(grid, grid.n_times - 1, b) - s.t));
-  s.dt = direction(grid, b) * h0;
+template <class R>
+PYODE_HD void try_first_step(Samples<R>& s, const Policy& policy, const Grid& grid, counts_t<R> b, R size, R slope) {
+  const flags_t<R> wrong = is_running(s) & !(is_finite(size) & is_finite(slope));
+  s.status = wrong ? spread_count<R>(kNonFinite) : s.status;
+  R h0 = (size < 1e-5) | (slope < 1e-5) ? spread<R>(1e-6) : 0.01 * size / slope;
+  if (policy.clip) h0 = smaller(h0, magnitude(last_time<R>(grid, b) - s.t));
+  s.dt = direction<R>(grid, b) * h0;
   s.slope = slope;
 }
 
 /// The first step from the guess and the change of f over it (steps d to f). `change` is the norm of
 /// h0 (f(t0 + h0, y0 + h0 f0) - f0) over the same scale.
-PYODE_HD void choose_first_step(Sample& s, const Policy& policy, const Grid& grid, int64_t b, double change) {
-  if (!is_finite(change) || s.dt == 0) return;  // f breaks off nearby: h0 will do
-  const double h0 = fabs(s.dt), curvature = change / (h0 * h0);
-  const double h1 = (s.slope <= 1e-15 && curvature <= 1e-15) ? larger(1e-6, h0 * 1e-3)
-                                                             : pow(0.01 / larger(s.slope, curvature), 1 / policy.order);
-  s.dt = direction(grid, b) * smaller(100 * h0, h1);
+template <class R>
+PYODE_HD void choose_first_step(Samples<R>& s, const Policy& policy, const Grid& grid, counts_t<R> b, R change) {
+  const R h0 = magnitude(s.dt), curvature = change / (h0 * h0);
+  const R h1 = (s.slope <= 1e-15) & (curvature <= 1e-15)
+                   ? larger(spread<R>(1e-6), h0 * 1e-3)
+                   : power(0.01 / larger(s.slope, curvature), spread<R>(1 / policy.order));
+  // Where f breaks off nearby h0 will do.
+  s.dt = is_finite(change) & (s.dt != 0) ? direction<R>(grid, b) * smaller(100 * h0, h1) : s.dt;
 }
 
 /// The factor by which the next step is longer than the one just tried, whose scaled error is finite.
-PYODE_HD double step_factor(const Sample& s, const Policy& policy, double error) {
-  if (error == 0) return policy.ifactor;
+template <class R>
+PYODE_HD R step_factor(const Samples<R>& s, const Policy& policy, R error) {
   const double* const beta = policy.beta;
   const double* const alpha = policy.alpha;
   const bool integrating = beta[1] == 0 && beta[2] == 0 && alpha[0] == 0 && alpha[1] == 0;
-  if (integrating || !s.accepted) {
+  const flags_t<R> accepted = s.accepted != 0;
+  const R most = spread<R>(policy.ifactor);
+  R factor{};
+  if (integrating || any(!accepted)) {
     // Elementary control never shrinks a step that was accurate enough.
-    const double least = integrating && error < 1 ? 1.0 : policy.dfactor;
-    return smaller(policy.ifactor,
-                   larger(policy.safety / pow(error, (s.accepted ? beta[0] : 1) / policy.order), least));
+    const R least = error < 1 ? spread<R>(integrating ? 1 : policy.dfactor) : spread<R>(policy.dfactor);
+    const R exponent = accepted ? spread<R>(beta[0] / policy.order) : spread<R>(1 / policy.order);
+    factor = smaller(most, larger(policy.safety / power(error, exponent), least));
   }
-  const double ratio = s.size1 == 0 ? 1.0 : s.dt / s.size1;
-  const double filtered = pow(error, beta[0] / policy.order) * pow(s.error1, beta[1] / policy.order) *
-                          pow(s.error2, beta[2] / policy.order) * pow(ratio, alpha[0]) * pow(s.ratio1, alpha[1]);
-  return smaller(policy.ifactor, larger(policy.safety / filtered, policy.dfactor));
+  if (!integrating && any(accepted)) {
+    const auto filter = [](R x, double exponent) { return power(x, spread<R>(exponent)); };
+    const R ratio = s.size1 == 0 ? spread<R>(1) : s.dt / s.size1;
+    const R filtered = filter(error, beta[0] / policy.order) * filter(s.error1, beta[1] / policy.order) *
+                       filter(s.error2, beta[2] / policy.order) * filter(ratio, alpha[0]) * filter(s.ratio1, alpha[1]);
+    factor = accepted ? smaller(most, larger(policy.safety / filtered, spread<R>(policy.dfactor))) : factor;
+  }
+  return error == 0 ? most : factor;
 }
 
 /// Accepts or rejects the step just tried, from the norm of its scaled error, and proposes the next one's size.
 /// A non-finite error rejects and shrinks; at the smallest step it ends the solve.
-PYODE_HD void judge_step(Sample& s, const Policy& policy, const Grid& grid, int64_t b, double error) {
-  s.accepted = 0;
+template <class R>
+PYODE_HD void judge_step(Samples<R>& s, const Policy& policy, const Grid& grid, counts_t<R> b, R error) {
+  using Flags = flags_t<R>;
+  using Counts = counts_t<R>;
+  const Counts none{}, one = spread_count<R>(1);
+  const Flags running = is_running(s);
+  s.accepted = none;
   s.output_begin = s.output_end;
-  if (s.status != kRunning) return;
-  const double sign = direction(grid, b);
-  s.non_finite = !is_finite(error);
-  s.accepted = error <= 1 || (fabs(s.dt) <= policy.min_step && !s.non_finite);
-  if (s.non_finite && fabs(s.dt) <= policy.min_step) s.status = kNonFinite;
+  if (!any(running)) return;
+  const R sign = direction<R>(grid, b);
+  const Flags finite = is_finite(error), smallest = magnitude(s.dt) <= policy.min_step;
+  const Flags accepted = running & ((error <= 1) | (smallest & finite));
+  s.non_finite = running ? (finite ? none : one) : s.non_finite;
+  s.accepted = accepted ? one : none;
+  s.status = running & smallest & !finite ? spread_count<R>(kNonFinite) : s.status;
 
-  double factor = s.non_finite ? policy.dfactor : step_factor(s, policy, error);
-  if (s.rejected && policy.cautious) factor = smaller(factor, 1);
-  s.rejected = !s.accepted;
-  if (s.accepted) {
-    s.error2 = s.error1;
-    s.error1 = larger(error, kLeastError);
-    s.ratio1 = s.size1 == 0 ? 1.0 : s.dt / s.size1;
-    s.size1 = s.dt;
+  R factor = finite ? step_factor(s, policy, error) : spread<R>(policy.dfactor);
+  if (policy.cautious) factor = s.rejected != 0 ? smaller(factor, spread<R>(1)) : factor;
+  s.rejected = running ? one - s.accepted : s.rejected;
+  s.error2 = accepted ? s.error1 : s.error2;
+  s.error1 = accepted ? larger(error, spread<R>(kLeastError)) : s.error1;
+  s.ratio1 = accepted ? (s.size1 == 0 ? spread<R>(1) : s.dt / s.size1) : s.ratio1;
+  s.size1 = accepted ? s.dt : s.size1;
+  s.t_prev = running ? s.t : s.t_prev;
+  s.dt_prev = running ? s.dt : s.dt_prev;
+  s.dt = running ? s.dt * factor : s.dt;
+  if (policy.resume) s.dt = accepted ? sign * larger(magnitude(s.dt), magnitude(s.dt_whole)) : s.dt;
+  s.n_steps += running ? one : none;
+  s.n_rejected += running & !accepted ? one : none;
+  s.n_accepted += s.accepted;
+  s.t = accepted ? s.t1 : s.t;
+  const Counts last = spread_count<R>(grid.n_times - 1);
+  for (Flags passed; any(passed = accepted & (s.output_end <= last));) {
+    const R time = output_time<R>(grid, s.output_end < last ? s.output_end : last, b);
+    passed = passed & (sign * (time - s.t) <= 0);
+    if (!any(passed)) break;
+    s.output_end += passed ? one : none;
   }
-  s.t_prev = s.t;
-  s.dt_prev = s.dt;
-  s.dt *= factor;
-  s.n_steps += 1;
-  if (!s.accepted) {
-    s.n_rejected += 1;
-    return;
-  }
-  if (policy.resume) s.dt = sign * larger(fabs(s.dt), fabs(s.dt_whole));
-  s.n_accepted += 1;
-  s.t = s.t1;
-  while (s.output_end < grid.n_times && sign * (output_time(grid, s.output_end, b) - s.t) <= 0) s.output_end += 1;
-  if ((s.output_end > s.output_begin || (s.on_jump && policy.resume)) && policy.count_per_output) s.n_steps = 0;
-  if (s.output_end == grid.n_times) s.status = kSuccess;
+  const Flags there = (s.output_end > s.output_begin) | (policy.resume ? s.on_jump != 0 : flags_t<R>{});
+  if (policy.count_per_output) s.n_steps = accepted & there ? none : s.n_steps;
+  s.status = accepted & (s.output_end > last) ? spread_count<R>(kSuccess) : s.status;
 }
 
 /// What sample b adds to the word of flags, after judge_step and plan_step; `was_on_jump` as before the latter.
@@ -260,17 +344,19 @@ PYODE_HD int64_t flags_of(const Sample& s, bool was_on_jump) {
          (s.status > kRunning ? kAnyFailed : 0);
 }
 
-/// The time of a stage with abscissa c of the step to take. At c = 1 it is the neighbour of t1 towards t: just
-/// before a discontinuity there.
-template <class T>
-PYODE_HD T stage_time(const Sample& s, double c) {
-  if (c == 1) return round_and_nudge<T>(s.t1, s.dt > 0 ? -1 : (s.dt < 0 ? 1 : 0));
-  return round_and_nudge<T>(s.t + c * s.dt, 0);
+/// The time of a stage with abscissa c of the step to take, rounded to T. At c = 1 it is the neighbour of t1 towards t:
+/// just before a discontinuity there.
+template <class T, class R>
+PYODE_HD T stage_time(const Samples<R>& s, double c) {
+  const counts_t<R> one = spread_count<R>(1), none{};
+  if (c == 1) return round_and_nudge<T>(s.t1, s.dt > 0 ? -one : (s.dt < 0 ? one : none));
+  return round_and_nudge<T>(s.t + c * s.dt, none);
 }
 
 /// Where on the last step an output time lies, from 0 to 1; exactly 1 at its end.
-PYODE_HD double output_position(const Sample& s, double time) {
-  return time == s.t ? 1.0 : (time - s.t_prev) / s.dt_prev;
+template <class R>
+PYODE_HD R output_position(const Samples<R>& s, R time) {
+  return time == s.t ? spread<R>(1) : (time - s.t_prev) / s.dt_prev;
 }
 
 }  // namespace PYODE_LEVEL

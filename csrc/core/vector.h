@@ -96,6 +96,20 @@ PYODE_HD R fused_multiply_add(R a, R b, R c) {
 #endif
 }
 
+/// Whether it holds in any lane.
+template <class M, class = std::enable_if_t<is_vector<M>>>
+PYODE_HD bool any(M mask) {
+  if constexpr (sizeof(M) > 16) {
+    Vector<int64_t, sizeof(M) / 2> half[2];
+    memcpy(half, &mask, sizeof mask);
+    return any(half[0] | half[1]);
+  } else {
+    int64_t half[2];
+    memcpy(half, &mask, sizeof mask);
+    return (half[0] | half[1]) != 0;
+  }
+}
+
 namespace math {
 
 /// x in every lane.
@@ -144,22 +158,6 @@ PYODE_HD To convert(From x) {
 template <class R>
 PYODE_HD R select(mask_t<R> mask, R a, R b) {
   return mask ? a : b;
-}
-
-/// Whether it holds in any lane.
-template <class M>
-PYODE_HD bool any(M mask) {
-  if constexpr (std::is_same<M, bool>::value) {
-    return mask;
-  } else if constexpr (sizeof(M) > 16) {
-    Vector<int64_t, sizeof(M) / 2> half[2];
-    memcpy(half, &mask, sizeof mask);
-    return any(half[0] | half[1]);
-  } else {
-    int64_t half[2];
-    memcpy(half, &mask, sizeof mask);
-    return (half[0] | half[1]) != 0;
-  }
 }
 
 /// The larger one; nan if either is.

@@ -90,15 +90,21 @@ class Dynamics:
         dtype: of the state.
         rows: whether there are several rows, side by side in vectors.
         gradients: of a vector-Jacobian product: those of inputs.
+        own_times: whether every row has a time of its own.
 
     Attributes:
         source: the struct.
     """
 
     def __init__(
-        self, outputs: Sequence[Node], dtype: torch.dtype, rows: bool, gradients: Sequence[Node] | None = None
+        self,
+        outputs: Sequence[Node],
+        dtype: torch.dtype,
+        rows: bool,
+        gradients: Sequence[Node] | None = None,
+        own_times: bool = False,
     ) -> None:
-        self._gradients = gradients
+        self._gradients, self._own_times = gradients, own_times
         self.widths = [out.numel for out in outputs]
         self._starts = [sum(self.widths[:i]) for i in range(len(outputs) + 1)]
         self._names: dict[int, str] = {}
@@ -290,7 +296,7 @@ class Dynamics:
         self._totals.append(f"    T {number}[{n}];")
         self._collected.append(
             f"    for (int i = 0; i < {n}; ++i) {{\n      totals.{number}[i] = 0;\n"
-            f"      for (int64_t p = 0; p < n; ++p) totals.{number}[i] += over_lanes(parts[p].{number}[i]);\n    }}"
+            f"      for (int64_t p = 0; p < n; ++p) totals.{number}[i] += over_lanes(parts[p * step].{number}[i]);\n    }}"
         )
         if len(node.inputs) == 1:
             (x,) = node.inputs
@@ -311,7 +317,8 @@ class Dynamics:
         base = x.base
         if base.kind in ("literal", "time"):
             name = f"q{len(self._code[place].lines)}"
-            self._code[place].add(f"const T {name} = {self._read(x, [], Place.STAGE)};")
+            scalar = "V" if base.place is Place.ROW else "T"
+            self._code[place].add(f"const {scalar} {name} = {self._read(x, [], base.place)};")
             return _Matrix(f"&{name}", strides)
         if base.kind == "state":
             name, start = self._state(base)
@@ -378,7 +385,7 @@ class Dynamics:
   }}
 
   // For every row: {"k = g df/dy, and sums += g df/dp" if adjoint else "k = f(t, y)"}.
-  static void rows([[maybe_unused]] T t, [[maybe_unused]] const V* __restrict__ y,{vector}
+  static void rows([[maybe_unused]] {"V" if self._own_times else "T"} t, [[maybe_unused]] const V* __restrict__ y,{vector}
                    V* __restrict__ k, [[maybe_unused]] const void* const* inputs, [[maybe_unused]] const Fixed& fixed,
                    [[maybe_unused]] const Timed& timed{", [[maybe_unused]] Sums& sums" if adjoint else ""}) {{
 {self._body(Place.ROW)}
@@ -388,6 +395,7 @@ class Dynamics:
 
     def _struct_of_sums(self) -> str:
         sums, totals, collected = ("\n".join(x) for x in (self._sums, self._totals, self._collected))
+        sizes = [x.numel for x in self._gradients or ()]
         return f"""
   struct Sums {{
 {sums}
@@ -396,9 +404,11 @@ class Dynamics:
 {totals}
   }};
 
-  // The sums over all rows, from those of parts.
+  static constexpr int n_gradients = {len(sizes)}, gradient_sizes[] = {{{", ".join(map(str, sizes or [0]))}}};
+
+  // The sums over all rows, from those of n parts, `step` apart.
   static void collect([[maybe_unused]] const Sums* parts, [[maybe_unused]] int64_t n,
-                      [[maybe_unused]] Totals& totals) {{
+                      [[maybe_unused]] Totals& totals, [[maybe_unused]] int64_t step = 1) {{
 {collected}
   }}
 
