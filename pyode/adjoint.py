@@ -229,9 +229,12 @@ class _OdeintAdjoint(torch.autograd.Function):
                     native = backsolve_compiled(
                         problem.compiled, problem.form, times, config, ys, gradient, tuple(params)
                     )
-                found = native or Backsolve(
-                    problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time
-                ).solve()
+                found = (
+                    native
+                    or Backsolve(
+                        problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time
+                    ).solve()
+                )
         y0_gradient, t_gradient, param_gradients = found
         if t_gradient is not None:
             t_gradient = torch.cat([t_gradient[:n], torch.zeros_like(t[n:])])

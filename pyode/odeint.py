@@ -16,7 +16,8 @@ from . import methods
 from ._ops import backend_for
 from ._ops.contract import Grid, Policy
 from .callbacks import callbacks_of
-from .compiled.dynamics import CompiledDynamics, compiled_once
+from .compiled.arguments import WithArgs
+from .compiled.dynamics import CompiledDynamics, compiled_by
 from .compiling import not_compiled
 from .control import (
     CONTROLS,
@@ -95,7 +96,7 @@ def odeint(
             same gradient, once, by undoing the steps of an explicit Runge-Kutta method one by one, in the memory of
             their states, or "adjoint", `odeint_adjoint`'s; checkpoints, how many states "checkpoint" keeps at most,
             taking steps again (None: all); params, the tensors that func uses, if the last two are not to search it;
-            compile, True to make the solve one native call (see `pyode.compile`).
+            compile, True to make the solve one native call (see `pyode.compile`), "auto" to do so where that is faster.
         event_fn: a function of (t, y) that returns a tensor of one or several numbers: the solve ends where the first
             of them changes its sign. t then has two entries: where the solve starts, and on which side it goes on. A
             solve that starts on an event ends there, unless options has skip_initial_event=True, which waits until it
@@ -196,7 +197,7 @@ class Problem:
     first_step: float | None
     callbacks: dict[str, Callback]
     event: Callable[[float, Tensor], Tensor] | None
-    compiled: CompiledDynamics | None = None
+    compiled: CompiledDynamics | WithArgs | None = None
 
     def event_time(self, solved: Solved) -> Tensor:
         """The time at which a solve with an event has ended, as t has times."""
@@ -252,7 +253,7 @@ def pose(
         options = {"max_num_steps": STEPS_TO_EVENT, **options} if found.adaptive else options
     if strict and len(dtypes := {part.dtype for part in form.parts(y0)}) > 1:
         raise InvalidType(f"all of y0 must be of one dtype; it has {', '.join(sorted(map(str, dtypes)))}")
-    compiled = func if isinstance(func, CompiledDynamics) else compiled_once(func) if options.get("compile") else None
+    compiled = compiled_by(options.get("compile"), func)
     if compiled is not None:
         func = compiled.func
     packed = form.pack(y0)
@@ -273,7 +274,7 @@ def pose(
         first_step=first_step_from(options),
         callbacks=callbacks_of(func, found, times.tensor, form.unpack, per_sample=form.per_sample),
         event=None if event_fn is None else event_of(event_fn, args, form, packed.device),
-        compiled=None if args else compiled,
+        compiled=None if compiled is None else compiled.with_args(args),
     )
 
 

@@ -34,7 +34,7 @@ from .stepping.segment import BatchSegment
 GRADIENTS = ("direct", "adjoint")
 # Options that are arguments here, or have no meaning, and what is instead.
 ARGUMENTS = {
-    **{name: name for name in ("control", "first_step", "max_num_steps")},
+    **{name: name for name in ("compile", "control", "first_step", "max_num_steps")},
     "on_failure": "throw",
     "event_t_max": "t[-1]",
 }
@@ -60,6 +60,7 @@ def solve_ivp(
     throw: bool = True,
     progress: bool = False,
     compact: bool = False,
+    compile: bool | str = False,
     params: Iterable[Tensor] | None = None,
     adjoint_options: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
@@ -91,6 +92,8 @@ def solve_ivp(
         throw: whether a failure raises SolveError when all samples are done; else it is told by the Solution's status.
         progress: whether to show a progress bar: the fraction of time that the slowest sample has covered.
         compact: whether func is called with the rows that still run only, once many are done. args are not cut.
+        compile: True to make the solve one native call (see `pyode.compile`), or "auto" to do so where it is faster;
+            events, dense_output, callbacks, progress and norms of the user's take the eager path.
         params: for gradient="adjoint": the tensors to which gradients are wanted beside y0, t and those in args; by
             default those found in func, see `odeint_adjoint`.
         adjoint_options: of the backward solve: rtol, atol, method, and other options; rtol, atol and method are the
@@ -115,7 +118,7 @@ def solve_ivp(
     options = {} if options is None else dict(check_dict(options, "options"))
     for name in ARGUMENTS.keys() & options.keys():
         raise InvalidValue(f"options has {name}, which for solve_ivp is the argument {ARGUMENTS[name]}")
-    options["control"] = control
+    options |= {"control": control, "compile": compile}
     if found.adaptive or first_step is not None:
         options["first_step"] = first_step
     if found.adaptive and not isinstance(found, ScipySolver):

@@ -19,6 +19,7 @@ from ..solution import Stats
 from ..state import Form
 from ..stepping.course import stage_times
 from ..stepping.fixed_grid import grid_of
+from .arguments import WithArgs
 from .dynamics import CompiledDynamics
 from .native import Plan, Solve, Tape
 
@@ -72,7 +73,7 @@ def solve_again(
         return None
     entry, plan = last.entry, last.plan
     if _is_recorded(y0, t, entry):
-        if t.requires_grad or plan.library is not compiled.trained(entry):
+        if t.requires_grad or plan.library is not compiled.library(entry, True):
             return None
         ys, solve = _recorded(plan, last.rows, entry, eagerly, y0)
     elif plan.library is entry.library:
@@ -93,7 +94,7 @@ def _is_recorded(y0: Tensor, t: Tensor, entry: Entry) -> bool:
 
 
 def solve_compiled(
-    compiled: CompiledDynamics,
+    compiled: CompiledDynamics | WithArgs,
     form: Form,
     y0: Tensor,
     times: Times,
@@ -125,7 +126,7 @@ def solve_compiled(
     if entry is None or (torch.is_grad_enabled() and times.tensor.requires_grad):
         return None
     recorded = _is_recorded(y0, times.tensor, entry)
-    library = compiled.trained(entry) if recorded else entry.library
+    library = compiled.library(entry, recorded)
     if library is None:
         return None
     steps = None
@@ -135,7 +136,9 @@ def solve_compiled(
         times_of_stages = stage_times(ends, abscissae, y0.dtype, times.sign, bool(options.get("perturb", False)))
         steps = ends, torch.cat([times_of_stages, ends[1:, None].to(y0.dtype)], 1)
     rows = entry.rows_of(form.shapes[0])
-    plan = library.plan(y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, steps, options.get("interp") == "cubic")
+    plan = library.plan(
+        y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, steps, options.get("interp") == "cubic"
+    )
     if recorded:
         ys, solve = _recorded(plan, rows, entry, eagerly, y0)
     else:
