@@ -49,6 +49,7 @@ from .stepping.tape import Tape
 
 GRADIENTS = ("direct", "adjoint", "checkpoint")
 GRADIENT_OPTIONS = ("gradient", "checkpoints")
+STEPS_TRIED = 4  # of a solve that chooses its steps, to find out whether compiling pays
 
 
 @not_compiled
@@ -119,6 +120,8 @@ def odeint(
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, sections II.1 to II.6; the interface is
         torchdiffeq's.
     """
+    if type(options) is dict and len(options) == 1 and "compile" in options:
+        func, options = compiled_by(options["compile"], func) or func, None
     if type(func) is CompiledDynamics and not options and event_fn is None and not args:
         from .compiled.solve import solve_again  # only those who compile wait for its import
 
@@ -340,16 +343,25 @@ def loop_of(problem: Problem, hooks: Hooks) -> Loop:
     )
 
 
-def compiled_samples(problem: Problem, fail: Callable[[SolveError], None]) -> Loop | None:
-    """The same as one native call, for a per-sample solve that nothing watches; None if that can't be."""
-    if problem.compiled is None or not problem.form.per_sample:
+def compiled_loop(problem: Problem, fail: Callable[[SolveError], None]) -> Loop | None:
+    """The same as one native call, for a solve that nothing watches; None if that can't be, or is not to be."""
+    if problem.compiled is None or (problem.compiled.auto and not compiling_pays(problem)):
         return None
-    from .compiled.samples import sample_loop  # only those who compile wait for its import
+    return _native_loop(problem, fail)
+
+
+def _native_loop(problem: Problem, fail: Callable[[SolveError], None]) -> Loop | None:
+    # Only those who compile wait for the import.
+    from .compiled.samples import sample_loop
+    from .compiled.solve import compiled_loop
+
+    assert problem.compiled is not None
 
     def eagerly(y0: Tensor) -> Tensor:
         return loop_of(replace(problem, y0=y0), Hooks(fail=lambda _: None)).solve(y0, problem.first_step)
 
-    return sample_loop(
+    make: Callable[..., Loop | None] = sample_loop if problem.form.per_sample else compiled_loop
+    return make(
         problem.compiled, problem.form, problem.y0, problem.times, problem.method, problem.rtol, problem.atol,
         problem.policy, problem.grid, problem.options, fail, eagerly,
     )  # fmt: skip
@@ -364,6 +376,26 @@ def norm_by(norm: Callable[[State], Any], form: Form, error: Tensor) -> Any:
             f"it returned {tuple(torch.as_tensor(value).shape)}"
         )
     return value
+
+
+def compiling_pays(problem: Problem) -> bool:
+    """Whether a native call is faster than the eager loop: tried with the first steps of a solve, and remembered.
+
+    As much is tried as is wanted: with gradients, the backward pass too.
+    """
+    compiled, y0 = problem.compiled, problem.y0
+    assert compiled is not None
+    few = replace(problem, options={**problem.options, "compile": "auto"})  # what has options is not solved again
+    if isinstance(problem.method, Tableau) and problem.method.adaptive:
+        few = replace(few, policy=replace(problem.policy, max_num_steps=STEPS_TRIED, count_per_output=False))
+
+    def eager_loop(y: Tensor) -> Loop:
+        return loop_of(replace(few, y0=y), Hooks(fail=lambda _: None))
+
+    def native_loop(y: Tensor) -> Loop | None:
+        return _native_loop(replace(few, y0=y), lambda _: None)
+
+    return compiled.pays(native_loop, eager_loop, y0, (problem.method.name, problem.form.per_sample))
 
 
 def solve(
@@ -391,21 +423,9 @@ def solve(
         solved.end = error.t
         solved.n_reached = sum(times.sign * (t - error.t) <= 0 for t in times.values)
 
-    compiled, form = problem.compiled, problem.form
     watched = problem.event is not None or watch is not None or tape is not None or bool(problem.callbacks)
-    if compiled is not None and not watched and not form.per_sample:
-        from .compiled.solve import solve_compiled
-
-        outcome = solve_compiled(
-            compiled, form, y0, times, problem.method, problem.rtol, problem.atol, problem.policy, problem.grid,
-            problem.first_step, options, fail, lambda y: solve(replace(problem, compiled=None, y0=y)).ys,
-        )  # fmt: skip
-        if outcome is not None:
-            solved.ys, solved.last_step = outcome
-            return solved
-
     with on_device_of(y0):
-        loop = None if watched else compiled_samples(problem, fail)
+        loop = None if watched else compiled_loop(problem, fail)
         if loop is None:
             loop = loop_of(problem, Hooks(watch=watch, tape=tape, fail=fail, **problem.callbacks))  # type: ignore[arg-type]
         try:

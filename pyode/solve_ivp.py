@@ -20,7 +20,7 @@ from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.samples import SampleAdjoint, SolvedSamples
 from .methods import Tableau
 from .methods.external import ScipySolver
-from .odeint import Problem, compiled_samples, loop_of, on_device_of, pose
+from .odeint import Problem, compiled_loop, loop_of, on_device_of, pose
 from .progress import Progress
 from .samples import RunningRows, SampleDenseOutput, Samples
 from .solution import SampleStats, Solution, Stats
@@ -163,7 +163,7 @@ def solve_ivp(
     hooks = replace(hooks, watch_batch=_all_of(watchers), judged=_all_of(judges))
     with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
         watched = bool(watchers or bar or problem.callbacks)
-        loop = None if watched else compiled_samples(problem, failures.append)
+        loop = None if watched else compiled_loop(problem, failures.append)
         if loop is None:
             loop = loop_of(carried_out, hooks)
         try:

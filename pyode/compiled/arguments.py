@@ -58,7 +58,6 @@ class WithArgs:
     def __init__(self, compiled: CompiledDynamics, func: Callable[..., Any], given: dict[int, Tensor]) -> None:
         self._compiled, self.func, self._given = compiled, func, given
         self.auto = compiled.auto
-        self.costs = compiled.costs
         self.last: object = None  # args are not compared, so a solve is never known to be the last one
 
     def entry(
@@ -71,6 +70,12 @@ class WithArgs:
     def library(self, entry: Entry, recorded: bool) -> Library | None:
         """As that of `CompiledDynamics`."""
         return self._compiled.library(entry, recorded)
+
+    def pays(
+        self, native: Callable[[Tensor], Any], eager: Callable[[Tensor], Any], y0: Tensor, kind: tuple[Any, ...]
+    ) -> bool:
+        """As that of `CompiledDynamics`."""
+        return self._compiled.pays(native, eager, y0, kind)
 
     def backsolving(self, entry: Entry, wanted: tuple[int, ...]) -> Library | None:
         """As that of `CompiledDynamics`."""

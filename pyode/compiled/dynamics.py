@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -93,6 +94,7 @@ class CompiledDynamics(nn.Module):
             with self._lock:
                 self._entries.clear()
                 self._refused.clear()
+                self.costs.clear()
                 self.last = None
         found = self._entries.get(key)
         if found is None and key not in self._refused:
@@ -103,7 +105,7 @@ class CompiledDynamics(nn.Module):
         return found
 
     def library(self, entry: Entry, recorded: bool) -> Library | None:
-        """An entry's library, with gradients to what requires them now if `recorded`; None, after a warning, if none."""
+        """An entry's library, with gradients to what wants them if `recorded`; None, after a warning, if none."""
         if recorded:
             wanted = tuple(i for i, x in enumerate(entry.inputs) if x.requires_grad)
             return self._built(entry.trained, entry, wanted, "its gradient: ")
@@ -123,6 +125,27 @@ class CompiledDynamics(nn.Module):
         except Exception as error:
             self.refuse(key, what + str(error).splitlines()[0])
             return None
+
+    def pays(
+        self, native: Callable[[Tensor], Any], eager: Callable[[Tensor], Any], y0: Tensor, kind: tuple[Any, ...]
+    ) -> bool:
+        """Whether a native solve is faster than an eager one, measured once for states of about this size.
+
+        Args:
+            native, eager: make the loop of a short solve from a state; None where it can't be compiled.
+            y0: the state.
+            kind: of the solve, beside the state's size and dtype and whether gradients are wanted.
+        """
+        loop = native(y0)
+        if loop is None:
+            return False
+        wanted = [x for x in (y0, *loop.inputs) if x.requires_grad] if torch.is_grad_enabled() else []
+        task = "training" if wanted else "solving"
+        key = (*kind, task, y0.dtype, y0.numel().bit_length(), torch.get_num_threads())
+        if key not in self.costs:
+            self.costs[key] = _seconds(native, y0, wanted), _seconds(eager, y0, wanted)
+        found = self.costs[key]
+        return found[0] <= found[1]
 
     def unchanged(self) -> bool:
         """Whether func is as it was when it was traced, but for the values of its tensors."""
@@ -187,6 +210,18 @@ class CompiledDynamics(nn.Module):
                 faster = "compiled" if native <= eager else "eager"
                 lines.append(f"  {key}: compiled {1e6 * native:.0f} us, eager {1e6 * eager:.0f} us: {faster}")
         return "\n".join(lines)
+
+
+def _seconds(make: Callable[[Tensor], Any], y0: Tensor, wanted: list[Tensor]) -> float:
+    """The shorter of two runs of a short solve, behind one that warms up; with the gradients that are wanted."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        ys = make(y0).solve(y0)
+        if wanted:
+            torch.autograd.grad(ys, wanted, torch.ones_like(ys), allow_unused=True)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
 def _name(func: Any) -> str:

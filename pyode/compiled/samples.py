@@ -73,6 +73,11 @@ class CompiledSamples:
     _solve: Solve | None = None  # as it has ended
     _states: RowStates
 
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that func uses."""
+        return self._entry.inputs
+
     def __init__(
         self,
         plan: Callable[[float | None], Plan],
