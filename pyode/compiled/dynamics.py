@@ -99,9 +99,10 @@ class CompiledDynamics(nn.Module):
         found = self._entries.get(key)
         if found is None and key not in self._refused:
             with self._lock:
+                before = Guards(self.func, self._guards)
                 found = self._entries.get(key) or self._make(key, shapes, is_tuple, dtype, method, per_sample)
                 self._distinct = list(dict.fromkeys(self._entries.values()))
-                self._guards = Guards(self.func)  # as func is after it was called; it may count its calls
+                self._guards = Guards(self.func, before)
         return found
 
     def library(self, entry: Entry, recorded: bool) -> Library | None:
