@@ -1,7 +1,8 @@
 """Compiled dynamics beside pyode's eager solves, torchdiffeq and diffrax: solving, and training by the steps' gradient.
 
-diffrax runs jitted, with vmap where every sample has steps of its own; in training it is given each of its adjoints, and
-the fastest counts. It is left out where jax is missing. Times to compile are reported on their own.
+diffrax runs jitted, with vmap where every sample has steps of its own; in training it is given each of its adjoints,
+and the fastest counts. It is left out where jax is missing. Times to compile are reported on their own. A turn lasts
+some milliseconds, as in a loop that trains: after a single call of another solver caches are cold.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 import pyode
 
 from .cases import Case, cases
-from .timing import Contender, interleaved
+from .timing import Contender, interleaved, repeated, seconds_of
 
 try:
     from . import diffrax_cases
@@ -39,6 +40,7 @@ COLUMNS = {
     "seconds_to_compile": "to compile [s]",
 }
 PER_SAMPLE = ("vdp256", "lorenz1024")
+TURN = 3e-3  # seconds
 
 
 def solution(case: Case, odeint: Callable[..., Tensor]) -> Tensor:
@@ -96,7 +98,10 @@ def measure(seconds: float = 20.0) -> list[dict[str, Any]]:
     for case in cases().values():
         for task in tasks_of(case):
             timed, to_compile = contenders(case, task)
-            times = interleaved(timed, rounds=1000, seconds=seconds)
+            turns = {name: max(1, int(TURN / min(seconds_of(run) for _ in range(3)))) for name, run in timed.items()}
+            of_turns = {name: repeated(run, turns[name]) for name, run in timed.items()}
+            times = interleaved(of_turns, rounds=1000, seconds=seconds)
+            times = {name: value / turns[name] for name, value in times.items()}
             row: dict[str, Any] = {"case": case.name, "task": task, "seconds_to_compile": to_compile}
             for name in ("compiled", "eager", "torchdiffeq"):
                 row[f"{name}_us"] = 1e6 * times[name] if name in times else None
