@@ -87,6 +87,23 @@ class TestArgs:
         assert len(f._with_args) == 2
 
 
+def test_an_eager_solve_of_the_same_kind_leaves_a_compiled_one_compiled():
+    n = [0]
+
+    def f(t, y):
+        n[0] += 1
+        return -y
+
+    compiled = strict(f)
+    for _ in range(2):
+        pyode.odeint(compiled, Y0, T)
+        pyode.odeint(f, Y0, T)
+    pyode.odeint(compiled, 2 * Y0, T.clone())
+    before = n[0]
+    pyode.odeint(compiled, 2 * Y0, T.clone())
+    assert n[0] == before
+
+
 class TestCounters:
     class Counted(nn.Module):
         def __init__(self):

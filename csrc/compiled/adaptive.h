@@ -126,9 +126,7 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
   SquareSums<V> sums_[Base::kMaxParts][F::n_segments];
   I integrals_;
 
-  static V* aligned(void* memory) {
-    return reinterpret_cast<V*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-  }
+  static V* aligned(void* memory) { return reinterpret_cast<V*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64); }
 
   T* output(int64_t i) { return static_cast<T*>(solve.out) + i * solve.rows * D; }
 

@@ -171,10 +171,10 @@ class AdjointIntegrals {
   CompiledSolve& solve;
   const int64_t parts;
   const typename A::Fixed& fixed_;
-  Sums* sums_;                 // [parts, kSlots]
+  Sums* sums_;                // [parts, kSlots]
   T *value_, *end_, *error_;  // [P]: at the step's ends, and of the step
-  int slot_[S];                // where an evaluation's sums are
-  int64_t pending_;            // the next output whose gradient arrives
+  int slot_[S];               // where an evaluation's sums are
+  int64_t pending_;           // the next output whose gradient arrives
 
   Sums& sums(int64_t part, int j) { return sums_[part * kSlots + slot_[j]]; }
 

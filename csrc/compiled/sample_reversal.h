@@ -14,6 +14,10 @@ template <class F, class G, class M>
 class SampleReversal : SideBySide<F>, Blocks<F, kPartsOfSums<G>> {
   using Sides = SideBySide<F>;
   using Base = Blocks<F, kPartsOfSums<G>>;
+  using Base::solve;
+  using Sides::D;
+  using Sides::H;
+  using Sides::W;
   using typename Sides::Counts;
   using typename Sides::Flags;
   using typename Sides::Integers;
@@ -22,10 +26,6 @@ class SampleReversal : SideBySide<F>, Blocks<F, kPartsOfSums<G>> {
   using typename Sides::Steps;
   using typename Sides::T;
   using typename Sides::V;
-  using Base::solve;
-  using Sides::D;
-  using Sides::H;
-  using Sides::W;
   using Sums = typename G::Sums;
   static constexpr int S = M::evaluations;
   static constexpr int64_t kStepOperations = W * (S * (F::operations + G::operations) + 6 * S * S * D) + 1000;

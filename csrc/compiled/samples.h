@@ -107,8 +107,7 @@ PYODE_HD void for_each_output_weight(const typename SideBySide<F>::Numbers& x, B
     const auto w = SideBySide<F>::numbers([&](int h) {
       const R at = x.parts[h];
       R weight{};
-      for (int p = M::degree - 1; p >= 0; --p)
-        weight = fused_multiply_add(weight, at, spread<R>(M::interpolant[j][p]));
+      for (int p = M::degree - 1; p >= 0; --p) weight = fused_multiply_add(weight, at, spread<R>(M::interpolant[j][p]));
       return at == 1 ? spread<R>(M::end[j]) : weight * at;
     });
     if (at_end && between)
@@ -122,6 +121,9 @@ PYODE_HD void for_each_output_weight(const typename SideBySide<F>::Numbers& x, B
 template <class F, class M>
 class SampleSolve : SideBySide<F> {
   using Sides = SideBySide<F>;
+  using Sides::D;
+  using Sides::H;
+  using Sides::W;
   using typename Sides::Counts;
   using typename Sides::Flags;
   using typename Sides::Integers;
@@ -130,9 +132,6 @@ class SampleSolve : SideBySide<F> {
   using typename Sides::Steps;
   using typename Sides::T;
   using typename Sides::V;
-  using Sides::D;
-  using Sides::H;
-  using Sides::W;
   static constexpr int S = M::evaluations;  // the first stage and f(t1, y1) included
   static constexpr int64_t kStepOperations = W * (S - 1) * (F::operations + 2 * S * D) + 1000;
   static constexpr int kSpare = W / 8 > 1 ? W / 8 : 1;  // so many idle lanes are filled together
@@ -244,8 +243,7 @@ class SampleSolve : SideBySide<F> {
       for (int d = 0; d < D; ++d) x.stage[d] = advance_state(x.y[d], dt, x.k[0][d]);
       evaluate(t, x.stage, change);
       const Numbers norm = norms([&](int d) { return scaled(d, dt * (change[d] - x.k[0][d]), x.y[d], x.y[d]); });
-      for (int h = 0; h < H; ++h)
-        choose_first_step(steps.parts[h], policy, grid, x.row.parts[h], norm.parts[h]);
+      for (int h = 0; h < H; ++h) choose_first_step(steps.parts[h], policy, grid, x.row.parts[h], norm.parts[h]);
     }
     for (int h = 0; h < H; ++h) plan_step(steps.parts[h], policy, grid, x.row.parts[h]);
   }

@@ -179,8 +179,7 @@ struct Stops {
 
   /// Index of the first, from the i-th on, that lies behind t.
   PYODE_HD counts_t<R> skip_passed(counts_t<R> i, R t) const {
-    for (flags_t<R> passed; any(passed = (i < n) & (sign * ((*this)[i] - t) <= 0));)
-      i = passed ? i + 1 : i;
+    for (flags_t<R> passed; any(passed = (i < n) & (sign * ((*this)[i] - t) <= 0));) i = passed ? i + 1 : i;
     return i;
   }
 };
@@ -279,8 +278,11 @@ PYODE_HD R step_factor(const Samples<R>& s, const Policy& policy, R error) {
   if (integrating || any(!accepted)) {
     // Elementary control never shrinks a step that was accurate enough.
     const R least = error < 1 ? spread<R>(integrating ? 1 : policy.dfactor) : spread<R>(policy.dfactor);
-    const R exponent = accepted ? spread<R>(beta[0] / policy.order) : spread<R>(1 / policy.order);
-    factor = smaller(most, larger(policy.safety / power(error, exponent), least));
+    const double exponent = 1 / policy.order;
+    const R root = beta[0] == 1
+                       ? power(error, exponent)
+                       : power(error, accepted ? spread<R>(beta[0] / policy.order) : spread<R>(exponent));
+    factor = smaller(most, larger(policy.safety / root, least));
   }
   if (!integrating && any(accepted)) {
     const auto filter = [](R x, double exponent) { return power(x, spread<R>(exponent)); };

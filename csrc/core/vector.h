@@ -104,7 +104,7 @@ PYODE_HD bool any(M mask) {
     memcpy(half, &mask, sizeof mask);
     return any(half[0] | half[1]);
   } else {
-    int64_t half[2];
+    int64_t half[2] = {};
     memcpy(half, &mask, sizeof mask);
     return (half[0] | half[1]) != 0;
   }

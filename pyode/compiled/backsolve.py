@@ -67,7 +67,7 @@ def backsolve_compiled(
         return None
     ends, options = backwards(times, config.options)
     rtol, atol = (x if isinstance(x, float) else torch.stack([x, x]) for x in (config.rtol, config.atol))
-    least = tuple(x if isinstance(x, float) else float(x.min()) for x in (config.rtol, config.atol))
+    least_rtol, least_atol = (x if isinstance(x, float) else float(x.min()) for x in (config.rtol, config.atol))
     ys, gradients = ys.detach().contiguous(), gradients.detach().contiguous()
     z = torch.stack([ys[-1], gradients[-1]])
     grid = grid_from(options, ends, ys.device)
@@ -75,7 +75,8 @@ def backsolve_compiled(
     plan = library.plan(z.shape, z.dtype, rows, grid, config.policy, rtol, atol, config.first_step)
     values = torch.tensor(times.values, dtype=torch.float64)
     inputs = [entry.inputs[i] for i in wanted]
-    z, found, solve = plan.run_back(z, entry.inputs, values, ys, gradients, least, config.seminorm, inputs)
+    tolerances = least_rtol, least_atol
+    z, found, solve = plan.run_back(z, entry.inputs, values, ys, gradients, tolerances, config.seminorm, inputs)
     stats: Stats | None = options.get("stats")
     if stats is not None:
         stats.n_f_evals += solve.evaluations

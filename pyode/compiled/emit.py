@@ -94,6 +94,7 @@ class Dynamics:
 
     Attributes:
         source: the struct.
+        local_numbers: how many numbers of a row lie on the stack while `rows` is at work.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Dynamics:
         self._members = {Place.SOLVE: list[str](), Place.STAGE: list[str]()}
         self._constants: list[str] = []
         self._operations = 0
+        self.local_numbers = 0
         self._inputs = {place: set[int]() for place in Place}
         nodes = in_order([*outputs, *(gradients or ())])
         self._rows = rows
@@ -187,6 +189,7 @@ class Dynamics:
             self._names[id(node)] = f"totals.{number}"
         elif node.place in (Place.ROW, Place.TOTAL):
             scalar, vector = ("bool", "mask_t<V>") if node.mask else ("T", "V")
+            self.local_numbers += node.numel if node.place is Place.ROW else 0
             self._code[node.place].add(
                 f"{vector if node.place is Place.ROW else scalar} {number}[{max(node.numel, 1)}];"
             )
@@ -295,8 +298,8 @@ class Dynamics:
         self._sums.append(f"    {'V' if lanes else 'T'} {number}[{n}];")
         self._totals.append(f"    T {number}[{n}];")
         self._collected.append(
-            f"    for (int i = 0; i < {n}; ++i) {{\n      totals.{number}[i] = 0;\n"
-            f"      for (int64_t p = 0; p < n; ++p) totals.{number}[i] += over_lanes(parts[p * step].{number}[i]);\n    }}"
+            f"    for (int i = 0; i < {n}; ++i) {{\n      T& total = totals.{number}[i] = 0;\n"
+            f"      for (int64_t p = 0; p < n; ++p) total += over_lanes(parts[p * step].{number}[i]);\n    }}"
         )
         if len(node.inputs) == 1:
             (x,) = node.inputs
@@ -357,7 +360,7 @@ class Dynamics:
         fixed, timed = ("\n".join(self._members[place]) for place in (Place.SOLVE, Place.STAGE))
         constants = "".join(line + "\n" for line in self._constants)
         adjoint = self._gradients is not None
-        vector = " const V* __restrict__ g," if adjoint else ""
+        vector, time = " const V* __restrict__ g," if adjoint else "", "V" if self._own_times else "T"
         return f"""struct {"Adjoint" if adjoint else "Dynamics"} {{
   using T = {scalar};
   using V = {"Vector<T, kRegister>" if rows else "T"};
@@ -385,7 +388,7 @@ class Dynamics:
   }}
 
   // For every row: {"k = g df/dy, and sums += g df/dp" if adjoint else "k = f(t, y)"}.
-  static void rows([[maybe_unused]] {"V" if self._own_times else "T"} t, [[maybe_unused]] const V* __restrict__ y,{vector}
+  static void rows([[maybe_unused]] {time} t, [[maybe_unused]] const V* __restrict__ y,{vector}
                    V* __restrict__ k, [[maybe_unused]] const void* const* inputs, [[maybe_unused]] const Fixed& fixed,
                    [[maybe_unused]] const Timed& timed{", [[maybe_unused]] Sums& sums" if adjoint else ""}) {{
 {self._body(Place.ROW)}

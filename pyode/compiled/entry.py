@@ -20,6 +20,8 @@ from .source import backsolve_source, solver_source
 from .trace import trace, trace_vjp
 
 LARGEST_ROW = 4096  # numbers in a state that is one row because its rows are mixed
+MOST_STACK = 1 << 21  # bytes that a block of rows may take of it; threads have 8 MB, as a rule
+_REGISTER = 64  # bytes, at most: a number of a block of rows
 _tracing = RLock()  # torch's tracing is one thread's at a time
 
 
@@ -62,6 +64,7 @@ class Entry:
         self.origin = self
         self._forms = [(x.dtype, x.shape) for x in self._inputs]
         self._dynamics = Dynamics(lowered.outputs, dtype, self.rows, own_times=per_sample)
+        self._check_stack(self._dynamics)
         self.source = solver_source(self._dynamics, method, per_sample=per_sample)
         self._plain: list[Library] = []  # none or one
         self._trained: dict[tuple[int, ...], Library] = {}
@@ -130,13 +133,22 @@ class Entry:
                 self._backsolving[wanted] = self._build(source)
         return self._backsolving[wanted]
 
+    def _check_stack(self, *dynamics: Dynamics) -> None:
+        """Raises CompileError where a block of rows, with a step's stages and what they are computed by, is too big."""
+        states = 3 * len(self._method.rows) + 12 if len(dynamics) > 1 else len(self._method.rows) + 6
+        numbers = sum(x.local_numbers for x in dynamics) + states * sum(self._dynamics.widths)
+        if numbers * (_REGISTER if self.rows else self._dtype.itemsize) > MOST_STACK:
+            raise CompileError(f"rows of {sum(self._dynamics.widths)} numbers, with which the stack would overflow")
+
     def _adjoint(self, wanted: tuple[int, ...]) -> Dynamics:
         """The vector-Jacobian product."""
         if wanted not in self._adjoints:
             inputs, times = [self._inputs[i] for i in wanted], self._per_sample
             traced = trace_vjp(self._traced, self._shapes, self._dtype, self.rows, inputs, times)
             lowered = Lowering(traced, self._dtype, self.rows, totals=True, inputs=self._inputs, own_times=times)
-            self._adjoints[wanted] = Dynamics(lowered.outputs, self._dtype, self.rows, lowered.gradients, times)
+            adjoint = Dynamics(lowered.outputs, self._dtype, self.rows, lowered.gradients, times)
+            self._check_stack(self._dynamics, adjoint)
+            self._adjoints[wanted] = adjoint
         return self._adjoints[wanted]
 
     def fits(self) -> bool:

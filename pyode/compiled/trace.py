@@ -8,6 +8,7 @@ with them, and are the graph's inputs.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -174,15 +175,17 @@ def _graph_of(
     dynamic = [DimDynamic.DYNAMIC if rows and i == 0 else DimDynamic.STATIC for i in range(example.dim())]
     context: Any = StatelessSymbolicContext(dynamic)
     first = mode.from_tensor(example, source=ConstantSource("state"), symbolic_context=context)
-    time = mode.from_tensor(torch.tensor(0.0, dtype=dtype))
+    time: Tensor = mode.from_tensor(torch.tensor(0.0, dtype=dtype))
     with mode:  # the other parts have as many rows
         if own_times:
             time = torch.empty(first.shape[0], dtype=dtype)
         parts = [torch.empty((first.shape[0], *shape[1:]) if rows else shape, dtype=dtype) for shape in shapes[1:]]
     try:
-        graph: GraphModule = make_fx(call, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)(
-            time, first, *parts
-        )
+        with warnings.catch_warnings():  # torch looks at the .grad of closed-over tensors that have a graph
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            graph: GraphModule = make_fx(call, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)(
+                time, first, *parts
+            )
     except RuntimeError as error:
         if "data-dependent" in str(error) or "DataDependent" in type(error).__name__:
             raise CompileError(f"a tensor's value decides what is done at {_line_of(error)}") from error

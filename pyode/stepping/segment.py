@@ -107,6 +107,10 @@ class BatchSegment:
         self.accepted = controller.field("accepted") != 0
         self.dt = dt if dt.requires_grad else self.size
 
+    def position(self, t: Tensor) -> Tensor:
+        """Where in the step times lie, [B], from 0 to 1."""
+        return torch.where(t == self.t1, 1.0, (t - self.t0) / torch.where(self.size == 0, 1.0, self.size))
+
     def at(self, t: Tensor, some: Tensor | None = None) -> Tensor:
         """The states at a time for each sample, [B] float64: [B, D], or of `some` of them only, by their indices.
 
