@@ -245,7 +245,7 @@ def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Gr
 def numbers_of(times: Any) -> list[float]:
     """Times that are numbers or a tensor on any device."""
     times = times.detach().cpu() if isinstance(times, Tensor) else times
-    return torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()  # type: ignore[no-any-return]
+    return torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()
 
 
 def _stops(value: Any, name: str, times: Times) -> list[float]:
