@@ -35,6 +35,7 @@ from .control import (
 )
 from .errors import DynamicsError, InvalidType, InvalidValue, SolveError, Status, warn
 from .gradients.checkpoint import Recipe, checkpointed
+from .idle import idle_loops, keep, kind_of
 from .methods import TABLEAUS, Method, Tableau
 from .parameters import reachable
 from .solution import Stats
@@ -47,6 +48,7 @@ from .stepping.segment import RungeKuttaSegment, Segment
 from .stepping.tape import Tape
 
 GRADIENTS = ("direct", "adjoint", "checkpoint")
+PER_SAMPLE = {"control": "per_sample"}
 GRADIENT_OPTIONS = ("gradient", "checkpoints")
 
 
@@ -124,13 +126,27 @@ def odeint(
         again = solve_again(func, y0, t, rtol, atol, method, lambda y: odeint(func.func, y, t, rtol, atol, method))
         if again is not None:
             return again
+    key = None
+    if type(func) is CompiledDynamics and options == PER_SAMPLE and event_fn is None and not args:
+        from .compiled.samples import key_of, samples_again
+
+        key = key_of(y0, rtol, atol, "odeint", method)
+        loop = samples_again(func, key, y0, t, _raise)
+        if loop is not None:
+            return loop.solve(y0)
+    kind = None if options or event_fn is not None or args else kind_of(func, y0, t, rtol, atol, method)
+    idle = None if kind is None else idle_loops.take(kind)
+    if idle is not None and callable(func):
+        ys = idle.solve(func, y0)
+        idle_loops.put(kind, idle)
+        return ys
     options = {} if options is None else check_dict(options, "options")
     choice = {name: options[name] for name in GRADIENT_OPTIONS if name in options}
     options = {name: value for name, value in options.items() if name not in choice}
-    kind = choice.get("gradient", "direct")
-    if kind not in GRADIENTS:
-        raise InvalidValue(f"options['gradient'] must be one of {', '.join(GRADIENTS)}, not {kind!r}")
-    if kind == "adjoint":
+    gradient = choice.get("gradient", "direct")
+    if gradient not in GRADIENTS:
+        raise InvalidValue(f"options['gradient'] must be one of {', '.join(GRADIENTS)}, not {gradient!r}")
+    if gradient == "adjoint":
         from .adjoint import odeint_adjoint  # which is made of this module's parts
 
         return odeint_adjoint(
@@ -138,8 +154,10 @@ def odeint(
             event_fn=event_fn, args=args, adjoint_params=options.get("params"),
         )  # fmt: skip
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn, args)
-    if kind == "direct":
-        solved = solve(problem)
+    if gradient == "direct":
+        solved = solve(problem, key=key)
+        if kind is not None:
+            keep(kind, problem.form, solved.loop)
     else:
         params = options.get("params")
         written = func.func if isinstance(func, CompiledDynamics) else func
@@ -209,15 +227,21 @@ class Solved:
 
     Attributes:
         ys: the packed states at the output times, [T, *y0.shape], with a graph behind them where gradients are enabled.
-        last_step: the size of the last step, if the method chose it.
         end: where the solve ended: at the last output time, at the event, or where it failed.
         n_reached: how many output times it reached; the states behind them, if any, are all that at the end.
+        loop: what has done it, if a loop has.
     """
 
     ys: Tensor
-    last_step: float | None
     end: float
     n_reached: int
+    loop: Loop | None = None
+    compiled_last_step: float | None = None
+
+    @property
+    def last_step(self) -> float | None:
+        """The size of the last step, if the method chose it."""
+        return self.compiled_last_step if self.loop is None else self.loop.last_step
 
 
 def pose(
@@ -339,8 +363,13 @@ def loop_of(problem: Problem, hooks: Hooks) -> Loop:
     )
 
 
-def compiled_samples(problem: Problem, fail: Callable[[SolveError], None]) -> Loop | None:
-    """The same as one native call, for a per-sample solve that nothing watches; None if that can't be."""
+def compiled_samples(
+    problem: Problem, fail: Callable[[SolveError], None], key: tuple[Any, ...] | None = None
+) -> Loop | None:
+    """The same as one native call, for a per-sample solve that nothing watches; None if that can't be.
+
+    With a key it is remembered, for `samples_again`.
+    """
     if problem.compiled is None or not problem.form.per_sample:
         return None
     from .compiled.samples import sample_loop  # only those who compile wait for its import
@@ -350,8 +379,12 @@ def compiled_samples(problem: Problem, fail: Callable[[SolveError], None]) -> Lo
 
     return sample_loop(
         problem.compiled, problem.form, problem.y0, problem.times, problem.method, problem.rtol, problem.atol,
-        problem.policy, problem.grid, problem.options, fail, eagerly,
+        problem.policy, problem.grid, problem.first_step, problem.options, eagerly, fail, key,
     )  # fmt: skip
+
+
+def _raise(error: SolveError) -> None:
+    raise error
 
 
 def norm_by(norm: Callable[[State], Any], form: Form, error: Tensor) -> Any:
@@ -366,20 +399,23 @@ def norm_by(norm: Callable[[State], Any], form: Form, error: Tensor) -> Any:
 
 
 def solve(
-    problem: Problem, watch: Callable[[Segment], Tensor | None] | None = None, tape: Tape | None = None
+    problem: Problem,
+    watch: Callable[[Segment], Tensor | None] | None = None,
+    tape: Tape | None = None,
+    key: tuple[Any, ...] | None = None,
 ) -> Solved:
-    """Carries out a solve; `watch` is told every accepted step, and the tape notes it."""
+    """Carries out a solve; `watch` is told every accepted step, and the tape notes it; for a key see samples_again."""
     y0, times, options = problem.y0, problem.times, problem.options
     if len(times.values) == 1:
-        return Solved(y0.unsqueeze(0).clone(), None, times.values[0], 1)
-    solved = Solved(y0, None, times.values[-1], len(times.values))
+        return Solved(y0.unsqueeze(0).clone(), times.values[0], 1)
+    solved = Solved(y0, times.values[-1], len(times.values))
     search = None
     if problem.event is not None:
         tolerance = problem.atol if isinstance(problem.atol, float) else float(problem.atol.min())
         skip = bool(options.get("skip_initial_event", False))
         watch = search = EventSearch(problem.event, times.values[0], y0, times.values[-1], tolerance, skip)
         if search.time is not None:
-            return Solved(torch.stack([y0, y0]), None, search.time, 1)
+            return Solved(torch.stack([y0, y0]), search.time, 1)
 
     def fail(error: SolveError) -> None:
         if problem.event is not None and error.status is Status.TOO_MANY_STEPS:
@@ -400,15 +436,15 @@ def solve(
             problem.first_step, options, fail, lambda y: solve(replace(problem, compiled=None, y0=y)).ys,
         )  # fmt: skip
         if outcome is not None:
-            solved.ys, solved.last_step = outcome
+            solved.ys, solved.compiled_last_step = outcome
             return solved
 
     with on_device_of(y0):
-        loop = None if watched else compiled_samples(problem, fail)
+        loop = None if watched else compiled_samples(problem, fail, key)
         if loop is None:
             loop = loop_of(problem, Hooks(watch=watch, tape=tape, fail=fail, **problem.callbacks))  # type: ignore[arg-type]
         try:
-            solved.ys, solved.last_step = loop.solve(y0, problem.first_step), loop.last_step
+            solved.ys, solved.loop = loop.solve(y0, problem.first_step), loop
         finally:
             loop.add_to(options.get("stats"))
     if search is not None:

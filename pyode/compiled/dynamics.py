@@ -37,6 +37,7 @@ class CompiledDynamics(nn.Module):
         self._refused: dict[Any, str] = {}
         self._lock = RLock()
         self.last: object = None  # the last solve, prepared to be done again
+        self.last_samples: object = None  # and the last per-sample one
 
     def forward(self, t: Tensor, y: Any) -> Any:
         """func(t, y)."""
@@ -60,7 +61,7 @@ class CompiledDynamics(nn.Module):
             with self._lock:
                 self._entries.clear()
                 self._refused.clear()
-                self.last = None
+                self.last = self.last_samples = None
         found = self._entries.get(key)
         if found is None and key not in self._refused:
             with self._lock:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
@@ -116,8 +117,9 @@ class AdaptiveLoop:
         lasting = recording or tape is not None or hooks.after_step  # dt is needed when the next one is planned
         shift = self._shift() if recording else None
         stages = partial(autograd.stages, self.ops) if recording else self.ops.stages
+        begins = plain and first_step is None and self.grid.times.dim() == 1 and layout.samples == 1
         recorded = RecordedOutput if layout.samples == 1 else RecordedBatchOutput
-        output = recorded(self, y0) if recording else Output(self, y0)
+        output = recorded(self, y0) if recording else Output(self, y0, begun=not begins)
 
         if quadrature is not None:
             quadrature.start()
@@ -125,10 +127,12 @@ class AdaptiveLoop:
         # them at once would make malloc return the memory to the system, and the next step fetch it page by page.
         ks = _ballast.take(len(table.rows) + 1, y0)
         start = self._at_start(y0)
-        y, ks[0] = y0, dynamics(start, y0)
         opening: Tensor | None = start  # the time of a first evaluation, if the step before has not made it
-        flags = self._first_step(y, ks[0], first_step)
-        self._evals_before_steps, self._n_jumps = dynamics.n_evals, torch.zeros(layout.samples, dtype=torch.int64)
+        y, flags = y0, _RUNNING
+        if not begins:
+            ks[0] = dynamics(start, y0)
+            flags = self._first_step(y, ks[0], first_step)
+        self._evals_before_steps, self._n_jumps = dynamics.n_evals, 0
         while flags & _RUNNING:
             if hooks.step is not None:
                 hooks.step(self._field("t"), y, abs(self._field("dt_whole")))
@@ -136,8 +140,10 @@ class AdaptiveLoop:
             if plain:
                 assert isinstance(output, Output)
                 y, y1, flags = self.ops.take_steps(
-                    layout, table, self.interpolant, y, ks, controller, dynamics, self.rtol, self.atol, output.out
-                )
+                    layout, table, self.interpolant, y, ks, controller, dynamics, self.rtol, self.atol, output.out,
+                    start if begins else None,
+                )  # fmt: skip
+                begins = False
             else:
                 times = controller.stage_times
                 if shift is not None:
@@ -326,8 +332,8 @@ class AdaptiveLoop:
     def _first_step(self, y: Tensor, k: Tensor, first_step: float | Tensor | None) -> int:
         """Plans the first step; returns the flags (Hairer, Norsett, Wanner I, II.4)."""
         controller, ops, layout = self.controller, self.ops, self.layout
-        dt = controller.dt.fill_(1.0)
-        if torch.is_grad_enabled():
+        dt, recording = controller.one, torch.is_grad_enabled()
+        if recording:
             y, k = y.detach(), k.detach()
         n = sum(part.n_segments for part in controller.layouts)
         if first_step is not None:  # the state and slope have to be finite, no more
@@ -345,7 +351,7 @@ class AdaptiveLoop:
         if self.quadrature is not None:
             self.quadrature.measure_slope(controller, dt, n)
         controller.run(Phase.TRY_FIRST)
-        with torch.no_grad():
+        with torch.no_grad() if recording else nullcontext():
             trial = ops.stage_combine(layout, (1.0,), y, [k], controller.dt)
             change = [self.dynamics(controller.stage_times, trial), k]
         self._note_norm((1.0, -1.0), y, y, change, controller.dt, 0)
@@ -383,7 +389,7 @@ class AdaptiveLoop:
         if self.layout.samples == 1 or self.grid.jump_t is None:
             return y, self.dynamics(behind[0], y), behind[0]
         jumped = self._on_jump() & (self.controller.field("status") == int(Status.RUNNING))
-        self._n_jumps += jumped.cpu()
+        self._n_jumps = self._n_jumps + jumped.cpu()
         behind = torch.where(jumped.to(t.device), behind, t)
         return y, self._select(self.dynamics(behind, y), k, jumped.to(torch.int64)), behind
 
@@ -413,9 +419,11 @@ def _dense_output_of(tableau: Tableau) -> reference.Interpolant:
 class Output:
     """The states at the output times, written in place as steps pass them."""
 
-    def __init__(self, loop: AdaptiveLoop, y0: Tensor) -> None:
+    def __init__(self, loop: AdaptiveLoop, y0: Tensor, begun: bool = True) -> None:
         self.loop = loop
-        self.out = torch.empty((len(loop.times.values), *y0.shape), dtype=y0.dtype, device=y0.device)
+        self.out = y0.new_empty((len(loop.times.values), *y0.shape))
+        if not begun:
+            return
         if loop.grid.times.dim() == 1:
             loop.ops.copy(loop.layout, y0, self.out)
         else:  # a sample may be given its start several times, and nothing else
