@@ -74,7 +74,7 @@ def odeint_adjoint(
         Chen, Rubanova, Bettencourt, Duvenaud, Neural ordinary differential equations, 2018; seminorm: Kidger, Chen,
         Lyons, "Hey, that's not an ODE", 2021.
     """
-    found = listed_parameters(func, adjoint_params, args)
+    found, warned = listed_parameters(func, adjoint_params, args)
     if adjoint_options is not None:
         check_dict(adjoint_options, "adjoint_options")
     if adjoint_method is not None and adjoint_method != method and options and adjoint_options is None:
@@ -92,8 +92,9 @@ def odeint_adjoint(
         problem.rtol if adjoint_rtol is None else adjoint_rtol,
         problem.atol if adjoint_atol is None else adjoint_atol,
         inherited if adjoint_options is None else dict(adjoint_options),
+        warns=not warned and adjoint_params != (),
     )
-    if not config.fused and len(params) < len(found):
+    if len(params) < len(found) and callable((adjoint_options or {}).get("norm")):
         warn(
             "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from "
             "the adjoint pass, and will not appear as a tensor in the adjoint norm."
@@ -104,8 +105,8 @@ def odeint_adjoint(
     return states if event_fn is None else (end, states)
 
 
-def listed_parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args: Any) -> list[Tensor]:
-    """Those given, or else found in func, and those in args."""
+def listed_parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args: Any) -> tuple[list[Tensor], bool]:
+    """Those given, or else found in func, and those in args; and whether it was told that a gradient will be lost."""
     if isinstance(func, CompiledDynamics):
         func = func.func
     given = None if adjoint_params is None else list(adjoint_params)
@@ -123,6 +124,7 @@ def listed_parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args:
             "to set `adjoint_params=()`. (This func is not one, and no tensor that requires gradient was found in it.)"
         )
     # What was found in a func that is no module is all there is, and () says that no gradient is wanted.
+    lost = None
     if torch.is_grad_enabled() and (given or (given is None and is_module)):
         lost = lost_gradient(func, params)
         if lost is not None:
@@ -130,11 +132,11 @@ def listed_parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args:
                 f"{lost} requires gradient, and odeint_adjoint returns none to it: name it in adjoint_params, make it "
                 "a parameter of func, or pass it in args. If its gradient is not wanted, detach it."
             )
-    return params
+    return params, lost is not None
 
 
 def _configure(
-    func: Func, problem: Problem, method: methods.Method, rtol: Any, atol: Any, options: dict[str, Any]
+    func: Func, problem: Problem, method: methods.Method, rtol: Any, atol: Any, options: dict[str, Any], warns: bool
 ) -> BacksolveConfig:
     restart = bool(options.pop("restart", False))
     norm = options.pop("norm", None)
@@ -154,6 +156,7 @@ def _configure(
         fused=not callable(norm) and problem.options.get("norm") is None,
         seminorm=norm == "seminorm",
         callbacks=callbacks_of(func, method, problem.times.tensor, lambda z: z, "_adjoint"),
+        warns=warns,
     )
 
 
@@ -189,13 +192,11 @@ class _OdeintAdjoint(torch.autograd.Function):
         if config.first_step is None and not config.restart and config.method is problem.method:
             # The backward solve starts where the forward one ended, and with its step size.
             config = replace(config, first_step=solved.last_step)
-        ctx.circumstances = Circumstances(problem.func, y0.device)
+        ctx.circumstances = Circumstances(problem.func, y0.device, params)
         ctx.problem, ctx.config, ctx.end, ctx.n_reached = problem, config, solved.end, solved.n_reached
         ctx.adjoint_options = {**config.options, "norm": config.norm}  # where torchdiffeq's users find and replace it
         ctx.save_for_backward(t, solved.ys, *params)
-        end = problem.event_time(solved)
-        ctx.mark_non_differentiable(end)
-        return end, solved.ys
+        return problem.event_time(solved), solved.ys  # the time's gradient is 0, as in torchdiffeq
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -212,7 +213,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         norm = ctx.adjoint_options["norm"]
         if norm is not config.norm:
             config = replace(config, norm=norm, fused=False)
-        with ctx.circumstances.again(params):
+        with ctx.circumstances.again():
             if torch.is_grad_enabled():
                 reached = t[:n] if len(values) == n else torch.cat([t[:n], t.new_tensor(values[n:])])
                 forward = Dynamics(problem.func, problem.form, ys[0])

@@ -27,7 +27,7 @@ from .course import table_of
 from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment, unmoved
-from .tape import Step
+from .tape import Passed, Step, passed_by_samples
 
 Norm = Callable[[Tensor, list[Tensor]], Any]
 AtJump = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -132,6 +132,8 @@ class AdaptiveLoop:
         if not begins:
             ks[0] = dynamics(start, y0)
             flags = self._first_step(y, ks[0], first_step)
+        if tape is not None:
+            tape.keep_first()
         self._evals_before_steps, self._n_jumps = dynamics.n_evals, 0
         while flags & _RUNNING:
             if hooks.step is not None:
@@ -154,8 +156,12 @@ class AdaptiveLoop:
             if recording and flags & _STAYED and flags & _ACCEPTED:
                 y1, dt = self._spare(stages, y, y1, ks, dt, times)
             if tape is not None and flags & _ACCEPTED:
-                tape.add(self._noted(flags, dt, times, opening), y, y1)
+                end = y1 if not flags & _STAYED else self._select(y1, y, controller.field("accepted"))
+                tape.add(self._noted(flags, dt, times, opening), y, end)
                 opening = None
+                if flags & _STAYED:
+                    spoiled = (controller.field("non_finite") != 0) & (controller.field("accepted") == 0)
+                    tape.mix(bool(spoiled.any()))
             if hooks.after_step:
                 end = self._call_hooks(bool(flags & _ACCEPTED), y, ks, dt, shift)
                 if end is not None:
@@ -169,6 +175,8 @@ class AdaptiveLoop:
             if not flags & _ACCEPTED:
                 if quadrature is not None:
                     quadrature.reject()
+                if tape is not None:
+                    tape.keep_first()
                 continue
             if not flags & _STAYED:
                 y, ks[0] = y1, ks[-1]
@@ -182,11 +190,15 @@ class AdaptiveLoop:
                 if shift is not None:  # what comes behind a discontinuity does not move with the start
                     shift = torch.where(self._on_jump(), torch.zeros_like(shift), shift)
                 y, ks[0], opening = self._behind_jump(y, ks[0])
+                if tape is not None:
+                    tape.keep_last()
         if flags & _FAILED:
             hooks.fail(self._error(y, ks[0]))
         if flags & _FAILED or hooks.watch_batch is not None:  # some outputs may not have been reached
             if shift is not None:
                 shift = shift.reshape(()) if layout.samples == 1 else _column(shift, y)
+            if tape is not None:
+                tape.left = self.left()
             output.repeat(unmoved(y, ks[0], shift))
         if quadrature is not None:
             quadrature.finish()
@@ -218,7 +230,9 @@ class AdaptiveLoop:
         return selected
 
     def _on_jump(self) -> Tensor:
-        """Which samples have just arrived at a discontinuity: [B]."""
+        """Which samples have just arrived at a discontinuity, where one has: [B]."""
+        if self.layout.samples == 1:
+            return torch.ones(1, dtype=torch.bool)
         now, stops = self.controller.field("t"), self.grid.jump_t
         assert stops is not None
         stops = stops.to(now.device)
@@ -242,14 +256,25 @@ class AdaptiveLoop:
 
     def _noted(self, flags: int, dt: Tensor, times: Tensor, opening: Tensor | None) -> Step:
         """The step just accepted, for a tape."""
-        on_jump = bool(flags & _JUMP)
-        if not flags & _OUTPUT:
-            return Step(dt, times, opening, on_jump)
-        outputs = range(*(int(self.controller.field(name)) for name in ("output_begin", "output_end")))
-        t0, t1, size = (self._field(name) for name in ("t_prev", "t", "dt_prev"))
-        values = self.times.values
-        positions = tuple(1.0 if values[i] == t1 else (values[i] - t0) / size for i in outputs)
-        return Step(dt, times, opening, on_jump, outputs, positions, interpolant_of(reference, self.tableau))
+        polynomial, field = interpolant_of(reference, self.tableau), self.controller.field
+        if self.layout.samples == 1:
+            outputs = range(*(int(field(name)) for name in ("output_begin", "output_end"))) if flags & _OUTPUT else ()
+            t0, t1, size = (self._field(name) for name in ("t_prev", "t", "dt_prev")) if outputs else (0.0, 0.0, 1.0)
+            values = self.times.values
+            passed = (Passed(i, 0, 1.0 if values[i] == t1 else (values[i] - t0) / size, polynomial) for i in outputs)
+            return Step(dt, times, opening, bool(flags & _JUMP), tuple(passed))
+        if flags & _STAYED:
+            moved = field("accepted") != 0
+            first = self._first_times(opening)
+            times, dt = torch.where(moved.to(times.device), times, first), torch.where(moved, dt, 0.0)
+        several = passed_by_samples(self.controller, self.grid.times, polynomial) if flags & _OUTPUT else ()
+        return Step(dt, times, opening, self._on_jump() if flags & _JUMP else False, tuple(several))
+
+    def _first_times(self, opening: Tensor | None = None) -> Tensor:
+        """Those of the step's first evaluations, as the tape has them."""
+        tape = self.hooks.tape
+        assert tape is not None
+        return tape.steps[-1].times[-1] if opening is None else opening
 
     def _call_hooks(
         self, accepted: bool, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None
@@ -390,7 +415,7 @@ class AdaptiveLoop:
             return y, self.dynamics(behind[0], y), behind[0]
         jumped = self._on_jump() & (self.controller.field("status") == int(Status.RUNNING))
         self._n_jumps = self._n_jumps + jumped.cpu()
-        behind = torch.where(jumped.to(t.device), behind, t)
+        behind = torch.where(jumped.to(t.device), behind, t if self.hooks.tape is None else self._first_times())
         return y, self._select(self.dynamics(behind, y), k, jumped.to(torch.int64)), behind
 
     def _error(self, y: Tensor, k: Tensor) -> SolveError:
@@ -483,7 +508,8 @@ class RecordedBatchOutput:
     def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""
         loop, t = self.loop, self.loop.times.tensor
-        self.output.add(y, ks, dt, shift)
+        with torch.no_grad():  # the twin's ops would record
+            self.output.add(y, ks, dt, shift)
         segment = loop.batch_segment(interpolant_of(reference, loop.tableau), y, ks, dt, shift)
         begin, end = (loop.controller.field(name).to(y.device) for name in ("output_begin", "output_end"))
         samples = torch.arange(loop.layout.samples, device=y.device)

@@ -107,6 +107,10 @@ class BatchSegment:
         self.accepted = controller.field("accepted") != 0
         self.dt = dt if dt.requires_grad else self.size
 
+    def position(self, t: Tensor) -> Tensor:
+        """Where in the step times lie, [B], from 0 to 1."""
+        return torch.where(t == self.t1, 1.0, (t - self.t0) / torch.where(self.size == 0, 1.0, self.size))
+
     def at(self, t: Tensor, some: Tensor | None = None) -> Tensor:
         """The states at a time for each sample, [B] float64: [B, D], or of `some` of them only, by their indices.
 
@@ -165,7 +169,7 @@ class AdamsSegment:
 def weighted(layout: Layout, weights: Tensor, y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
     """Returns y + dt sum_j w_j k_j for weights [..., n], with their gradients and dt's: [..., *state]."""
     each = (dt.to(weights) * weights).to(y.device, layout.real_dtype).unbind(-1)
-    return sum((w.reshape(*w.shape, *[1] * y.dim()) * k for w, k in zip(each, ks)), y)
+    return sum((w.reshape((*w.shape, *[1] * y.dim())) * k for w, k in zip(each, ks)), y)
 
 
 def unmoved(y: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
