@@ -50,6 +50,7 @@ from .stepping.segment import RungeKuttaSegment, Segment
 from .stepping.tape import Passed, Step, Tape
 
 GRADIENTS = ("direct", "adjoint", "checkpoint")
+PER_SAMPLE = {"control": "per_sample"}
 GRADIENT_OPTIONS = ("gradient", "checkpoints", "graph_bytes")
 GRAPH_BYTES = 1 << 24  # by default
 STEPS_TRIED = 4  # of a solve that chooses its steps, to find out whether compiling pays
@@ -132,6 +133,14 @@ def odeint(
         again = solve_again(func, y0, t, rtol, atol, method, lambda y: odeint(func.func, y, t, rtol, atol, method))
         if again is not None:
             return again
+    key = None  # of a per-sample solve that may be done again
+    if type(func) is CompiledDynamics and options == PER_SAMPLE and event_fn is None and not args:
+        from .compiled.samples import key_of, samples_again
+
+        key = key_of(y0, rtol, atol, "odeint", method)
+        loop = samples_again(func, key, y0, t, raise_it)
+        if loop is not None:
+            return loop.solve(y0)
     by_loop = not (options or event_fn is not None or args or isinstance(func, CompiledDynamics))
     kind = kind_of(func, y0, t, rtol, atol, method) if by_loop else None
     idle = None if kind is None else idle_loops.take(kind)
@@ -154,7 +163,7 @@ def odeint(
         )  # fmt: skip
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn, args)
     if gradient == "direct" or not torch.is_grad_enabled():
-        solved = solve(problem)
+        solved = solve(problem, key=key)
         if kind is not None:
             keep(kind, problem.form, solved.loop)
     else:
@@ -387,14 +396,21 @@ def loop_of(problem: Problem, hooks: Hooks, ends: Tensor | None = None) -> Loop:
     )
 
 
-def compiled_loop(problem: Problem, fail: Callable[[SolveError], None]) -> Loop | None:
-    """The same as one native call, for a solve that nothing watches; None if that can't be, or is not to be."""
+def compiled_loop(
+    problem: Problem, fail: Callable[[SolveError], None], key: tuple[Any, ...] | None = None
+) -> Loop | None:
+    """The same as one native call, for a solve that nothing watches; None if that can't be, or is not to be.
+
+    With a key a per-sample solve is remembered, for `samples_again`.
+    """
     if problem.compiled is None or (problem.compiled.auto and not compiling_pays(problem)):
         return None
-    return _native_loop(problem, fail)
+    return _native_loop(problem, fail, key)
 
 
-def _native_loop(problem: Problem, fail: Callable[[SolveError], None]) -> Loop | None:
+def _native_loop(
+    problem: Problem, fail: Callable[[SolveError], None], key: tuple[Any, ...] | None = None
+) -> Loop | None:
     # Only those who compile wait for the import.
     from .compiled.samples import sample_loop
     from .compiled.solve import compiled_loop
@@ -404,8 +420,12 @@ def _native_loop(problem: Problem, fail: Callable[[SolveError], None]) -> Loop |
     def eagerly(y0: Tensor) -> Tensor:
         return loop_of(replace(problem, y0=y0), Hooks(fail=lambda _: None)).solve(y0, problem.first_step)
 
-    make: Callable[..., Loop | None] = sample_loop if problem.form.per_sample else compiled_loop
-    return make(
+    if problem.form.per_sample:
+        return sample_loop(
+            problem.compiled, problem.form, problem.y0, problem.times, problem.method, problem.rtol, problem.atol,
+            problem.policy, problem.grid, problem.first_step, problem.options, eagerly, fail, key,
+        )  # fmt: skip
+    return compiled_loop(
         problem.compiled, problem.form, problem.y0, problem.times, problem.method, problem.rtol, problem.atol,
         problem.policy, problem.grid, problem.options, fail, eagerly,
     )  # fmt: skip
@@ -443,9 +463,12 @@ def compiling_pays(problem: Problem) -> bool:
 
 
 def solve(
-    problem: Problem, watch: Callable[[Segment], Tensor | None] | None = None, tape: Tape | None = None
+    problem: Problem,
+    watch: Callable[[Segment], Tensor | None] | None = None,
+    tape: Tape | None = None,
+    key: tuple[Any, ...] | None = None,
 ) -> Solved:
-    """Carries out a solve; `watch` is told every accepted step, and the tape notes it."""
+    """Carries out a solve; `watch` is told every accepted step, and the tape notes it; for a key see samples_again."""
     y0, times, options = problem.y0, problem.times, problem.options
     if len(times.values) == 1:
         return Solved(y0.unsqueeze(0).clone(), times.values[0], 1)
@@ -469,7 +492,7 @@ def solve(
 
     watched = problem.event is not None or watch is not None or tape is not None or bool(problem.callbacks)
     with on_device_of(y0):
-        loop = None if watched else compiled_loop(problem, fail)
+        loop = None if watched else compiled_loop(problem, fail, key)
         if loop is None:
             loop = loop_of(problem, Hooks(watch=watch, tape=tape, fail=fail, **problem.callbacks))  # type: ignore[arg-type]
         try:

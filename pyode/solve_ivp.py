@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from . import methods
 from ._ops.contract import Policy
 from .adjoint import listed_parameters
+from .compiled.dynamics import CompiledDynamics
 from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
 from .errors import InvalidValue, SolveError, Status
 from .gradients.backsolve_samples import SampleBacksolveConfig
@@ -40,6 +41,9 @@ from .stepping.hooks import Hooks
 from .stepping.loops import Loop, SampleLoop
 from .stepping.segment import BatchSegment
 from .stepping.tape import Tape
+
+if TYPE_CHECKING:
+    from .compiled.samples import CompiledSamples
 
 # Options that are arguments here, or have no meaning, and what is instead.
 ARGUMENTS = {
@@ -123,6 +127,23 @@ def solve_ivp(
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, section II.4; Soderlind, Digital filters in
         adaptive time-stepping, 2003; Lienen, Gunnemann, torchode, 2022, for one controller a sample.
     """
+    key = None
+    if (
+        type(func) is CompiledDynamics
+        and control == "per_sample"
+        and gradient == "direct"
+        and not (args or options or event_fn is not None or dense_output or progress)
+    ):
+        from .compiled.samples import key_of, samples_again  # only those who compile wait for its import
+
+        key = key_of(y0, rtol, atol, "solve_ivp", method, controller, first_step, max_num_steps)
+        errors: list[SolveError] = []
+        again = samples_again(func, key, y0, t, errors.append)
+        if again is not None:
+            ys = again.solve(y0)
+            if errors and throw:
+                raise errors[0]
+            return _plain_solution(again, y0, t, ys)
     found = methods.find(method)
     if gradient not in GRADIENTS:
         raise InvalidValue(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, not {gradient!r}")
@@ -177,7 +198,7 @@ def solve_ivp(
     loops: list[Loop] = []
 
     def carry_out(problem: Problem, tape: Tape | None = None) -> Tensor:
-        loop = None if watched or tape is not None else compiled_loop(problem, failures.append)
+        loop = None if watched or tape is not None else compiled_loop(problem, failures.append, key)
         if loop is None:
             func = carried_out.func
             loop = loop_of(carried_out if tape is None else replace(problem, func=func), replace(hooks, tape=tape))
@@ -279,6 +300,24 @@ def _outcome(
     sign, last = problem.times.sign, failures[0].t if failures else problem.times.values[-1]
     reached = torch.tensor([[sign * (value - last) <= 0] for value in problem.times.values])
     return status, stats, reached
+
+
+def _plain_solution(loop: CompiledSamples, y0: Tensor, t: Tensor, ys: Tensor) -> Solution:
+    """The same as `_solution`'s, of a compiled solve of a tensor, without events."""
+    if loop.failed:
+        left = loop.left()
+        ys = torch.where(left.reshape(*left.shape, *[1] * (ys.dim() - 2)), math.nan, ys)
+    B = len(y0)
+    return Solution(
+        ts=t,
+        ys=ys,
+        status=loop.status_of_samples(),
+        stats=loop.stats_of_samples(),
+        interpolant=None,
+        event_t=torch.full((B,), math.nan, dtype=torch.float64),
+        event_index=torch.full((B,), -1),
+        event_y=torch.full(y0.shape, math.nan, dtype=y0.dtype),
+    )
 
 
 def _solution(

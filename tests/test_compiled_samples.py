@@ -143,6 +143,28 @@ def test_tuples_and_states_of_more_axes():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_a_solve_done_again_is_the_first_one():
+    """What was checked once is not checked again, but noticed where it has changed."""
+    f, y0, t = pyode.compile(van_der_pol, strict=True), oscillators(9, stiffest=3.0), T.clone()
+    for arguments in ({}, {}, {"rtol": 1e-5}, {"controller": "PI"}, {"controller": "PI"}, {"max_num_steps": 10**6}):
+        again, first = (pyode.solve_ivp(g, y0, t, **arguments) for g in (f, pyode.compile(van_der_pol)))
+        assert torch.equal(again.ys, first.ys)
+        assert torch.equal(counts(again), counts(first))
+        assert again.event_t.isnan().all()
+        assert again.event_y.shape == first.event_y.shape
+    t[1] = 0.5
+    for options in ({"control": "per_sample"}, {"control": "per_sample"}):
+        ys = pyode.odeint(f, y0, t, options=options)
+        assert torch.equal(ys, pyode.odeint(pyode.compile(van_der_pol), y0, t, options=options))
+    torch.testing.assert_close(ys[1], pyode.odeint(f, y0, tensor(0.0, 0.5))[1], rtol=1e-5, atol=1e-5)
+    g = strict(nan_above(2.0, lambda t, y: y))
+    for _ in range(2):
+        solution = pyode.solve_ivp(g, torch.tensor([[0.1], [1.0]]).double(), t, throw=False)
+        assert solution.ys.isnan()[-1, :, 0].tolist() == [False, True]
+        with pytest.raises(pyode.SolveError, match="sample 1"):
+            pyode.solve_ivp(g, torch.tensor([[0.1], [1.0]]).double(), t)
+
+
 class TestFailures:
     def test_concern_their_own_sample_only(self):
         f, y0 = nan_above(2.0, lambda t, y: y), torch.linspace(0.1, 1.9, 33).double()[:, None]

@@ -117,7 +117,7 @@ template <class R>
 PYODE_HD ByPowerOfTwo<R> reduce_by_power_of_two(R x) {
   constexpr number_t<integer_t<R>> two_thirds = is_single<R> ? 0x3f2aaaab : 0x3fe5555555555555;
   constexpr number_t<integer_t<R>> fraction = (number_t<integer_t<R>>(1) << Format<R>::digits) - 1;
-  const integer_t<R> above = bit_cast<integer_t<R>>(x) - two_thirds;
+  const integer_t<R> above = bit_cast<integer_t<R>>(abs(x)) - two_thirds;  // of -0 and the like it would overflow
   return {bit_cast<R>((above & fraction) + two_thirds) - 1, above >> Format<R>::digits};
 }
 

@@ -44,6 +44,7 @@ class CompiledDynamics(nn.Module):
         self._with_args: dict[Any, tuple[CompiledDynamics, Slots]] = {}
         self._lock = RLock()
         self.last: object = None  # the last solve, prepared to be done again
+        self.last_samples: object = None  # and the last per-sample one
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy, or another process, traces anew
         return CompiledDynamics, (self.func, self.strict, self.auto)
@@ -95,7 +96,7 @@ class CompiledDynamics(nn.Module):
                 self._entries.clear()
                 self._refused.clear()
                 self.costs.clear()
-                self.last = None
+                self.last = self.last_samples = None
         found = self._entries.get(key)
         if found is None and key not in self._refused:
             with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,58 @@ if TYPE_CHECKING:
     from .entry import Entry
 
 
+@dataclass
+class PreparedSamples:
+    """A per-sample solve that has been checked and compiled, to be done again from other states.
+
+    Attributes:
+        key: all that it depends on beside the times and the state's numbers.
+        t, version: the times, and how often they had been written to.
+        parts: what `CompiledSamples` is made of.
+    """
+
+    key: tuple[Any, ...]
+    t: Tensor
+    version: int
+    parts: tuple[Plan, Entry, Tableau, bool, Callable[[Tensor], Tensor]]
+
+
+def key_of(y0: Any, rtol: Any, atol: Any, *others: Any) -> tuple[Any, ...] | None:
+    """All that a solve depends on beside the times, if it is a plain one; others are compared by ==."""
+    if type(y0) is not Tensor or type(rtol) is not float or type(atol) is not float:
+        return None
+    return (y0.shape, y0.dtype, y0.device, rtol, atol, *others)
+
+
+def samples_again(
+    compiled: CompiledDynamics, key: tuple[Any, ...] | None, y0: Any, t: Any, fail: Callable[[SolveError], None]
+) -> CompiledSamples | None:
+    """The last solve's loop, if that was the same but for y0's numbers; it saves what checking the arguments costs."""
+    last = compiled.last_samples
+    if (
+        key is None
+        or not isinstance(last, PreparedSamples)
+        or t is not last.t
+        or t._version != last.version
+        or key != last.key
+        or not y0.is_contiguous()
+        or backend_for(y0) is not native
+        or not compiled.unchanged()
+    ):
+        return None
+    _, entry, _, recorded, _ = last.parts
+    if recorded != _is_recorded(y0, entry) or (torch.is_grad_enabled() and t.requires_grad):
+        return None
+    if recorded and compiled.library(entry, True) is not last.parts[0].library:
+        return None
+    return CompiledSamples(*last.parts, fail)
+
+
+def _is_recorded(y0: Tensor, entry: Entry) -> bool:
+    """Whether gradients are wanted."""
+    return torch.is_grad_enabled() and (y0.requires_grad or any(x.requires_grad for x in entry.inputs))
+
+
 def sample_loop(
     compiled: CompiledDynamics | WithArgs,
     form: Form,
@@ -34,11 +87,13 @@ def sample_loop(
     atol: float | Tensor,
     policy: Policy,
     grid: Grid,
+    first_step: float | None,
     options: dict[str, Any],
-    fail: Callable[[SolveError], None],
     eagerly: Callable[[Tensor], Tensor],
+    fail: Callable[[SolveError], None],
+    key: tuple[Any, ...] | None = None,
 ) -> CompiledSamples | None:
-    """The solve, about to be done; None if the eager loop has to do it.
+    """The solve, about to be done; None if the eager loop has to do it. With a key it is remembered.
 
     That is where a norm is the user's, the state is a structure other than a tuple, not on the CPU, or empty, gradients
     of times are wanted, or func can't be compiled.
@@ -55,21 +110,27 @@ def sample_loop(
     entry = compiled.entry(form.shapes, form.is_tuple, y0.dtype, method, per_sample=True)
     if entry is None or (torch.is_grad_enabled() and times.tensor.requires_grad):
         return None
-    recorded = torch.is_grad_enabled() and (y0.requires_grad or any(x.requires_grad for x in entry.inputs))
+    recorded = _is_recorded(y0, entry)
     library = compiled.library(entry, recorded)
     if library is None:
         return None
 
-    def plan(first_step: float | None) -> Plan:
-        return library.plan(y0.shape, y0.dtype, len(y0), grid, policy, rtol, atol, first_step)
-
-    return CompiledSamples(plan, entry, method, recorded, fail, eagerly)
+    plan = library.plan(y0.shape, y0.dtype, len(y0), grid, policy, rtol, atol, first_step)
+    parts = plan, entry, method, recorded, eagerly
+    if key is not None and not isinstance(compiled, WithArgs):
+        compiled.last_samples = PreparedSamples(key, times.tensor, times.tensor._version, parts)
+    return CompiledSamples(*parts, fail)
 
 
 class CompiledSamples:
-    """A loop for samples with steps of their own."""
+    """A loop for samples with steps of their own.
+
+    Attributes:
+        failed: whether some have failed.
+    """
 
     last_step = None
+    failed = False
     _solve: Solve | None = None  # as it has ended
     _states: RowStates
 
@@ -80,19 +141,19 @@ class CompiledSamples:
 
     def __init__(
         self,
-        plan: Callable[[float | None], Plan],
+        plan: Plan,
         entry: Entry,
         method: Tableau,
         recorded: bool,
-        fail: Callable[[SolveError], None],
         eagerly: Callable[[Tensor], Tensor],
+        fail: Callable[[SolveError], None],
     ) -> None:
         self._plan, self._entry, self._method, self._recorded = plan, entry, method, recorded
         self._fail, self._eagerly = fail, eagerly
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
-        """Returns the states at the output times, [T, *y0.shape]."""
-        plan, inputs = self._plan(first_step), self._entry.inputs
+        """Returns the states at the output times, [T, *y0.shape]. The plan has the first step."""
+        plan, inputs = self._plan, self._entry.inputs
         if self._recorded:
             notes: list[Any] = []
             wanted = [x for x in inputs if x.requires_grad]
@@ -102,9 +163,10 @@ class CompiledSamples:
             self._states = RowStates(len(y0))
             ys, self._solve = plan.run(y0, inputs, states=self._states)
         self._n_times = len(ys)
-        failed = self.status_of_samples() > int(Status.RUNNING)
-        if bool(failed.any()):
-            self._fail(self._error(int(failed.nonzero()[0])))
+        status = self._states["status"]
+        self.failed = bool(status.any())  # success is 0
+        if self.failed:
+            self._fail(self._error(int(status.nonzero()[0])))
         return ys
 
     def status_of_samples(self) -> Tensor:
