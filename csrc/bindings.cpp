@@ -258,10 +258,10 @@ struct Controller {
   const OwnedLayout& where;
   Control op = {};
 
-  Controller(const OwnedLayout& layout, Scalar time_scalar, py::handle state, py::handle flags,
+  Controller(const OwnedLayout& layout, Scalar time_scalar, py::handle state, int64_t stride, py::handle flags,
              const py::tuple& abscissae)
       : where(layout) {
-    op.state = {address<double>(state), layout.layout.samples};
+    op.state = {address<double>(state), layout.layout.samples, stride};
     op.flags = address<int64_t>(flags);
     op.time_scalar = time_scalar;
     if (abscissae.size() > kMaxStages) throw py::value_error("abscissae: there are more than stages");
@@ -384,10 +384,10 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<int, bool, int64_t, int64_t, const std::vector<int64_t>&, int, bool, uintptr_t, py::object, bool>())
       .def_property_readonly("error_parts", &OwnedLayout::error_parts);
   py::class_<Controller>(m, "Controller")
-      .def(py::init(
-               [](const OwnedLayout& layout, int time_scalar, py::handle state, py::handle flags, const py::tuple& c) {
-                 return new Controller(layout, static_cast<Scalar>(time_scalar), state, flags, c);
-               }),
+      .def(py::init([](const OwnedLayout& layout, int time_scalar, py::handle state, int64_t stride, py::handle flags,
+                       const py::tuple& c) {
+             return new Controller(layout, static_cast<Scalar>(time_scalar), state, stride, flags, c);
+           }),
            py::keep_alive<1, 2>())
       .def("set_policy", &Controller::set_policy)
       .def("set_grid", &Controller::set_grid)

@@ -32,7 +32,7 @@ class Layout:
 
 class Controller:
     def __init__(
-        self, layout: Layout, time_scalar: int, state: Any, flags: Any, abscissae: tuple[float, ...], /
+        self, layout: Layout, time_scalar: int, state: Any, stride: int, flags: Any, abscissae: tuple[float, ...], /
     ) -> None: ...
     def set_policy(
         self,

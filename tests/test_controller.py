@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
-from factories import BACKENDS, controller_for, layout_for
+from factories import BACKENDS, ROUNDOFF, controller_for, layout_for
 from hypothesis import given, settings
 
 from pyode._ops import native, reference
@@ -18,6 +18,7 @@ from pyode.errors import Status
 
 CONTROLLER_H = Path(__file__).parents[1] / "csrc" / "core" / "controller.h"
 NAMES = pytest.mark.parametrize("ops", BACKENDS, ids=lambda ops: ops.__name__.rsplit(".")[-1])
+F64 = torch.float64
 TIMES = (0.0, 0.5, 0.625, 2.0)
 
 # The reference keeps no index of prescribed times: it looks for the next one.
@@ -28,15 +29,15 @@ NORMS = st.one_of(st.floats(0, 3), st.floats(1e-12, 1e12), st.sampled_from([0.0,
 
 
 def test_the_fields_are_those_of_the_struct_in_their_order():
-    struct = re.search(r"struct Sample \{(.*?)\n\};", CONTROLLER_H.read_text(), re.S)[1]
-    assert tuple(re.findall(r"^  double (\w+);", struct, re.M)) == REAL_FIELDS
-    assert tuple(re.findall(r"^  int64_t (\w+);", struct, re.M)) == INTEGER_FIELDS
+    struct = re.search(r"struct SampleWords \{(.*?)\n\};", CONTROLLER_H.read_text(), re.S)[1]
+    assert tuple(re.findall(r"^  R (\w+);", struct, re.M)) == REAL_FIELDS
+    assert tuple(re.findall(r"^  I (\w+);", struct, re.M)) == INTEGER_FIELDS
     assert native._C.STATE_WORDS == N_FIELDS
 
 
 def test_statuses_flags_and_phases_are_those_of_the_header():
     header = CONTROLLER_H.read_text()
-    statuses = dict(re.findall(r"k(\w+) = (\d)", re.search(r"enum Status.*?\{(.*?)\}", header)[1]))
+    statuses = dict(re.findall(r"k(\w+) = (\d)", re.search(r"constexpr int64_t (kSuccess.*?);", header)[1]))
     ours = {name.title().replace("_", ""): str(s.value) for name, s in Status.__members__.items()}
     assert statuses.items() <= ours.items()  # the others are of Python's own making
     flags = dict(re.findall(r"constexpr int64_t kAny(\w+) = (\d+);", header))
@@ -75,10 +76,11 @@ class Pair:
         return Flag(flags[0])
 
     def agree(self, actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-        # On a GPU pow() may differ in the last place; the decisions here keep clear of that.
-        same = torch.allclose(actual, expected, rtol=1e-13, atol=0, equal_nan=True)
-        exact = torch.equal(actual.nan_to_num(), expected.nan_to_num())
-        assert exact if self.y.device.type == "cpu" else same, (name, actual, expected)
+        # The core's pow() and libm's may differ in the last place, in every one of up to 25 steps: by 25 * 2^-52. All
+        # else is the same; the decisions here keep clear of so little.
+        exact = {torch.int64: 0.0, F64: 1e-13}  # and in the dtype of func's times one place
+        tolerance = exact[actual.dtype] if actual.dtype in exact else 2 * ROUNDOFF[actual.dtype]
+        assert torch.allclose(actual, expected, rtol=tolerance, atol=0, equal_nan=True), (name, actual, expected)
 
     def field(self, name: str) -> list[float]:
         return self.both[0].field(name).tolist()

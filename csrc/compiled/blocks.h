@@ -55,14 +55,6 @@ namespace compiled {
 
 using namespace math;
 
-#if defined(__AVX512F__)
-constexpr int kRegister = 64;  // bytes
-#elif defined(__AVX__)
-constexpr int kRegister = 32;
-#else
-constexpr int kRegister = 16;
-#endif
-
 /// The rows of a solve, cut into blocks and these into at most kMost parts, among which threads share. F is the emitted
 /// dynamics.
 template <class F, int64_t kMost = 64>

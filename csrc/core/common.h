@@ -6,6 +6,7 @@
 
 #if !defined(__CUDACC_RTC__)
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #endif
@@ -121,9 +122,13 @@ PYODE_HD double fused_multiply_add(double a, double b, double c) {
 /// The larger one; nan if either is.
 template <class R>
 PYODE_HD R larger(R a, R b) {
-  return (a > b || a != a) ? a : b;
+  return ((a > b) | (a != a)) ? a : b;
 }
-PYODE_HD double smaller(double a, double b) { return a < b ? a : b; }
+/// The smaller one; b if a is nan.
+template <class R>
+PYODE_HD R smaller(R a, R b) {
+  return a < b ? a : b;
+}
 PYODE_HD bool is_finite(double x) { return x - x == 0; }
 
 /// x rounded to T, then its neighbour in the direction of `sign` (none where sign is 0).

@@ -208,18 +208,21 @@ class Controller:
         slots = sum(layout.n_segments for layout in layouts)
         self._slot = 8 * parts * B  # bytes of means for one segment
         self._n_segments, self._parts = slots, parts
-        # One allocation: the state's words, two of flags, the means of a first step or of any other.
-        words = torch.zeros((N_FIELDS + 2 * slots * parts) * B + 2, dtype=torch.float64, device=device)
+        # One allocation: the rows of the state's words, two of flags, the means of a first step or of any other. Long
+        # rows begin an odd number of cache lines apart, for a power of two has them all in the same few places.
+        self._stride = stride = B if B < 64 else 8 * (-(-B // 8) | 1)
+        self._flags = N_FIELDS * stride
+        words = torch.zeros(self._flags + 2 + 2 * slots * parts * B, dtype=torch.float64, device=device)
         self._words = words
         base = words.data_ptr()
-        self._means = base + 8 * (N_FIELDS * B + 2)
-        self.dt = words[B : 2 * B]
+        self._means = base + 8 * (self._flags + 2)
+        self.dt = words[stride : stride + B]
         shape = (len(abscissae),) if B == 1 else (len(abscissae), B)
         self._template = _like(shape, state.real_dtype, device)
         self._trial_template = _like(shape[1:], state.real_dtype, device)
         self.stage_times = self._template
         self.handle = handle = _C.Controller(
-            state.handle, _SCALARS[state.real_dtype], words, base + 8 * N_FIELDS * B, abscissae
+            state.handle, _SCALARS[state.real_dtype], words, stride, base + 8 * self._flags, abscissae
         )
         handle.set_policy(
             policy.safety, policy.ifactor, policy.dfactor, policy.min_step, policy.max_step, policy.order,
@@ -253,7 +256,7 @@ class Controller:
     def put_norm(self, norm: Tensor | float, slot: int = 0) -> None:
         """Notes a norm that someone else has computed: a number, or for several samples [B]."""
         B = self.layouts[0].samples
-        i = N_FIELDS * B + 2 + slot * self._slot // 8
+        i = self._flags + 2 + slot * self._slot // 8
         self._words[i : i + B] = norm * norm
 
     def run(self, phase: Phase, first_step: float = 0.0) -> int:
@@ -262,8 +265,7 @@ class Controller:
         self.stage_times = times
         flags: int = self.handle.run(phase, times, first_step)
         if flags < 0 and phase is not Phase.TRY_FIRST:
-            first = N_FIELDS * self.layouts[0].samples
-            flags = self._words[first : first + 2].view(torch.int64).tolist()[self.handle.turn]
+            flags = self._words[self._flags : self._flags + 2].view(torch.int64).tolist()[self.handle.turn]
         return flags
 
     def finish(self, which: Tensor, status: int) -> None:
@@ -274,9 +276,8 @@ class Controller:
 
     def field(self, name: str) -> Tensor:
         """A field of the step state, [B]: a view."""
-        B = self.layouts[0].samples
-        i = (REAL_FIELDS + INTEGER_FIELDS).index(name)
-        row = self._words[i * B : (i + 1) * B]
+        start = (REAL_FIELDS + INTEGER_FIELDS).index(name) * self._stride
+        row = self._words[start : start + self.layouts[0].samples]
         return row if name in REAL_FIELDS else row.view(torch.int64)
 
 
