@@ -1,5 +1,6 @@
-"""The compiled module (csrc/bindings.cpp). An array is an address or an object with a data_ptr() method."""
+"""The compiled module (csrc/bindings). An array is an address or an object with a data_ptr() method."""
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 RUN_PARALLEL: int
@@ -24,15 +25,37 @@ class Layout:
         cuda: bool,
         stream: int,
         segments_on_device: Any,
-        caches: bool,
+        make_state: Callable[[Any], Any],
+        storage_uses: Callable[[int], int] | None,
         /,
     ) -> None: ...
     @property
     def error_parts(self) -> int: ...
 
+class Table:
+    def __init__(
+        self,
+        rows: tuple[tuple[float, ...], ...],
+        weights: tuple[float, ...],
+        error_weights: tuple[float, ...],
+        /,
+    ) -> None: ...
+
 class Controller:
     def __init__(
-        self, layout: Layout, time_scalar: int, state: Any, stride: int, flags: Any, abscissae: tuple[float, ...], /
+        self,
+        layout: Layout,
+        time_scalar: int,
+        state: Any,
+        stride: int,
+        flags: Any,
+        abscissae: tuple[float, ...],
+        times: Any,
+        trial_times: Any,
+        make_times: Callable[[Any], Any],
+        make_trial_times: Callable[[Any], Any],
+        storage_uses: Callable[[int], int] | None,
+        /,
     ) -> None: ...
     def set_policy(
         self,
@@ -65,26 +88,79 @@ class Controller:
         /,
     ) -> None: ...
     def set_norm(self, means: Any, n_segments: int, parts: int, /) -> None: ...
-    def run(self, phase: int, stage_times: Any, first_step: float, /) -> int: ...
+    def run(self, phase: int, first_step: float, /) -> int: ...
+    @property
+    def stage_times(self) -> Any: ...
     @property
     def turn(self) -> int: ...
 
 class Interpolant:
     def __init__(self, coefficients: tuple[tuple[float, ...], ...], end: tuple[float, ...], /) -> None: ...
 
+class GridTimes:
+    def __init__(
+        self,
+        layout: Layout,
+        times: Any,
+        sizes: Any,
+        bytes: int,
+        like: Any,
+        make_times: Callable[[Any], Any],
+        storage_uses: Callable[[int], int] | None,
+        /,
+    ) -> None: ...
+
+class AdamsTable:
+    def __init__(
+        self, predictors: tuple[tuple[float, ...], ...], correctors: tuple[tuple[float, ...], ...], max_iters: int, /
+    ) -> None: ...
+
 def stage_combine(layout: Layout, weights: tuple[float, ...], y: Any, ks: list[Any], dt: Any, out: Any, /) -> None: ...
 def stages(
+    layout: Layout, table: Table, y: Any, ks: list[Any], dt: Any, times: tuple[Any, ...], dynamics: Any, /
+) -> Any: ...
+def take_steps(
     layout: Layout,
-    rows: tuple[tuple[float, ...], ...],
+    table: Table,
+    interpolant: Interpolant,
     y: Any,
     ks: list[Any],
-    dt: Any,
-    times: tuple[Any, ...],
+    controller: Controller,
     dynamics: Any,
-    allocate: Any,
-    direct: tuple[Any, ...] | None,
+    rtol: Any,
+    atol: Any,
+    out: Any,
+    out_stride: int,
     /,
-) -> Any: ...
+) -> tuple[Any, Any, int]: ...
+def take_grid_steps(
+    grid: GridTimes,
+    table: Table,
+    y: Any,
+    ks: list[Any],
+    dynamics: Any,
+    begin: int,
+    end: int,
+    out: Any,
+    out_bytes: int,
+    /,
+) -> tuple[Any, Any]: ...
+def take_adams_steps(
+    grid: GridTimes,
+    table: AdamsTable,
+    y: Any,
+    ks: list[Any],
+    m: int,
+    dynamics: Any,
+    begin: int,
+    end: int,
+    zero: Any,
+    rtol: Any,
+    atol: Any,
+    out: Any,
+    out_bytes: int,
+    /,
+) -> tuple[Any, Any, int, int, bool]: ...
 def stage_vjp(layout: Layout, weights: tuple[float, ...], g: Any, dt: Any, outs: list[Any], /) -> None: ...
 def error_norm(
     layout: Layout,

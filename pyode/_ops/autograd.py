@@ -59,7 +59,7 @@ def stage_combine(
 def stages(
     ops: ModuleType,
     layout: Layout,
-    rows: tuple[tuple[float, ...], ...],
+    table: Any,
     y: Tensor,
     ks: list[Tensor],
     dt: Tensor,
@@ -67,4 +67,4 @@ def stages(
     dynamics: RightHandSide,
 ) -> Tensor:
     """See native.stages; every stage is a node."""
-    return reference.stages(layout, rows, y, ks, dt, times, dynamics, partial(stage_combine, ops))
+    return reference.stages(layout, table, y, ks, dt, times, dynamics, partial(stage_combine, ops))

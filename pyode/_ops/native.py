@@ -5,9 +5,8 @@ A tensor handed to an op is contiguous, and of the layout's dtype and device.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -63,8 +62,11 @@ class Layout(contract.Layout):
     ) -> None:
         super().__init__(samples, size, segments, dtype, device)
         width = 2 if dtype.is_complex else 1
+        self.stride = samples * width * size  # real numbers a state
         offsets = [width * offset for offset in segments]
         cuda = device.type == "cuda"
+        lasting = cuda or torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+        self.storage_uses = None if lasting else _storage_uses
         self.handle = _C.Layout(
             _SCALARS[dtype],
             dtype.is_complex,
@@ -75,50 +77,35 @@ class Layout(contract.Layout):
             cuda,
             torch.cuda.current_stream(device).cuda_stream if cuda else 0,
             torch.tensor(offsets, device=device) if cuda else None,
-            not torch.is_grad_enabled(),
+            torch.empty_like,
+            self.storage_uses,
         )
-        big = not cuda and samples * size * dtype.itemsize >= _BIG
-        self.spares: list[Tensor] | None = [] if big and _CAN_RECYCLE else None
 
 
-_BIG = 1 << 20  # bytes; malloc gives smaller memory out again without a page fault
-_MAX_SPARES = 4
+class Table(_C.Table):
+    """A method: its weights for every stage after the first, for the step, and for the error estimate."""
+
+    def __init__(
+        self, rows: tuple[tuple[float, ...], ...], weights: tuple[float, ...], error_weights: tuple[float, ...]
+    ) -> None:
+        super().__init__(rows, weights, error_weights)
+        self.rows, self.weights = rows, weights
 
 
-def _owners(states: list[Tensor], i: int) -> tuple[int, ...]:
-    """How many hold on to a state: in Python, in C++, and to its memory through another tensor."""
-    storage = torch._C._storage_Use_Count(states[i].untyped_storage()._cdata)
-    return sys.getrefcount(states[i]), states[i]._use_count(), storage  # type: ignore[attr-defined]
-
-
-_CAN_RECYCLE = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
-_UNSHARED = _owners([torch.empty(0)], 0) if _CAN_RECYCLE else ()
-
-
-def _new_state(layout: Layout, y: Tensor) -> Tensor:
-    """Memory for a state. A big one that was given out before and that nobody else holds on to serves again."""
-    spares = layout.spares
-    if spares is None or torch.is_grad_enabled():
-        return torch.empty_like(y)
-    for i in range(len(spares)):
-        if not spares[i].requires_grad and _owners(spares, i) == _UNSHARED:
-            return spares[i]
-    state = torch.empty_like(y)
-    if len(spares) < _MAX_SPARES:
-        spares.append(state)
-    return state
+# How many hold on to a tensor's memory; None where torch doesn't tell: then none is given out again.
+_storage_uses = getattr(torch._C, "_storage_Use_Count", None) if hasattr(Tensor, "_use_count") else None
 
 
 def stage_combine(layout: Layout, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
     """Returns y + dt sum_j w_j k_j; dt is [B] float64."""
-    out = _new_state(layout, y)
+    out = torch.empty_like(y)
     _C.stage_combine(layout.handle, weights, y, ks, dt, out)
     return out
 
 
 def stages(
     layout: Layout,
-    rows: tuple[tuple[float, ...], ...],
+    table: Table,
     y: Tensor,
     ks: list[Tensor],
     dt: Tensor,
@@ -127,14 +114,104 @@ def stages(
 ) -> Tensor:
     """Evaluates a step's stages after the first: ks[j + 1] is the derivative at times[j] of row j's state.
 
-    Returns the last state. func is called from the compiled loop: with an empty func a tenth less
-    of a solve than from a loop in Python.
+    Returns the last state. func is called from the compiled loop. A state's memory serves again for a later one when
+    nobody holds on to it.
     """
-    allocate = torch.empty_like if layout.spares is None else partial(_new_state, layout)
-    direct = dynamics.direct
-    if direct is not None:
-        dynamics.count(len(times))
-    return _C.stages(layout.handle, rows, y, ks, dt, times, dynamics, allocate, direct)  # type: ignore[no-any-return]
+    return _C.stages(layout.handle, table, y, ks, dt, times, dynamics)  # type: ignore[no-any-return]
+
+
+def take_steps(
+    layout: Layout,
+    table: Table,
+    interpolant: Interpolant,
+    y: Tensor,
+    ks: list[Tensor],
+    controller: Controller,
+    dynamics: RightHandSide,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    out: Tensor,
+) -> tuple[Tensor, Tensor, int]:
+    """Takes steps from y, whose derivative is ks[0], as the controller plans them, until there is something to decide.
+
+    It goes on as long as all samples accept a step, or all reject it, and none is done, has failed, or has come to a
+    discontinuity. Outputs that steps before the last have passed are written to their rows of `out`.
+
+    Returns the state at the start of the last step taken, that at its end, and the controller's flags. Its derivatives
+    are in ks.
+    """
+    y, y1, flags = _C.take_steps(
+        layout.handle, table, interpolant, y, ks, controller.handle, dynamics, rtol, atol, out, layout.stride
+    )
+    return y, y1, controller.read(flags)
+
+
+class AdamsTable(_C.AdamsTable):
+    """An Adams method: its predictors' weights, and its correctors' if it is implicit, after 1, 2, ... values of f.
+
+    The first weight is that of f at a step's end, the second that of f at its start, and so on backwards.
+    """
+
+
+class GridSteps:
+    """The steps of a given grid.
+
+    Args:
+        layout: of the state.
+        times: [steps, stages] as func sees them.
+        sizes: [steps] float64, signed.
+    """
+
+    def __init__(self, layout: Layout, times: Tensor, sizes: Tensor) -> None:
+        self.layout, self.row_bytes = layout, layout.stride * layout.real_dtype.itemsize
+        self.handle = _C.GridTimes(
+            layout.handle, times.contiguous(), sizes.contiguous(), times.itemsize,
+            _like(times.shape[1:], times.dtype, times.device), _with_views, layout.storage_uses,
+        )  # fmt: skip
+
+    def take(
+        self,
+        table: Table,
+        y: Tensor,
+        ks: list[Tensor],
+        dynamics: RightHandSide,
+        begin: int,
+        end: int,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the steps of a Runge-Kutta method from `begin` to before `end`, one or more.
+
+        Returns the state at the start of the last one and that at its end; its derivatives are in ks. The states at the
+        ends of the steps before it are written to `out`, if it is given: that of step n to row n + 1.
+        """
+        return _C.take_grid_steps(self.handle, table, y, ks, dynamics, begin, end, out, self.row_bytes)
+
+    def take_adams(
+        self,
+        table: AdamsTable,
+        y: Tensor,
+        ks: list[Tensor],
+        m: int,
+        dynamics: RightHandSide,
+        begin: int,
+        end: int,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, int, int, bool]:
+        """The same for an Adams method, up to a step whose equation functional iteration does not solve.
+
+        Args:
+            ks: a place for f at a step's end, m values of f where steps began, the newest first, and places for as many
+                as the table has predictors.
+
+        Returns the states, how many values of f there are then, the number of the last step, and whether its equation
+        was solved. Its rise is measured by the tolerances, relative to itself, as in torchdiffeq.
+        """
+        zero = torch.zeros_like(y)
+        return _C.take_adams_steps(
+            self.handle, table, y, ks, m, dynamics, begin, end, zero, rtol, atol, out, self.row_bytes
+        )
 
 
 def copy(layout: Layout, y: Tensor, out: Tensor | None = None) -> Tensor:
@@ -180,6 +257,11 @@ def mean_square_errors(
     return [largest([sum(parts) for parts in segments]) for segments in means.tolist()]
 
 
+def _with_views(like: Tensor) -> tuple[Tensor, ...]:
+    whole = torch.empty_like(like)
+    return (whole, *whole.unbind())
+
+
 @lru_cache(maxsize=64)
 def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor to make others like, which is faster than to name shape, dtype and device; never written or read."""
@@ -196,7 +278,6 @@ class Controller:
 
     Attributes:
         dt: [B] float64, the step to take, signed; 0 for a sample that stands still.
-        stage_times: [len(abscissae)] or, for more than one sample, [len(abscissae), B]: of the step to take.
     """
 
     def __init__(self, layouts: list[Layout], policy: Policy, grid: Grid, abscissae: tuple[float, ...]) -> None:
@@ -218,12 +299,11 @@ class Controller:
         self._means = base + 8 * (self._flags + 2)
         self.dt = words[stride : stride + B]
         shape = (len(abscissae),) if B == 1 else (len(abscissae), B)
-        self._template = _like(shape, state.real_dtype, device)
-        self._trial_template = _like(shape[1:], state.real_dtype, device)
-        self.stage_times = self._template
         self.handle = handle = _C.Controller(
-            state.handle, _SCALARS[state.real_dtype], words, stride, base + 8 * self._flags, abscissae
-        )
+            state.handle, _SCALARS[state.real_dtype], words, stride, base + 8 * self._flags, abscissae,
+            _like(shape, state.real_dtype, device), _like(shape[1:], state.real_dtype, device),
+            _with_views, torch.empty_like, state.storage_uses,
+        )  # fmt: skip
         handle.set_policy(
             policy.safety, policy.ifactor, policy.dfactor, policy.min_step, policy.max_step, policy.order,
             policy.beta, policy.alpha, policy.least_ulps, policy.cautious, policy.max_num_steps,
@@ -261,12 +341,19 @@ class Controller:
 
     def run(self, phase: Phase, first_step: float = 0.0) -> int:
         """Carries out a phase for all samples; returns the flags. On CUDA this waits for the device."""
-        times = torch.empty_like(self._trial_template if phase is Phase.TRY_FIRST else self._template)
-        self.stage_times = times
-        flags: int = self.handle.run(phase, times, first_step)
-        if flags < 0 and phase is not Phase.TRY_FIRST:
+        flags: int = self.handle.run(phase, first_step)
+        return flags if phase is Phase.TRY_FIRST else self.read(flags)
+
+    def read(self, flags: int) -> int:
+        """The flags that a call of the handle returned, or those on the device, for which this waits."""
+        if flags < 0:
             flags = self._words[self._flags : self._flags + 2].view(torch.int64).tolist()[self.handle.turn]
         return flags
+
+    @property
+    def stage_times(self) -> Tensor:
+        """[len(abscissae)] or, for more than one sample, [len(abscissae), B]: of the step to take; those of a trial."""
+        return self.handle.stage_times  # type: ignore[no-any-return]
 
     def finish(self, which: Tensor, status: int) -> None:
         """Ends the solve of some samples: `which` is [B] bool."""
@@ -285,5 +372,4 @@ def interpolate(
     layout: Layout, interpolant: Interpolant, controller: Controller, y: Tensor, ks: list[Tensor], out: Tensor
 ) -> None:
     """Writes all outputs that the last step passed to their rows of `out`, [T, ...]."""
-    stride = layout.samples * layout.size * (2 if layout.dtype.is_complex else 1)
-    _C.interpolate(layout.handle, interpolant, controller.handle, y, ks, out, stride)
+    _C.interpolate(layout.handle, interpolant, controller.handle, y, ks, out, layout.stride)

@@ -19,15 +19,19 @@ from torch import Tensor
 from .contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy, RightHandSide, largest
 
 __all__ = [
+    "AdamsTable",
     "Controller",
+    "GridSteps",
     "Interpolant",
     "Layout",
+    "Table",
     "copy",
     "interpolate",
     "select_rows",
     "stage_combine",
     "stage_vjp",
     "stages",
+    "take_steps",
 ]
 
 _SUCCESS, _RUNNING, _STEP_TOO_SMALL, _TOO_MANY_STEPS, _NON_FINITE = range(5)
@@ -69,9 +73,18 @@ def stage_combine(layout: Layout, weights: tuple[float, ...], y: Tensor, ks: lis
     return moved.to(y.dtype)
 
 
+@dataclass(frozen=True)
+class Table:
+    """See native.Table."""
+
+    rows: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+    error_weights: tuple[float, ...]
+
+
 def stages(
     layout: Layout,
-    rows: tuple[tuple[float, ...], ...],
+    table: Table,
     y: Tensor,
     ks: list[Tensor],
     dt: Tensor,
@@ -82,9 +95,101 @@ def stages(
     """See native.stages; `combine` makes the stages' states."""
     state = y
     for j, t in enumerate(times):
-        state = combine(layout, rows[j], y, ks, dt)
+        state = combine(layout, table.rows[j], y, ks, dt)
         ks[j + 1] = dynamics(t, state)
     return state
+
+
+def take_steps(
+    layout: Layout,
+    table: Table,
+    interpolant: Interpolant,
+    y: Tensor,
+    ks: list[Tensor],
+    controller: Controller,
+    dynamics: RightHandSide,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    out: Tensor,
+) -> tuple[Tensor, Tensor, int]:
+    """See native.take_steps; takes one, and writes no outputs."""
+    dt = controller.dt
+    y1 = stages(layout, table, y, ks, dt, controller.stage_times.unbind(), dynamics)
+    controller.error_norm(table.error_weights, y, y1, ks, dt, rtol, atol)
+    return y, y1, controller.run(Phase.JUDGE)
+
+
+@dataclass(frozen=True)
+class AdamsTable:
+    """See native.AdamsTable."""
+
+    predictors: tuple[tuple[float, ...], ...]
+    correctors: tuple[tuple[float, ...], ...]
+    max_iters: int
+
+
+@dataclass(frozen=True)
+class GridSteps:
+    """See native.GridSteps; `combine` makes the states."""
+
+    layout: Layout
+    times: Tensor
+    sizes: Tensor
+    combine: Callable[..., Tensor] = stage_combine
+
+    def take(
+        self,
+        table: Table,
+        y: Tensor,
+        ks: list[Tensor],
+        dynamics: RightHandSide,
+        begin: int,
+        end: int,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See native.GridSteps.take."""
+        y1 = y
+        for n in range(begin, end):
+            if n > begin:
+                y = y1
+                if out is not None:
+                    out[n] = y
+            (first, *times), dt = self.times[n].unbind(), self.sizes[n : n + 1]
+            ks[0] = dynamics(first, y)
+            stages(self.layout, table, y, ks, dt, tuple(times), dynamics, self.combine)
+            y1 = self.combine(self.layout, table.weights, y, ks, dt)
+        return y, y1
+
+    def take_adams(
+        self,
+        table: AdamsTable,
+        y: Tensor,
+        ks: list[Tensor],
+        m: int,
+        dynamics: RightHandSide,
+        begin: int,
+        end: int,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, int, int, bool]:
+        """See native.GridSteps.take_adams; takes one."""
+        layout, dt = self.layout, self.sizes[begin : begin + 1]
+        first, last = self.times[begin].unbind()
+        m = min(m + 1, len(table.predictors))
+        ks[1 : m + 1] = [dynamics(first, y), *ks[1:m]]
+        weights, solved, zero = table.predictors[m - 1], True, torch.zeros_like(y)
+        if table.correctors:
+            before, solved = stage_combine(layout, weights, zero, ks, dt).detach(), False
+            for _ in range(table.max_iters):
+                ks[0] = dynamics(last, self.combine(layout, weights, y, ks, dt))
+                weights = table.correctors[m - 1]
+                after = stage_combine(layout, weights, zero, ks, dt).detach()
+                change = scaled_error(after - before, before, after, rtol, atol)
+                solved, before = bool(change.numel() == 0 or change.abs().max() < 1), after
+                if solved:
+                    break
+        return y, self.combine(layout, weights, y, ks, dt), m, begin, solved
 
 
 def copy(layout: Layout, y: Tensor, out: Tensor | None = None) -> Tensor:

@@ -27,6 +27,7 @@ from .._ops.autograd import plain
 from ..errors import InvalidValue
 from ..methods import Tableau
 from ..state import Dynamics, Form, Func
+from ..stepping.course import table_of
 from ..stepping.tape import Step, Tape
 from .revolve import backwards
 from .time import TimeGradients
@@ -146,7 +147,7 @@ class Reversal:
         self.one = torch.ones(1, dtype=torch.float64, device=y.device)
         self.weights, self.transposed = recipe.method.weights, transposed_of(recipe.method)
         self.n_stages = len(self.weights)
-        self.rows = recipe.method.rows[: self.n_stages - 1]
+        self.rows, self.table = recipe.method.rows, table_of(ops, recipe.method)
         self.clock = TimeGradients(recipe.method, steps, self.layout, len(gradient), recipe.grid) if time else None
 
     def run(self, states: dict[int, Tensor]) -> Tensor:
@@ -190,7 +191,7 @@ class Reversal:
             for n in range(begin, end):
                 first, *times = self._times(n)
                 ks, dt = [self.dynamics(first, y)] * self.n_stages, self.steps[n].dt
-                self.ops.stages(self.layout, self.rows, y, ks, dt, tuple(times), self.dynamics)
+                self.ops.stages(self.layout, self.table, y, ks, dt, tuple(times), self.dynamics)
                 y = self.ops.stage_combine(self.layout, self.weights, y, ks, dt)
         return y
 

@@ -22,6 +22,7 @@ from ..control import Times
 from ..errors import SolveError, Status
 from ..methods import Tableau
 from ..solution import SampleStats, Stats
+from .course import table_of
 from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment, unmoved
@@ -98,7 +99,7 @@ class AdaptiveLoop:
         self.ops = ops = backend_of(layout)
         layouts = [layout] if quadrature is None else [layout, *quadrature.layouts]
         self.controller = ops.Controller(layouts, policy, grid, tableau.abscissae)
-        self.interpolant = interpolant_of(ops, tableau)
+        self.interpolant, self.table = interpolant_of(ops, tableau), table_of(ops, tableau)
 
     def solve(self, y0: Tensor, first_step: float | Tensor | None = None) -> Tensor:
         """Returns the states at the output times, [T, *y0.shape]. A first step is for all samples, or [B].
@@ -108,8 +109,10 @@ class AdaptiveLoop:
         """
         controller, dynamics, quadrature, hooks = self.controller, self.dynamics, self.quadrature, self.hooks
         tape = hooks.tape
-        layout, rows = self.layout, self.tableau.rows
+        layout, table = self.layout, self.table
         recording = torch.is_grad_enabled()
+        # Whether steps may follow each other without a look at each.
+        plain = not (recording or tape or hooks.step or hooks.after_step or self.norm or quadrature)
         lasting = recording or tape is not None or hooks.after_step  # dt is needed when the next one is planned
         shift = self._shift() if recording else None
         stages = partial(autograd.stages, self.ops) if recording else self.ops.stages
@@ -120,7 +123,7 @@ class AdaptiveLoop:
             quadrature.start()
         # The derivatives of the step under way. An old one is let go only when its successor is there: freeing all of
         # them at once would make malloc return the memory to the system, and the next step fetch it page by page.
-        ks = _ballast.take(len(rows) + 1, y0)
+        ks = _ballast.take(len(table.rows) + 1, y0)
         start = self._at_start(y0)
         y, ks[0] = y0, dynamics(start, y0)
         opening: Tensor | None = start  # the time of a first evaluation, if the step before has not made it
@@ -130,12 +133,18 @@ class AdaptiveLoop:
             if hooks.step is not None:
                 hooks.step(self._field("t"), y, abs(self._field("dt_whole")))
             dt = controller.dt.clone() if lasting else controller.dt
-            times = controller.stage_times
-            if shift is not None:
-                times, dt = self._moved(times, dt, shift)
-            y1 = stages(layout, rows, y, ks, dt, times.unbind(), dynamics)
-            self._measure(y, y1, ks)
-            flags = controller.run(Phase.JUDGE)
+            if plain:
+                assert isinstance(output, Output)
+                y, y1, flags = self.ops.take_steps(
+                    layout, table, self.interpolant, y, ks, controller, dynamics, self.rtol, self.atol, output.out
+                )
+            else:
+                times = controller.stage_times
+                if shift is not None:
+                    times, dt = self._moved(times, dt, shift)
+                y1 = stages(layout, table, y, ks, dt, times.unbind(), dynamics)
+                self._measure(y, y1, ks)
+                flags = controller.run(Phase.JUDGE)
             if recording and flags & _STAYED and flags & _ACCEPTED:
                 y1, dt = self._spare(stages, y, y1, ks, dt, times)
             if tape is not None and flags & _ACCEPTED:
@@ -192,7 +201,7 @@ class AdaptiveLoop:
             return y1, dt
         times = torch.where(still.to(times.device), field("t").to(times), times)
         dt = torch.where(still, torch.zeros_like(dt), dt)
-        return stages(self.layout, self.tableau.rows, y, ks, dt, times.unbind(), self.dynamics), dt
+        return stages(self.layout, self.table, y, ks, dt, times.unbind(), self.dynamics), dt
 
     def _select(self, moved: Tensor, stayed: Tensor, rows: Tensor) -> Tensor:
         """Rows of `moved` where `rows` is not 0, of `stayed` elsewhere."""

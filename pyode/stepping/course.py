@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .._ops import autograd
+from .._ops import autograd, reference
 from .._ops.contract import Layout, RightHandSide
 from ..methods import Tableau
 from ..solution import Stats
 from .quadrature import Quadrature
+
+MOST_STEPS = 20_000  # to an event, as in torchdiffeq
 
 
 class Increment(NamedTuple):
@@ -51,6 +53,12 @@ def stage_times(
     return times
 
 
+@lru_cache(maxsize=64)
+def table_of(ops: ModuleType, tableau: Tableau) -> Any:
+    """A tableau's stages, as a backend takes them."""
+    return ops.Table(tableau.rows, tableau.weights, tableau.error_weights)
+
+
 @dataclass
 class Course:
     """A fixed grid under way: what a method needs to take its steps.
@@ -58,7 +66,6 @@ class Course:
     Attributes:
         dynamics, layout, ops, quadrature: as AdaptiveLoop's.
         grid: [N] float64 times of the steps' ends, on the state's device; with a graph where times carry a gradient.
-        sizes: N - 1 step sizes, each [1] float64.
         sign: +1 where time runs forwards, -1 where backwards.
         perturb: whether func sees a step's start just behind it and its end just before it.
         options: the user's.
@@ -71,13 +78,36 @@ class Course:
     ops: ModuleType
     quadrature: Quadrature | None
     grid: Tensor
-    sizes: Tensor | Sequence[Tensor]
     sign: float
     perturb: bool
     options: dict[str, Any]
     rtol: float | Tensor
     atol: float | Tensor
     counts: Stats
+
+    @cached_property
+    def all_sizes(self) -> Tensor:
+        """[N - 1] step sizes, float64."""
+        return self.grid[1:] - self.grid[:-1]
+
+    @cached_property
+    def sizes(self) -> Tensor | Sequence[Tensor]:
+        """The same, each [1]."""
+        sizes = self.all_sizes.unsqueeze(1)
+        return sizes.unbind() if 0 < len(sizes) < MOST_STEPS else sizes
+
+    def grid_steps(self, times: Tensor, iterating: bool = False) -> Any:
+        """The backend's way to take steps.
+
+        Where gradients are enabled, it is the twin's, with autograd's nodes; and on a GPU, where a step iterates.
+        """
+        if torch.is_grad_enabled():
+            combine = partial(autograd.stage_combine, self.ops)
+        elif iterating and self.layout.device.type != "cpu":
+            combine = self.ops.stage_combine
+        else:
+            return self.ops.GridSteps(self.layout, times, self.all_sizes)
+        return reference.GridSteps(self.layout, times, self.all_sizes, combine)
 
     def stage_times(self, abscissae: tuple[float, ...]) -> Tensor:
         """See `stage_times`."""
@@ -90,20 +120,37 @@ class Course:
         return self.ops.stage_combine(self.layout, weights, y, ks, dt)  # type: ignore[no-any-return]
 
 
+class Taken(NamedTuple):
+    """Steps taken: the number of the last one, the state at its start and that at its end, and its increment."""
+
+    n: int
+    y: Tensor
+    y1: Tensor
+    increment: Increment
+
+
+class Steps(Protocol):
+    """What takes a method's steps."""
+
+    def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken:
+        """Takes steps from `begin` on, one or more, before `end`.
+
+        The states at the ends of all of them but the last are written to `out`, if it is given: that of step n to row
+        n + 1.
+        """
+
+
 class ExplicitSteps:
     """The steps of an explicit Runge-Kutta method."""
 
     def __init__(self, tableau: Tableau, course: Course) -> None:
         self.tableau, self.course = tableau, course
         self.times = course.stage_times((0.0, *tableau.abscissae))
-        ops = course.ops
-        self.stages = partial(autograd.stages, ops) if torch.is_grad_enabled() else ops.stages
+        self.grid_steps, self.table = course.grid_steps(self.times), table_of(course.ops, tableau)
 
-    def __call__(self, n: int, y: Tensor) -> Increment:
-        """Step n, from y."""
-        course, rows = self.course, self.tableau.rows
-        first, *times = self.times[n].unbind()
-        ks = [course.dynamics(first, y)] * (len(rows) + 1)
-        if rows:
-            self.stages(course.layout, rows, y, ks, course.sizes[n], tuple(times), course.dynamics)
-        return Increment(self.tableau.weights, ks, ks[0])
+    def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken:
+        """See Steps; where gradients are enabled, one."""
+        end = begin + 1 if torch.is_grad_enabled() else end
+        ks: list[Any] = [None] * (len(self.table.rows) + 1)
+        y, y1 = self.grid_steps.take(self.table, y, ks, self.course.dynamics, begin, end, out)
+        return Taken(end - 1, y, y1, Increment(self.tableau.weights, ks, ks[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
@@ -18,7 +19,7 @@ from ..errors import InvalidType, InvalidValue, SolveError, Status
 from ..methods import ImplicitTableau, Method, Tableau
 from ..methods.multistep import FixedAdams
 from ..solution import Stats
-from .course import Course, ExplicitSteps, Increment
+from .course import MOST_STEPS, Course, ExplicitSteps, Increment, Steps
 from .hooks import NO_HOOKS, Hooks
 from .implicit import ImplicitSteps
 from .multistep import AdamsSteps
@@ -27,7 +28,6 @@ from .segment import RungeKuttaSegment
 from .tape import Step
 
 INTERPOLATIONS = ("linear", "cubic")
-MOST_STEPS = 20_000  # to an event, as in torchdiffeq
 
 
 def check_interp(options: dict[str, Any]) -> None:
@@ -73,8 +73,8 @@ def grid_of(options: dict[str, Any], times: Times, func: Callable[..., Any], y0:
     return torch.cat([(steps + t[0])[:-1], t[-1:]])
 
 
-def steps_of(method: Method, course: Course) -> Callable[[int, Tensor], Increment]:
-    """What takes a method's steps: a function of a step's number and the state at its start."""
+def steps_of(method: Method, course: Course) -> Steps:
+    """What takes a method's steps."""
     if isinstance(method, FixedAdams):
         return AdamsSteps(method, course)
     if isinstance(method, ImplicitTableau):
@@ -122,19 +122,27 @@ class FixedGridLoop:
         moving = recording and (self.grid.requires_grad or self.times.tensor.requires_grad)
         course = self._course(y0, moving)
         steps = steps_of(self.method, course)
-        ends, sizes = self.grid.tolist(), course.sizes
+        ends, hooks, t = self.grid.tolist(), self.hooks, self.times.tensor
         outputs = Outputs(self.ops, self.layout, len(self.times.values), y0, recording)
-        hooks, t = self.hooks, self.times.tensor
         values, sign, i, y = self.times.values, self.times.sign, 1, y0
-        for n in range(len(sizes)):
-            dt = sizes[n]
+        # Else steps follow each other up to that which passes the next output, or to the end if all end on outputs.
+        one_by_one = bool(recording or self.quadrature or hooks.step or hooks.watch or hooks.tape)
+        on_grid = not one_by_one and ends == values
+        last = n = -1
+        while n < len(ends) - 2:
+            n += 1
             if hooks.step is not None:
                 hooks.step(ends[n], y, abs(ends[n + 1] - ends[n]))
-            step = steps(n, y)
-            y1 = course.combine(step.weights, y, step.ks, dt)
-            self.counts.n_accepted += 1
+            if n > last:
+                last = n if one_by_one else len(ends) - 2 if on_grid else self._step_to(values[i], ends, n)
+            taken = steps.take(n, last + 1, y, outputs.out if on_grid else None)
+            self.counts.n_accepted += taken.n + 1 - n
+            if on_grid:
+                i = outputs.filled = taken.n + 1
+            n, y, y1, step = taken
+            del taken
             if self.quadrature is not None:
-                self.quadrature.finish_fixed_step(step.weights, dt)
+                self.quadrature.finish_fixed_step(step.weights, course.sizes[n])
             segment = None
             if hooks.watch is not None:
                 segment = self._segment(course, n, ends, y, y1, step, moving)
@@ -156,7 +164,7 @@ class FixedGridLoop:
             y = y1
             del step, segment  # the derivatives are not to be kept through the next one
         if i < len(values):  # there was no event
-            hooks.fail(SolveError(Status.TOO_MANY_STEPS, ends[-1], float(sizes[-1].detach()), self.counts.n_accepted))
+            hooks.fail(SolveError(Status.TOO_MANY_STEPS, ends[-1], ends[-1] - ends[-2], self.counts.n_accepted))
             outputs.add(y)
         return outputs.collect()
 
@@ -166,17 +174,20 @@ class FixedGridLoop:
             self.counts.n_f_evals = self.dynamics.n_evals - evals_before
             stats.add(self.counts)
 
+    def _step_to(self, value: float, ends: list[float], n: int) -> int:
+        """The step, from n on, which passes an output time; the last, if none does."""
+        sign = self.times.sign
+        return min(bisect_left(ends, sign * value, n + 1, key=lambda end: sign * end), len(ends) - 1) - 1
+
     def _course(self, y0: Tensor, moving: bool) -> Course:
         grid = self.grid if moving else self.grid.detach()
         grid = grid.to(y0.device, torch.float64)
-        sizes = grid[1:] - grid[:-1]
         return Course(
             self.dynamics,
             self.layout,
             self.ops,
             self.quadrature,
             grid,
-            sizes.unsqueeze(1).unbind() if 0 < len(sizes) < MOST_STEPS else sizes.unsqueeze(1),
             self.times.sign,
             bool(self.options.get("perturb", False)),
             self.options,
@@ -232,7 +243,7 @@ class Outputs:
         self.ops, self.layout = ops, layout
         self.states = [y0]
         self.out = None if recording else torch.empty((n, *y0.shape), dtype=y0.dtype, device=y0.device)
-        self.places = iter(() if self.out is None else self.out.unbind())
+        self.filled = 0  # so many rows of `out`
         if self.out is not None:
             self.add(y0)
 
@@ -241,7 +252,8 @@ class Outputs:
         if self.out is None:
             self.states.append(y)
         else:
-            self.ops.copy(self.layout, y, next(self.places))
+            self.ops.copy(self.layout, y, self.out[self.filled])
+            self.filled += 1
 
     def collect(self) -> Tensor:
         """All of them, [T, ...]."""

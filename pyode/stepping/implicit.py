@@ -11,7 +11,7 @@ from .._ops import reference
 from ..control import number_from
 from ..errors import SolveError, Status
 from ..methods import ImplicitTableau
-from .course import Course, Increment
+from .course import Course, Increment, Taken
 from .newton import Newton
 
 
@@ -43,7 +43,16 @@ class ImplicitSteps:
         )
         self.times = course.stage_times((0.0, *tableau.abscissae))
 
-    def __call__(self, n: int, y: Tensor) -> Increment:
+    def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken:
+        """See Steps; takes one.
+
+        Raises:
+            SolveError: NOT_CONVERGED, or NON_FINITE where f(t0, y) is not finite.
+        """
+        step = self._step(begin, y)
+        return Taken(begin, y, self.course.combine(step.weights, y, step.ks, self.course.sizes[begin]), step)
+
+    def _step(self, n: int, y: Tensor) -> Increment:
         """Step n, from y.
 
         Raises:
@@ -51,7 +60,7 @@ class ImplicitSteps:
         """
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():  # inference tensors can't be differentiated
-                return self(n, y.clone())
+                return self._step(n, y.clone())
         course, tableau, dt = self.course, self.tableau, self.course.sizes[n]
         start, *times = (t.clone() if t.is_inference() else t for t in self.times[n].unbind())
         slope = (course.dynamics if tableau.first_is_explicit else course.dynamics.trial)(start, y)

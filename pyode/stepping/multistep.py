@@ -5,77 +5,49 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._ops import reference
 from ..control import number_from
 from ..methods import TABLEAUS
 from ..methods.multistep import HIGHEST_ORDER, LOWEST_ORDER, FixedAdams, bashforth, moulton
-from .course import Course, ExplicitSteps, Increment
+from .course import Course, ExplicitSteps, Increment, Taken
 
 
 class AdamsSteps:
     """The steps of an Adams method; the first ones are rk4's."""
 
     def __init__(self, method: FixedAdams, course: Course) -> None:
-        self.course, self.implicit = course, method.implicit
-        self.times = course.stage_times((0.0, 1.0))
+        self.course = course
         self.start = ExplicitSteps(TABLEAUS["rk4"], course)
         max_order = int(number_from(course.options, "max_order", HIGHEST_ORDER, 1, HIGHEST_ORDER))
         if max_order < LOWEST_ORDER:
             warnings.warn(f"max_order is below {LOWEST_ORDER}, so the solver reduces to `rk4`.", stacklevel=2)
         self.most = max_order - 1
-        self.max_iters = int(number_from(course.options, "max_iters", 4, 1))
+        self.grid_steps = course.grid_steps(course.stage_times((0.0, 1.0)), method.implicit)
+        orders = range(1, self.most + 1)
+        # Over f at a step's end and the values of f before it.
+        self.predictors = tuple((0.0, *bashforth(n)) for n in orders)
+        self.correctors = tuple(moulton(n + 1) for n in orders) if method.implicit else ()
+        max_iters = int(number_from(course.options, "max_iters", 4, 1))
+        table = reference.AdamsTable if isinstance(self.grid_steps, reference.GridSteps) else course.ops.AdamsTable
+        self.table = table(self.predictors, self.correctors, max_iters)
         self.slopes: list[Tensor] = []  # the newest first
-        self.zero: Tensor | None = None  # a state of zeros, and a step size of one
-        self.one: Tensor | None = None
 
-    def __call__(self, n: int, y: Tensor) -> Increment:
-        """Step n, from y."""
+    def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken:
+        """See Steps."""
         if len(self.slopes) + 1 < LOWEST_ORDER - 1 or self.most < LOWEST_ORDER - 1:
-            step = self.start(n, y)
-            self.slopes = [step.slope, *self.slopes][: self.most]
-            return step
-        first, last = self.times[n].unbind()
-        slope = self.course.dynamics(first, y)
-        self.slopes = [slope, *self.slopes][: self.most]
-        step = Increment(bashforth(len(self.slopes)), self.slopes, slope)
-        return self._correct(y, step, self.course.sizes[n], last) if self.implicit else step
-
-    def _correct(self, y: Tensor, step: Increment, dt: Tensor, last: Tensor) -> Increment:
-        """Solves the implicit formula by functional iteration from the predicted step."""
-        course, past = self.course, self.slopes
-        weights = moulton(len(past) + 1)
-        recording = torch.is_grad_enabled()
-        before = self._rise(step, dt)
-        for _ in range(self.max_iters):
-            state = course.combine(step.weights, y, step.ks, dt) if recording else y + before
-            step = Increment(weights, [course.dynamics(last, state), *past], past[0])
-            after = self._rise(step, dt)
-            if self._agree(before, after):
-                return step
-            before = after
-        warnings.warn("Functional iteration did not converge. Solution may be incorrect.", stacklevel=2)
-        self.slopes = past[:-1]  # a lower order is more stable
-        return step
-
-    def _rise(self, step: Increment, dt: Tensor) -> Tensor:
-        """What a step adds to the state, without a graph."""
-        if self.zero is None:
-            self.zero, self.one = torch.zeros_like(step.slope).detach(), torch.ones_like(dt).detach()
-        ks = step.ks
-        if torch.is_grad_enabled():
-            ks, dt = [k.detach() for k in ks], dt.detach()
-        course = self.course
-        rise: Tensor = course.ops.stage_combine(course.layout, step.weights, self.zero, ks, dt)
-        return rise
-
-    def _agree(self, a: Tensor, b: Tensor) -> bool:
-        """Whether every number of two steps' rises agrees within the tolerances, relative to the rises."""
-        course = self.course
-        change: Any = (a, b, [b, a], self.one, course.rtol, course.atol)
-        (mean,) = course.ops.mean_square_errors(course.layout, ((1.0, -1.0),), *change)
-        if mean >= 1 or mean * a.numel() < 1:  # then the largest square is, too
-            return bool(mean < 1)
-        return bool(reference.scaled_step_error(course.layout, (1.0, -1.0), *change).abs().max() < 1)
+            taken = self.start.take(begin, begin + 1, y)
+            self.slopes = [taken.increment.slope, *self.slopes][: self.most]
+            return taken
+        course, m = self.course, len(self.slopes)
+        ks: list[Any] = [self.slopes[0], *self.slopes, *[None] * (self.most - m)]
+        y, y1, m, n, solved = self.grid_steps.take_adams(
+            self.table, y, ks, m, course.dynamics, begin, end, course.rtol, course.atol, out
+        )
+        self.slopes = ks[1 : m + 1]
+        increment = Increment((self.correctors or self.predictors)[m - 1], ks[: m + 1], ks[1])
+        if not solved:
+            warnings.warn("Functional iteration did not converge. Solution may be incorrect.", stacklevel=2)
+            self.slopes.pop()  # a lower order is more stable
+        return Taken(n, y, y1, increment)

@@ -1,0 +1,137 @@
+// The compiled module. It knows Python and nothing of torch: shapes, dtypes and devices are the caller's business
+// (pyode/_ops/native.py).
+#include <optional>
+
+#include "../cpu/parallel.h"
+#include "grid.h"
+
+#define PYODE_STRINGIFY_(x) #x
+#define PYODE_STRINGIFY(x) PYODE_STRINGIFY_(x)
+
+using namespace pyode;
+using namespace pyode::bindings;
+
+namespace {
+
+void stage_combine(const OwnedLayout& where, const py::tuple& weights, py::handle y, const py::list& ks, py::handle dt,
+                   py::handle out) {
+  StageCombine op;
+  Weights(weights).fill(op, [&](int j) { return derivative(ks, j); });
+  op.y = address(y);
+  op.dt = address<double>(dt);
+  op.out = address(out);
+  PYODE_DISPATCH(where, stage_combine, op);
+}
+
+void stage_vjp(const OwnedLayout& where, const py::tuple& weights, py::handle g, py::handle dt, const py::list& outs) {
+  StageVjp op;
+  const Weights some(weights);
+  op.terms = some.terms;
+  for (int i = 0; i < some.terms; ++i) {
+    op.w[i] = some.w[i];
+    op.out[i] = const_cast<void*>(derivative(outs, some.at[i]));
+  }
+  op.g = address(g);
+  op.dt = address<double>(dt);
+  PYODE_DISPATCH(where, stage_vjp, op);
+}
+
+void error_norm(const OwnedLayout& where, const py::tuple& weights, py::handle y0, py::handle y1, const py::list& ks,
+                py::handle dt, py::handle rtol, py::handle atol, py::handle means, int64_t parts) {
+  ErrorNorm op;
+  Weights(weights).fill(op, [&](int j) { return derivative(ks, j); });
+  op.y0 = address(y0);
+  op.y1 = address(y1);
+  op.dt = address<double>(dt);
+  read_tolerance(rtol, &op.rtol, &op.rtol_each);
+  read_tolerance(atol, &op.atol, &op.atol_each);
+  op.means = address<double>(means);
+  op.parts = parts;
+  PYODE_DISPATCH(where, error_norm, op);
+}
+
+void select_rows(const OwnedLayout& where, py::handle moved, py::handle stayed, py::handle accepted, py::handle out) {
+  const SelectRows op = {address(moved), address(stayed), address<int64_t>(accepted), address(out)};
+  PYODE_DISPATCH(where, select_rows, op);
+}
+
+void interpolate(const OwnedLayout& where, const Interpolant& interpolant, const Controller& controller, py::handle y,
+                 const py::list& ks, py::handle out, int64_t out_stride) {
+  Interpolate op = interpolant.op;
+  for (int j = 0; j < op.terms; ++j) op.k[j] = address(ks[interpolant.stages[j]]);
+  op.y = address(y);
+  op.state = controller.op.state;
+  op.grid = controller.op.grid;
+  op.out = address(out);
+  op.out_stride = out_stride;
+  PYODE_DISPATCH(where, interpolate, op);
+}
+
+// What a signal's handler has raised while a long call without the GIL was under way.
+thread_local std::optional<py::error_already_set> interruption;
+
+/// Runs the handlers of signals that have arrived; whether one of them raised.
+int interrupted() {
+  py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() == 0) return 0;
+  interruption.emplace();
+  return 1;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "pyode's compiled ops; see csrc/ops.h";
+  m.attr("MAX_STAGES") = kMaxStages;
+  m.attr("MAX_DEGREE") = kMaxDegree;
+  m.attr("STATE_WORDS") = kWords;
+  // For code that is compiled at run time.
+  m.attr("RUN_PARALLEL") = reinterpret_cast<uintptr_t>(&cpu::run_parallel);
+  m.attr("INTERRUPTED") = reinterpret_cast<uintptr_t>(&interrupted);
+  m.def("raise_interruption", [] {
+    py::error_already_set error = *std::exchange(interruption, std::nullopt);
+    throw error;
+  });
+  m.attr("COMPILER") = PYODE_COMPILER;
+#if defined(PYODE_CUDA)
+  m.attr("CUDA") = PYODE_STRINGIFY(PYODE_CUDA);
+#else
+  m.attr("CUDA") = py::none();
+#endif
+  m.def("simd_level", &cpu::simd_level);
+  py::class_<OwnedLayout>(m, "Layout")
+      .def(py::init<int, bool, int64_t, int64_t, const std::vector<int64_t>&, int, bool, uintptr_t, py::object,
+                    py::object, py::object>())
+      .def_property_readonly("error_parts", &OwnedLayout::error_parts);
+  py::class_<Table>(m, "Table").def(py::init<const py::tuple&, const py::tuple&, const py::tuple&>());
+  py::class_<Controller>(m, "Controller")
+      .def(py::init([](const OwnedLayout& layout, int time_scalar, py::handle state, int64_t stride, py::handle flags,
+                       const py::tuple& abscissae, py::object times, py::object trial_times, py::object make_times,
+                       py::object make_trial_times, const py::object& storage_uses) {
+             return new Controller(layout, static_cast<Scalar>(time_scalar), state, stride, flags, abscissae,
+                                   std::move(times), std::move(trial_times), std::move(make_times),
+                                   std::move(make_trial_times), storage_uses);
+           }),
+           py::keep_alive<1, 2>())
+      .def("set_policy", &Controller::set_policy)
+      .def("set_grid", &Controller::set_grid)
+      .def("set_norm", &Controller::set_norm)
+      .def("run", [](Controller& self, int phase,
+                     double first_step) { return self.run(static_cast<Phase>(phase), first_step); })
+      .def_property_readonly("stage_times", [](const Controller& self) { return self.planned().whole(); })
+      .def_property_readonly("turn", [](const Controller& self) { return self.op.turn; });
+  py::class_<Interpolant>(m, "Interpolant").def(py::init<const py::tuple&, const py::tuple&>());
+  py::class_<GridTimes>(m, "GridTimes")
+      .def(py::init<const OwnedLayout&, py::object, py::object, int64_t, py::object, py::object, py::object>(),
+           py::keep_alive<1, 2>());
+  py::class_<AdamsTable>(m, "AdamsTable").def(py::init<const py::tuple&, const py::tuple&, int64_t>());
+  m.def("stage_combine", &stage_combine);
+  m.def("stages", &stages);
+  m.def("take_steps", &take_steps);
+  m.def("take_grid_steps", &take_grid_steps);
+  m.def("take_adams_steps", &take_adams_steps);
+  m.def("stage_vjp", &stage_vjp);
+  m.def("error_norm", &error_norm);
+  m.def("interpolate", &interpolate);
+  m.def("select_rows", &select_rows);
+}

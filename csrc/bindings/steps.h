@@ -1,0 +1,216 @@
+// The loops over a step's stages, and over the steps after which Python has nothing to decide. They call func.
+#pragma once
+
+#include "controller.h"
+
+namespace pyode {
+namespace bindings {
+
+/// What is called for a derivative: func itself, if what it returns can be used without a look from Python, or
+/// `dynamics`, a RightHandSide (pyode/_ops/contract.py). Evaluations made directly are counted at the end.
+class Evaluator {
+ public:
+  explicit Evaluator(py::handle dynamics) : dynamics_(dynamics) { look_for_direct(); }
+  Evaluator(const Evaluator&) = delete;
+  ~Evaluator() {
+    if (n_direct_ == 0) return;
+    PyObject* const count = PyObject_CallMethod(dynamics_.ptr(), "count", "n", n_direct_);
+    if (count == nullptr) PyErr_Clear();
+    Py_XDECREF(count);
+  }
+
+  /// Asks again whether func may be called directly: after two evaluations it may.
+  void look_for_direct() {
+    if (func_) return;
+    const py::object direct = attribute(dynamics_, PYODE_NAME(direct));
+    if (direct.is_none()) return;
+    const auto parts = py::reinterpret_borrow<py::tuple>(direct);
+    func_ = parts[0], type_ = parts[1], dtype_ = parts[2], shape_ = parts[3], device_ = parts[4];
+    watch_ = parts[5].cast<bool>();
+  }
+
+  py::object operator()(py::handle t, py::handle y) {
+    PyObject* arguments[] = {t.ptr(), y.ptr()};
+    if (!func_) return checked(PyObject_Vectorcall(dynamics_.ptr(), arguments, 2, nullptr));
+    ++n_direct_;
+    py::object k = checked(PyObject_Vectorcall(func_.ptr(), arguments, 2, nullptr));
+    if (fits(k, y)) return k;
+    return checked(PyObject_CallMethodObjArgs(dynamics_.ptr(), PYODE_NAME(accept), k.ptr(), y.ptr(), nullptr));
+  }
+
+ private:
+  bool fits(py::handle k, py::handle y) const {
+    const auto equal = [](const py::object& a, const py::object& b) {
+      return a.is(b) || PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) == 1;
+    };
+    return reinterpret_cast<PyObject*>(Py_TYPE(k.ptr())) == type_.ptr() && attribute(k, PYODE_NAME(dtype)).is(dtype_) &&
+           equal(attribute(k, PYODE_NAME(shape)), shape_) && equal(attribute(k, PYODE_NAME(device)), device_) &&
+           call_method(k, PYODE_NAME(is_contiguous)).ptr() == Py_True &&
+           (!watch_ || integer(attribute(y, PYODE_NAME(_version))) == 0);
+  }
+
+  py::handle dynamics_;
+  py::object func_, type_, dtype_, shape_, device_;
+  bool watch_ = false;
+  Py_ssize_t n_direct_ = 0;
+};
+
+/// A state, and where its numbers are.
+struct State {
+  py::object tensor;
+  void* data = nullptr;
+};
+
+/// The state and the derivatives of a step under way.
+class Step {
+ public:
+  /// ks has a place for each derivative.
+  Step(const OwnedLayout& layout, py::object y, const py::list& ks)
+      : where(layout), y_{std::move(y), nullptr}, ks_(ks) {
+    y_.data = address(y_.tensor);
+    for (size_t j = 0; j < ks.size() && j <= kMaxStages; ++j)
+      if (const py::handle k = PyList_GET_ITEM(ks.ptr(), static_cast<Py_ssize_t>(j)); !k.is_none())
+        k_data_[j] = address(k);
+  }
+
+  const OwnedLayout& where;
+
+  /// Makes k the j-th derivative.
+  void put(size_t j, py::object k) {
+    if (j >= ks_.size()) throw py::value_error("a step: there are too few places for derivatives");
+    k_data_[j] = address(k);
+    if (PyList_SetItem(ks_.ptr(), static_cast<Py_ssize_t>(j), k.release().ptr()) != 0) throw py::error_already_set();
+  }
+
+  /// Makes the from-th derivative the to-th, too.
+  void repeat(size_t from, size_t to) {
+    PyObject* const k = PyList_GET_ITEM(ks_.ptr(), static_cast<Py_ssize_t>(from));
+    Py_INCREF(k);
+    if (PyList_SetItem(ks_.ptr(), static_cast<Py_ssize_t>(to), k) != 0) throw py::error_already_set();
+    k_data_[to] = k_data_[from];
+  }
+
+  /// base + dt sum_j w_j k_j as a new state. What is given for `out` goes first, so that its memory may serve again.
+  void combine(const void* base, const Weights& weights, const double* dt, State& out) const {
+    StageCombine op;
+    weights.fill(op, [&](int j) { return k_data_[j]; });
+    combine(op, base, dt, out);
+  }
+
+  void combine(StageCombine op, const void* base, const double* dt, State& out) const {
+    out.tensor = py::object();
+    const Supply::Item& next = where.states.take(y_.tensor);
+    out = {py::reinterpret_borrow<py::object>(next.whole()), next.data};
+    op.y = base;
+    op.dt = dt;
+    op.out = out.data;
+    PYODE_DISPATCH(where, stage_combine, op);
+  }
+
+  /// The state at the end.
+  void combine(const Weights& weights, const double* dt) { combine(y_.data, weights, dt, y1_); }
+
+  /// Evaluates n stages after the first at `time_of(j)`: for each a state, of which the last is the end, and its
+  /// derivative.
+  template <class TimeOf>
+  void evaluate(const Table& table, size_t n, const double* dt, Evaluator& evaluator, TimeOf time_of) {
+    if (n > table.rows.size()) throw py::value_error("a step: there are more times than rows");
+    for (size_t j = 0; j < n; ++j) {
+      combine(table.rows[j], dt);
+      put(j + 1, evaluator(time_of(j), y1_.tensor));
+    }
+  }
+
+  /// Leaves the mean squares of the scaled error where the controller looks for them.
+  void measure(const Table& table, const Controller& controller, const ErrorNorm& tolerances) const {
+    ErrorNorm op = tolerances;
+    table.error.fill(op, [&](int j) { return k_data_[j]; });
+    op.y0 = y_.data;
+    op.y1 = y1_.data;
+    op.dt = controller.dt();
+    op.means = controller.means();
+    op.parts = controller.op.parts;
+    PYODE_DISPATCH(where, error_norm, op);
+  }
+
+  /// Writes all outputs that the step has passed to their rows of `out`.
+  void put_out(const Controller& controller, const Interpolant& interpolant, void* out, int64_t out_stride) const {
+    Interpolate op = interpolant.op;
+    for (int j = 0; j < op.terms; ++j) op.k[j] = k_data_[interpolant.stages[static_cast<size_t>(j)]];
+    op.y = y_.data;
+    op.state = controller.op.state;
+    op.grid = controller.op.grid;
+    op.out = out;
+    op.out_stride = out_stride;
+    PYODE_DISPATCH(where, interpolate, op);
+  }
+
+  /// Copies the end to a place.
+  void copy_end(void* out) const {
+    StageCombine op;
+    op.terms = 0;
+    op.y = y1_.data;
+    op.dt = nullptr;
+    op.out = out;
+    PYODE_DISPATCH(where, stage_combine, op);
+  }
+
+  /// Goes on from the step's end.
+  void move_on() { y_ = std::exchange(y1_, State()); }
+
+  const State& start() const { return y_; }
+  const State& end() const { return y1_; }
+
+ private:
+  State y_, y1_;
+  py::list ks_;
+  const void* k_data_[kMaxStages + 1] = {};
+};
+
+/// All evaluations of a step after its first. Returns the last state.
+inline py::object stages(const OwnedLayout& where, const Table& table, py::object y, const py::list& ks, py::handle dt,
+                         const py::tuple& times, py::handle dynamics) {
+  Step step(where, std::move(y), ks);
+  Evaluator evaluator(dynamics);
+  step.evaluate(table, times.size(), address<double>(dt), evaluator,
+                [&](size_t j) { return py::handle(PyTuple_GET_ITEM(times.ptr(), static_cast<Py_ssize_t>(j))); });
+  return (times.empty() ? step.start() : step.end()).tensor;
+}
+
+/// Takes steps until there is something for Python to do: a discontinuity, some samples moving and others not, the end.
+/// Returns the start and the end of the last one, and its flags; on CUDA, where they have to be read from the device,
+/// of the first. Outputs passed before the last step are written.
+inline py::tuple take_steps(const OwnedLayout& where, const Table& table, const Interpolant& interpolant, py::object y,
+                            const py::list& ks, Controller& controller, py::handle dynamics, py::handle rtol,
+                            py::handle atol, py::handle out, int64_t out_stride) {
+  Step step(where, std::move(y), ks);
+  Evaluator evaluator(dynamics);
+  ErrorNorm tolerances;
+  read_tolerance(rtol, &tolerances.rtol, &tolerances.rtol_each);
+  read_tolerance(atol, &tolerances.atol, &tolerances.atol_each);
+  void* const outputs = address(out);
+  for (;;) {
+    step.evaluate(table, table.rows.size(), controller.dt(), evaluator,
+                  [&](size_t j) { return controller.planned().view(j); });
+    step.measure(table, controller, tolerances);
+    const int64_t flags = controller.run(Phase::judge, 0);
+    switch (flags) {
+      case kAnyRunning | kAnyAccepted | kAnyOutput:
+        step.put_out(controller, interpolant, outputs, out_stride);
+        [[fallthrough]];
+      case kAnyRunning | kAnyAccepted:
+        step.move_on();
+        step.repeat(table.rows.size(), 0);
+        break;
+      case kAnyRunning | kAnyStayed:
+        break;
+      default:
+        return py::make_tuple(step.start().tensor, step.end().tensor, flags);
+    }
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    evaluator.look_for_direct();
+  }
+}
+
+}  // namespace bindings
+}  // namespace pyode
