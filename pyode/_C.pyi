@@ -96,6 +96,7 @@ class Controller:
 
 class Interpolant:
     def __init__(self, coefficients: tuple[tuple[float, ...], ...], end: tuple[float, ...], /) -> None: ...
+    def weights_at(self, x: float, /) -> tuple[float, ...]: ...
 
 class GridTimes:
     def __init__(

@@ -45,6 +45,7 @@ from .stepping.hooks import Callback, Hooks
 from .stepping.loops import Loop, loop_for
 from .stepping.segment import RungeKuttaSegment, Segment
 from .stepping.tape import Tape
+from .vmapped import odeint_vmapped, under_vmap
 
 GRADIENTS = ("direct", "adjoint", "checkpoint")
 GRADIENT_OPTIONS = ("gradient", "checkpoints")
@@ -118,6 +119,10 @@ def odeint(
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, sections II.1 to II.6; the interface is
         torchdiffeq's.
     """
+    if under_vmap(method):
+        return odeint_vmapped(
+            odeint, func, y0, t, options, args, event_fn, rtol=rtol, atol=atol, method=method
+        )  # fmt: skip
     if type(func) is CompiledDynamics and not options and event_fn is None and not args:
         from .compiled.solve import solve_again  # only those who compile wait for its import
 

@@ -29,6 +29,7 @@ from .stepping.adaptive import AdaptiveLoop
 from .stepping.event import SampleEvents
 from .stepping.hooks import Hooks
 from .stepping.segment import BatchSegment
+from .vmapped import solve_ivp_vmapped, under_vmap
 
 GRADIENTS = ("direct", "adjoint")
 # Options that are arguments here, or have no meaning, and what is instead.
@@ -108,6 +109,12 @@ def solve_ivp(
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, section II.4; Soderlind, Digital filters in
         adaptive time-stepping, 2003; Lienen, Gunnemann, torchode, 2022, for one controller a sample.
     """
+    if under_vmap(method):
+        return solve_ivp_vmapped(
+            solve_ivp, func, y0, t, control=control, args=args, event_fn=event_fn, gradient=gradient, compact=compact,
+            dense_output=dense_output, options=options, method=method, rtol=rtol, atol=atol, controller=controller,
+            first_step=first_step, max_num_steps=max_num_steps, throw=throw, progress=progress,
+        )  # fmt: skip
     found = methods.find(method)
     if gradient not in GRADIENTS:
         raise InvalidValue(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, not {gradient!r}")

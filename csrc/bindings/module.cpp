@@ -120,7 +120,9 @@ PYBIND11_MODULE(_C, m) {
                      double first_step) { return self.run(static_cast<Phase>(phase), first_step); })
       .def_property_readonly("stage_times", [](const Controller& self) { return self.planned().whole(); })
       .def_property_readonly("turn", [](const Controller& self) { return self.op.turn; });
-  py::class_<Interpolant>(m, "Interpolant").def(py::init<const py::tuple&, const py::tuple&>());
+  py::class_<Interpolant>(m, "Interpolant")
+      .def(py::init<const py::tuple&, const py::tuple&>())
+      .def("weights_at", &Interpolant::weights_at);
   py::class_<GridTimes>(m, "GridTimes")
       .def(py::init<const OwnedLayout&, py::object, py::object, int64_t, py::object, py::object, py::object>(),
            py::keep_alive<1, 2>());

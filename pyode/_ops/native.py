@@ -19,6 +19,10 @@ from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy
 class Interpolant(_C.Interpolant):
     """For each stage the coefficients of x, x^2, ... in its weight, and the weights at x = 1."""
 
+    def __init__(self, coefficients: tuple[tuple[float, ...], ...], end: tuple[float, ...]) -> None:
+        super().__init__(coefficients, end)
+        self.coefficients, self.end = coefficients, end
+
 
 _SCALARS = {
     torch.float32: 0,

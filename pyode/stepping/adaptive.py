@@ -441,7 +441,7 @@ class RecordedOutput:
     def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""
         loop, t, values = self.loop, self.loop.times.tensor, self.loop.times.values
-        segment = loop.segment(interpolant_of(reference, loop.tableau), y, ks, dt, shift)
+        segment = loop.segment(loop.interpolant, y, ks, dt, shift)
         for i in range(*(int(loop.controller.field(name)) for name in ("output_begin", "output_end"))):
             self.rows.append(segment.at(values[i], t[i] - t[i].detach() if t.requires_grad else None))
 
@@ -470,7 +470,8 @@ class RecordedBatchOutput:
     def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""
         loop, t = self.loop, self.loop.times.tensor
-        self.output.add(y, ks, dt, shift)
+        with torch.no_grad():
+            self.output.add(y.detach(), [k.detach() for k in ks], dt, shift)
         segment = loop.batch_segment(interpolant_of(reference, loop.tableau), y, ks, dt, shift)
         begin, end = (loop.controller.field(name).to(y.device) for name in ("output_begin", "output_end"))
         samples = torch.arange(loop.layout.samples, device=y.device)
