@@ -1,8 +1,9 @@
-"""A training step, forward and backward, of loss = mean(y**2): direct and adjoint gradients, and how good they are."""
+"""A training step, forward and backward, of loss = mean(y**2): the three kinds of gradients, and how good they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,6 +30,11 @@ COLUMNS = {
 CASES = ("spiral20x2", "big256x64")
 SOLVERS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "direct": {"torchdiffeq": torchdiffeq.odeint, "pyode": pyode.odeint},
+    # Against torchdiffeq's direct gradient, which it equals.
+    "checkpoint": {
+        "torchdiffeq": torchdiffeq.odeint,
+        "pyode": partial(pyode.odeint, options={"gradient": "checkpoint"}),
+    },
     "adjoint": {"torchdiffeq": torchdiffeq.odeint_adjoint, "pyode": pyode.odeint_adjoint},
 }
 
@@ -49,7 +55,7 @@ def bare(case: Case, kind: str) -> Contender:
     g = torch.ones_like(y)
     n = case.count_evaluations(torchdiffeq.odeint)
     # In the adjoint every evaluation of the backward solve is one of f with its vjp.
-    m = n if kind == "direct" else count_backward(case)
+    m = count_backward(case) if kind == "adjoint" else n
 
     def run() -> None:
         if kind == "adjoint":

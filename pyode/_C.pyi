@@ -132,6 +132,8 @@ def take_steps(
     atol: Any,
     out: Any,
     out_stride: int,
+    t0: Any,
+    one: Any,
     /,
 ) -> tuple[Any, Any, int]: ...
 def take_grid_steps(

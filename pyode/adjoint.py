@@ -16,11 +16,15 @@ from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidType, InvalidValue, warn
 from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
+from .gradients.backsolve_samples import SampleBacksolveConfig
+from .gradients.samples import SampleAdjoint, SolvedSamples
 from .gradients.twice import backsolve_with_graph
 from .gradients.vjp import Circumstances
 from .odeint import Problem, odeint, pose, solve
 from .parameters import find_parameters, lost_gradient, reachable
+from .samples import Samples
 from .state import Dynamics, Form, Func, State
+from .stepping.adaptive import AdaptiveLoop
 from .stepping.fixed_grid import check_interp
 from .vmapped import no_second_solve, under_vmap
 
@@ -78,7 +82,7 @@ def odeint_adjoint(
     """
     if under_vmap(method):
         no_second_solve("adjoint")
-    found = listed_parameters(func, adjoint_params, args)
+    found, warned = listed_parameters(func, adjoint_params, args)
     if adjoint_options is not None:
         check_dict(adjoint_options, "adjoint_options")
     if adjoint_method is not None and adjoint_method != method and options and adjoint_options is None:
@@ -97,7 +101,7 @@ def odeint_adjoint(
     )
     if problem.form.per_sample:
         return _solve_samples(problem, params, t, _configure_samples(problem, *backward))
-    config = _configure(func, problem, *backward)
+    config = _configure(func, problem, *backward, warns=not warned and adjoint_params != ())
     if not config.fused and len(params) < len(found):
         warn(
             "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from "
@@ -109,8 +113,8 @@ def odeint_adjoint(
     return states if event_fn is None else (end, states)
 
 
-def listed_parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args: Any) -> list[Tensor]:
-    """Those given, or else found in func, and those in args."""
+def listed_parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args: Any) -> tuple[list[Tensor], bool]:
+    """Those given, or else found in func, and those in args; and whether it was told that a gradient will be lost."""
     if isinstance(func, CompiledDynamics):
         func = func.func
     given = None if adjoint_params is None else list(adjoint_params)
@@ -128,6 +132,7 @@ def listed_parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args:
             "to set `adjoint_params=()`. (This func is not one, and no tensor that requires gradient was found in it.)"
         )
     # What was found in a func that is no module is all there is, and () says that no gradient is wanted.
+    lost = None
     if torch.is_grad_enabled() and (given or (given is None and is_module)):
         lost = lost_gradient(func, params)
         if lost is not None:
@@ -135,11 +140,11 @@ def listed_parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args:
                 f"{lost} requires gradient, and odeint_adjoint returns none to it: name it in adjoint_params, make it "
                 "a parameter of func, or pass it in args. If its gradient is not wanted, detach it."
             )
-    return params
+    return params, lost is not None
 
 
 def _configure(
-    func: Func, problem: Problem, method: methods.Method, rtol: Any, atol: Any, options: dict[str, Any]
+    func: Func, problem: Problem, method: methods.Method, rtol: Any, atol: Any, options: dict[str, Any], warns: bool
 ) -> BacksolveConfig:
     restart = bool(options.pop("restart", False))
     norm = options.pop("norm", None)
@@ -159,6 +164,7 @@ def _configure(
         fused=not callable(norm) and problem.options.get("norm") is None,
         seminorm=norm == "seminorm",
         callbacks=callbacks_of(func, method, problem.times.tensor, lambda z: z, "_adjoint"),
+        warns=warns,
     )
 
 
@@ -188,9 +194,12 @@ def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: Sa
     """The same for samples with steps of their own."""
     samples = Samples(problem.form, problem.y0, t)
     quiet = replace(problem, y0=problem.y0.detach(), times=replace(problem.times, tensor=t.detach()))
-    solved, loop = carry_out(quiet)
+    with torch.no_grad():
+        solved = solve(quiet)
+    loop, flat = solved.loop, solved.ys.reshape(len(solved.ys), *samples.y0.shape)
+    if loop is None:  # there is only one time
+        return samples.of_user(samples.y0[None])
     assert isinstance(loop, AdaptiveLoop)
-    flat = solved.reshape(len(solved), *samples.y0.shape)
     left = loop.left()
     reached = ~(left if left.dim() == 2 else left[:, None])
     failed = ~reached[-1]  # from there on the last state stands for the rest
@@ -235,7 +244,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         if config.first_step is None and not config.restart and config.method is problem.method:
             # The backward solve starts where the forward one ended, and with its step size.
             config = replace(config, first_step=solved.last_step)
-        ctx.circumstances = Circumstances(problem.func, y0.device)
+        ctx.circumstances = Circumstances(problem.func, y0.device, params)
         ctx.problem, ctx.config, ctx.end, ctx.n_reached = problem, config, solved.end, solved.n_reached
         ctx.adjoint_options = {**config.options, "norm": config.norm}  # where torchdiffeq's users find and replace it
         ctx.save_for_backward(t, solved.ys, *params)
@@ -258,7 +267,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         norm = ctx.adjoint_options["norm"]
         if norm is not config.norm:
             config = replace(config, norm=norm, fused=False)
-        with ctx.circumstances.again(params):
+        with ctx.circumstances.again():
             if torch.is_grad_enabled():
                 reached = t[:n] if len(values) == n else torch.cat([t[:n], t.new_tensor(values[n:])])
                 forward = Dynamics(problem.func, problem.form, ys[0])

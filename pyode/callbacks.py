@@ -16,6 +16,18 @@ from .stepping.hooks import Callback
 NAMES = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
+def _names_in(func: Any, suffix: str = "") -> list[str]:
+    """The callbacks that a func carries."""
+    # Not hasattr: a module's search for an attribute that it lacks takes as long as a stage.
+    own, kind = getattr(func, "__dict__", {}), type(func)
+    return [name for name in NAMES if name + suffix in own or hasattr(kind, name + suffix)]
+
+
+def has_callbacks(func: Any) -> bool:
+    """Whether a func carries any."""
+    return bool(_names_in(func))
+
+
 def callbacks_of(
     func: Any,
     method: Method,
@@ -37,9 +49,7 @@ def callbacks_of(
         suffix: "_adjoint" for those of a backward solve.
         per_sample: whether every sample takes steps of its own: then none is called.
     """
-    # Not hasattr: a module's search for an attribute that it lacks takes as long as a stage.
-    own = getattr(func, "__dict__", {})
-    names = [name for name in NAMES if name + suffix in own or hasattr(type(func), name + suffix)]
+    names = _names_in(func, suffix)
     none = per_sample or isinstance(method, ScipySolver)
     supported = () if none else NAMES if method.adaptive else NAMES[:1]
     if unsupported := {name + suffix for name in names if name not in supported}:

@@ -30,6 +30,7 @@ ADAPTIVE_OPTIONS = frozenset(
         "norm",
         "step_t",
         "jump_t",
+        "check_every",
     ]
 )
 FIXED_STEP_OPTIONS = frozenset(["step_size", "grid_constructor", "interp", "perturb", "norm"])
@@ -222,7 +223,7 @@ def first_step_from(options: dict[str, Any]) -> float | None:
 
 def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Grid:
     """The output times and the steps and discontinuities that the options prescribe, sorted."""
-    values = times.tensor.detach().to(device, torch.float64).contiguous()
+    values = times.tensor.detach().to(device, torch.float64, copy=True).contiguous()  # the user's may change
     if options.get("step_t") is None and options.get("jump_t") is None:
         return Grid(values)
     stops = {name: _stops(options.get(name), name, times) for name in ("step_t", "jump_t")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import methods
 from ._ops import backend_for
-from ._ops.contract import Grid, Policy
+from ._ops.contract import Grid, Policy, RightHandSide
 from .callbacks import callbacks_of
 from .compiled.dynamics import CompiledDynamics, compiled_once
 from .compiling import not_compiled
@@ -34,21 +34,24 @@ from .control import (
     times_until_event,
 )
 from .errors import DynamicsError, InvalidType, InvalidValue, SolveError, Status, warn
-from .gradients.checkpoint import Recipe, checkpointed
-from .methods import TABLEAUS, Method, Tableau
+from .gradients.checkpoint import checkpointed
+from .gradients.reversal import Recipe
+from .idle import idle_loops, keep, kind_of
+from .methods import TABLEAUS, ImplicitTableau, Method, Tableau
 from .parameters import reachable
 from .solution import Stats
 from .state import Dynamics, Form, Func, State, check_y0, with_args
 from .stepping.event import EventSearch
 from .stepping.fixed_grid import check_interp, grid_of
-from .stepping.hooks import Callback, Hooks
+from .stepping.hooks import NO_HOOKS, Callback, Hooks
 from .stepping.loops import Loop, loop_for
 from .stepping.segment import RungeKuttaSegment, Segment
-from .stepping.tape import Tape
+from .stepping.tape import Passed, Step, Tape
 from .vmapped import odeint_vmapped, under_vmap
 
 GRADIENTS = ("direct", "adjoint", "checkpoint")
-GRADIENT_OPTIONS = ("gradient", "checkpoints")
+GRADIENT_OPTIONS = ("gradient", "checkpoints", "graph_bytes")
+GRAPH_BYTES = 1 << 24  # by default
 
 
 @not_compiled
@@ -88,14 +91,16 @@ def odeint(
             "scipy_solver" is the method of SciPy's solve_ivp that the option solver names, without gradients.
         options: for methods that choose their steps: first_step, min_step, max_step, safety (0.9), ifactor (10),
             dfactor (0.2), max_num_steps (between two output times), norm (of the scaled error, a function of the
-            state), step_t and jump_t (times at which steps end, and at which func is discontinuous), dtype (accepted;
+            state), step_t and jump_t (times at which steps end, and at which func is discontinuous), check_every (1;
+            after how many steps of samples is asked whether they are done: on CUDA only these wait), dtype (accepted;
             time is always float64). For the others: step_size or grid_constructor(func, y0, t), interp ("linear" or
             "cubic"), perturb; for Adams methods max_order (12) and max_iters (4), for implicit ones max_iters (100) and
             newton_tol. For all: stats, a `pyode.Stats` that counts are added to; on_failure, "raise" (default)
             or "return", which warns and repeats the last good state; gradient, "direct" (default), "checkpoint", the
-            same gradient, once, by undoing the steps of an explicit Runge-Kutta method one by one, in the memory of
-            their states, or "adjoint", `odeint_adjoint`'s; checkpoints, how many states "checkpoint" keeps at most,
-            taking steps again (None: all); params, the tensors that func uses, if the last two are not to search it;
+            same gradient, once, by undoing the steps of a Runge-Kutta method one by one, in the memory of their
+            states, or "adjoint", `odeint_adjoint`'s; checkpoints, how many states "checkpoint" keeps at most, taking
+            steps again (None: all); graph_bytes, how much memory it may spend on graphs that it then need not make
+            again (2**24; 0 with checkpoints); params, the tensors that func uses, if it is not to be searched;
             compile, True to make the solve one native call (see `pyode.compile`).
         event_fn: a function of (t, y) that returns a tensor of one or several numbers: the solve ends where the first
             of them changes its sign. t then has two entries: where the solve starts, and on which side it goes on. A
@@ -129,13 +134,19 @@ def odeint(
         again = solve_again(func, y0, t, rtol, atol, method, lambda y: odeint(func.func, y, t, rtol, atol, method))
         if again is not None:
             return again
+    kind = None if options or event_fn is not None or args else kind_of(func, y0, t, rtol, atol, method)
+    idle = None if kind is None else idle_loops.take(kind)
+    if idle is not None and callable(func):
+        ys = idle.solve(func, y0)
+        idle_loops.put(kind, idle)
+        return ys
     options = {} if options is None else check_dict(options, "options")
     choice = {name: options[name] for name in GRADIENT_OPTIONS if name in options}
     options = {name: value for name, value in options.items() if name not in choice}
-    kind = choice.get("gradient", "direct")
-    if kind not in GRADIENTS:
-        raise InvalidValue(f"options['gradient'] must be one of {', '.join(GRADIENTS)}, not {kind!r}")
-    if kind == "adjoint":
+    gradient = choice.get("gradient", "direct")
+    if gradient not in GRADIENTS:
+        raise InvalidValue(f"options['gradient'] must be one of {', '.join(GRADIENTS)}, not {gradient!r}")
+    if gradient == "adjoint":
         from .adjoint import odeint_adjoint  # which is made of this module's parts
 
         return odeint_adjoint(
@@ -143,45 +154,72 @@ def odeint(
             event_fn=event_fn, args=args, adjoint_params=options.get("params"),
         )  # fmt: skip
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn, args)
-    if kind == "direct":
+    if gradient == "direct" or not torch.is_grad_enabled():
         solved = solve(problem)
+        if kind is not None:
+            keep(kind, problem.form, solved.loop)
     else:
-        params = options.get("params")
-        written = func.func if isinstance(func, CompiledDynamics) else func
-        found = [x for _, x in reachable((written, args))] if params is None else list(params)
-        solved = _solve_checkpointed(problem, found, choice.get("checkpoints"))
+        params = parameters_of(func, args, options.get("params"))
+        found: list[Solved] = []
+
+        def carry_out(quiet: Problem, tape: Tape) -> Tensor:
+            found.append(solve(quiet, tape=tape))
+            return found[0].ys
+
+        ys = solve_checkpointed(problem, params, choice, carry_out, options.get("params") != ())
+        solved = replace(found[0], ys=ys)
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved), ys)
 
 
-def _solve_checkpointed(problem: Problem, params: list[Tensor], checkpoints: Any) -> Solved:
-    """A solve whose gradient is found by undoing its steps.
+def parameters_of(func: Func, args: Any, params: Iterable[Tensor] | None) -> list[Tensor]:
+    """What func depends on beside its arguments, as far as it can be found or is told."""
+    written = func.func if isinstance(func, CompiledDynamics) else func
+    return [x for _, x in reachable((written, args))] if params is None else list(params)
+
+
+def solve_checkpointed(
+    problem: Problem,
+    params: list[Tensor],
+    choice: dict[str, Any],
+    carry_out: Callable[[Problem, Tape], Tensor],
+    warns: bool = True,
+) -> Tensor:
+    """A solve whose gradient is found by undoing its steps: its outputs, packed.
 
     Args:
         problem: with a graph behind y0 and the times, if there is one.
         params: what func depends on beside its arguments.
-        checkpoints: how many states to keep at most; None for one a step.
+        choice: the user's options checkpoints and graph_bytes.
+        carry_out: solves the problem, which has no graph, notes its steps on the tape, and returns the outputs; first
+            those at the output times.
+        warns: whether of tensors that func depends on and that get no gradient.
     """
     method, y0, t = problem.method, problem.y0, problem.times.tensor
-    if not isinstance(method, Tableau):
+    if not isinstance(method, (Tableau, ImplicitTableau)):
         raise InvalidValue(
-            f"options={{'gradient': 'checkpoint'}} needs an explicit Runge-Kutta method, not {method.name!r}"
+            f"gradient 'checkpoint' needs a method whose steps depend on the state at their start alone, a Runge-Kutta "
+            f"method; {method.name!r} is none. It has 'direct' and 'adjoint'"
         )
-    most = None if checkpoints is None else int(number_from({"checkpoints": checkpoints}, "checkpoints", 1, 1))
+    most = choice.get("checkpoints")
     quiet = replace(problem, y0=y0.detach(), times=replace(problem.times, tensor=t.detach()))
-    solved: list[Solved] = []
-
-    def carry_out(tape: Tape) -> Tensor:
-        solved.append(solve(quiet, tape=tape))
-        return solved[0].ys
 
     def grid(t: Tensor) -> Tensor:
         times = replace(problem.times, tensor=t)
         return grid_of(problem.options, times, problem.func, problem.form.unpack(quiet.y0))
 
-    recipe = Recipe(problem.func, problem.form, method, None if method.adaptive else grid, most)
-    ys = checkpointed(carry_out, recipe, t, y0, [p for p in params if p.requires_grad])
-    return replace(solved[0], ys=ys)
+    def retake(step: Step, y: Tensor, ends: Tensor, inside: Tensor) -> Tensor:
+        moments = torch.cat([ends[:1], inside, ends[1:]])
+        times = Times(moments, moments.tolist())
+        loop = loop_of(replace(quiet, y0=y, times=times, callbacks={}), NO_HOOKS, ends)
+        return loop.solve(y)[1:]
+
+    most = None if most is None else int(number_from(choice, "checkpoints", 1, 1))
+    graph_bytes = int(number_from(choice, "graph_bytes", GRAPH_BYTES if most is None else 0, 0))
+    recipe = Recipe(
+        problem.func, problem.form, method, None if method.adaptive else grid, most, graph_bytes, warns, retake
+    )
+    return checkpointed(partial(carry_out, quiet), recipe, t, y0, [p for p in params if p.requires_grad])
 
 
 @dataclass
@@ -214,15 +252,21 @@ class Solved:
 
     Attributes:
         ys: the packed states at the output times, [T, *y0.shape], with a graph behind them where gradients are enabled.
-        last_step: the size of the last step, if the method chose it.
         end: where the solve ended: at the last output time, at the event, or where it failed.
         n_reached: how many output times it reached; the states behind them, if any, are all that at the end.
+        loop: what has done it, if a loop has.
     """
 
     ys: Tensor
-    last_step: float | None
     end: float
     n_reached: int
+    loop: Loop | None = None
+    compiled_last_step: float | None = None
+
+    @property
+    def last_step(self) -> float | None:
+        """The size of the last step, if the method chose it."""
+        return self.compiled_last_step if self.loop is None else self.loop.last_step
 
 
 def pose(
@@ -322,15 +366,16 @@ def on_device_of(y: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(y.device) if y.device.type == "cuda" else nullcontext()
 
 
-def loop_of(problem: Problem, hooks: Hooks) -> Loop:
-    """The loop that carries out a solve."""
+def loop_of(problem: Problem, hooks: Hooks, ends: Tensor | None = None) -> Loop:
+    """The loop that carries out a solve; of a method that does not choose its steps with the given ends, if any."""
     y0, form, options = problem.y0, problem.form, problem.options
     ops = backend_for(y0)
     layout = ops.Layout(form.samples, form.segments[-1], form.segments, y0.dtype, y0.device)
     norm = options.get("norm")
+    dynamics: RightHandSide = Dynamics(problem.func, form, y0, partial(ops.copy, layout))
     return loop_for(
         problem.method,
-        Dynamics(problem.func, form, y0, partial(ops.copy, layout)),
+        dynamics if hooks.tape is None else hooks.tape.listening(dynamics),
         layout,
         problem.times,
         problem.rtol,
@@ -338,7 +383,7 @@ def loop_of(problem: Problem, hooks: Hooks) -> Loop:
         problem.policy,
         problem.grid,
         options,
-        lambda: grid_of(options, problem.times, problem.func, form.unpack(y0)),
+        lambda: grid_of(options, problem.times, problem.func, form.unpack(y0)) if ends is None else ends,
         None if norm is None else lambda error, _: norm_by(norm, form, error),
         hooks=hooks,
     )
@@ -361,15 +406,15 @@ def solve(
     """Carries out a solve; `watch` is told every accepted step, and the tape notes it."""
     y0, times, options = problem.y0, problem.times, problem.options
     if len(times.values) == 1:
-        return Solved(y0.unsqueeze(0).clone(), None, times.values[0], 1)
-    solved = Solved(y0, None, times.values[-1], len(times.values))
+        return Solved(y0.unsqueeze(0).clone(), times.values[0], 1)
+    solved = Solved(y0, times.values[-1], len(times.values))
     search = None
     if problem.event is not None:
         tolerance = problem.atol if isinstance(problem.atol, float) else float(problem.atol.min())
         skip = bool(options.get("skip_initial_event", False))
         watch = search = EventSearch(problem.event, times.values[0], y0, times.values[-1], tolerance, skip)
         if search.time is not None:
-            return Solved(torch.stack([y0, y0]), None, search.time, 1)
+            return Solved(torch.stack([y0, y0]), search.time, 1)
 
     def fail(error: SolveError) -> None:
         if problem.event is not None and error.status is Status.TOO_MANY_STEPS:
@@ -389,13 +434,13 @@ def solve(
             problem.first_step, options, fail, lambda y: solve(replace(problem, compiled=None, y0=y)).ys,
         )  # fmt: skip
         if outcome is not None:
-            solved.ys, solved.last_step = outcome
+            solved.ys, solved.compiled_last_step = outcome
             return solved
 
     with on_device_of(y0):
         loop = loop_of(problem, Hooks(watch=watch, tape=tape, fail=fail, **problem.callbacks))  # type: ignore[arg-type]
         try:
-            solved.ys, solved.last_step = loop.solve(y0, problem.first_step), loop.last_step
+            solved.ys, solved.loop = loop.solve(y0, problem.first_step), loop
         finally:
             loop.add_to(options.get("stats"))
     if search is not None:
@@ -403,7 +448,8 @@ def solve(
             solved.end, solved.n_reached = search.time, 1
             if tape is not None:
                 assert isinstance(search.segment, RungeKuttaSegment)
-                tape.end_within(search.segment, search.time)
+                x = search.segment.position(search.time)
+                tape.add_event(len(tape.steps) - 1, Passed(1, 0, x, search.segment.polynomial, timed=False), last=True)
         elif solved.end == times.values[-1]:
             stats = Stats()
             loop.add_to(stats)

@@ -20,7 +20,15 @@ from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.samples import SampleAdjoint, SolvedSamples
 from .methods import Tableau
 from .methods.external import ScipySolver
-from .odeint import Problem, loop_of, on_device_of, pose
+from .odeint import (
+    GRADIENTS,
+    Problem,
+    loop_of,
+    on_device_of,
+    parameters_of,
+    pose,
+    solve_checkpointed,
+)
 from .progress import Progress
 from .samples import RunningRows, SampleDenseOutput, Samples
 from .solution import SampleStats, Solution, Stats
@@ -28,13 +36,14 @@ from .state import Func, State
 from .stepping.adaptive import AdaptiveLoop
 from .stepping.event import SampleEvents
 from .stepping.hooks import Hooks
+from .stepping.loops import Loop
 from .stepping.segment import BatchSegment
+from .stepping.tape import Tape
 from .vmapped import solve_ivp_vmapped, under_vmap
 
-GRADIENTS = ("direct", "adjoint")
 # Options that are arguments here, or have no meaning, and what is instead.
 ARGUMENTS = {
-    **{name: name for name in ("control", "first_step", "max_num_steps")},
+    **{name: name for name in ("control", "first_step", "gradient", "max_num_steps", "params")},
     "on_failure": "throw",
     "event_t_max": "t[-1]",
 }
@@ -83,6 +92,8 @@ def solve_ivp(
             (beta1, beta2, beta3, alpha2, alpha3) of a digital filter.
         gradient: "direct": by backpropagation through the steps taken. "adjoint": by a second solve, backwards in time,
             in memory that does not grow with the number of steps; its norm covers each sample's state and adjoint.
+            "checkpoint": direct's, once, by undoing the steps of a Runge-Kutta method one by one, in the memory of
+            their states, or of options["checkpoints"] of them; see `odeint`. The interpolant has direct's alone.
         event_fn: called as event_fn(t, y, *args); returns [B] or [B, E] with per-sample control, else one or several
             numbers. A sample ends where the first of its functions changes its sign. Gradients reach the event's time.
         dense_output: whether the Solution is to have an interpolant; it keeps all steps.
@@ -91,8 +102,8 @@ def solve_ivp(
         throw: whether a failure raises SolveError when all samples are done; else it is told by the Solution's status.
         progress: whether to show a progress bar: the fraction of time that the slowest sample has covered.
         compact: whether func is called with the rows that still run only, once many are done. args are not cut.
-        params: for gradient="adjoint": the tensors to which gradients are wanted beside y0, t and those in args; by
-            default those found in func, see `odeint_adjoint`.
+        params: for gradient="adjoint" and "checkpoint": the tensors to which gradients are wanted beside y0, t and
+            those in args; by default those found in func, see `odeint_adjoint`.
         adjoint_options: of the backward solve: rtol, atol, method, and other options; rtol, atol and method are the
             forward solve's by default.
         options: further ones, as `odeint`'s: min_step, max_step, safety, ifactor, dfactor, norm, step_t, jump_t, ...
@@ -121,6 +132,7 @@ def solve_ivp(
     options = {} if options is None else dict(check_dict(options, "options"))
     for name in ARGUMENTS.keys() & options.keys():
         raise InvalidValue(f"options has {name}, which for solve_ivp is the argument {ARGUMENTS[name]}")
+    choice: dict[str, Any] = {name: options.pop(name) for name in ("checkpoints", "graph_bytes") if name in options}
     options["control"] = control
     if found.adaptive or first_step is not None:
         options["first_step"] = first_step
@@ -129,7 +141,7 @@ def solve_ivp(
     problem = pose(func, y0, t, rtol, atol, method, options, None, args, strict=True)
     problem = replace(problem, policy=_policy_of(problem.policy, controller))
     adjoint = gradient == "adjoint" and torch.is_grad_enabled()
-    listed = listed_parameters(func, params, args) if adjoint else []
+    listed = listed_parameters(func, params, args)[0] if adjoint else []
     backward = backward_config(problem, controller, adjoint_options) if adjoint else None
     steered = isinstance(found, Tableau) and found.adaptive
     if (event_fn is not None or dense_output) and not steered:
@@ -164,8 +176,13 @@ def solve_ivp(
     elif bar is not None:
         hooks = replace(hooks, step=_all_of([bar.step, *([hooks.step] if hooks.step else [])]))
     hooks = replace(hooks, watch_batch=_all_of(watchers), judged=_all_of(judges))
-    with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
-        loop = loop_of(carried_out, hooks)
+    loops: list[Loop] = []
+
+    def carry_out(problem: Problem, tape: Tape | None = None) -> Tensor:
+        loop = loop_of(
+            carried_out if tape is None else replace(problem, func=carried_out.func), replace(hooks, tape=tape)
+        )
+        loops.append(loop)
         try:
             ys = loop.solve(problem.y0, problem.first_step)
             if bar is not None:
@@ -174,11 +191,25 @@ def solve_ivp(
             loop.add_to(options.get("stats"))
             if bar is not None:
                 bar.close()
+        if tape is None or events is None:
+            return ys
+        events.note_on(tape, len(ys))  # their states are further outputs
+        return torch.cat([ys, events.state.reshape(1, *ys.shape[1:])])
+
+    with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
+        if gradient == "checkpoint" and torch.is_grad_enabled():
+            listed = parameters_of(func, args, params)
+            ys = solve_checkpointed(problem, listed, choice, carry_out, warns=params != ())
+        else:
+            ys = carry_out(problem)
+    (loop,) = loops
     if failures and throw:
         raise failures[0]
     status, stats, reached = _outcome(loop, failures, problem, samples)
     flat = ys.reshape(len(ys), *samples.y0.shape)
     if events is not None:
+        if len(flat) > len(t):
+            flat, events.state = flat[:-1], flat[-1]
         met, sign = events.index >= 0, torch.sign(samples.t1 - samples.t0)
         reached = torch.where(met, sign * (samples.times_of(t) - events.time) <= 0, reached.to(met.device))
         status = torch.where(met.cpu(), int(Status.EVENT), status)

@@ -186,12 +186,12 @@ class Dynamics:
         self._watch = not y0.is_inference() and not torch.is_inference_mode_enabled()
         self._may_be_lazy = y0.is_complex() or y0.numel() == 1  # a conj() or neg view that is contiguous all the same
         self._first: Tensor | None = None
-        self._copies = False
+        self._copies = self._settled = False  # settled: it is known that it does not return the same memory again
         self.direct: tuple[Any, ...] | None = None
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Returns func(t, y), packed."""
-        n = self.n_evals = self.n_evals + 1
+        self.n_evals += 1
         version = y._version if self._watch else 0
         if not self.form.is_tensor:
             k = self._pack(self.func(t, self.form.unpack(y)))
@@ -206,7 +206,7 @@ class Dynamics:
             ) or (self._may_be_lazy and (k.is_conj() or k.is_neg())):
                 k = self._pack(k)
         self._check_version(y, version)
-        return k if n > 2 and not self._copies else self._own(k)
+        return k if self._settled else self._own(k)
 
     trial = __call__  # notes nothing, and the graph is torch's own
 
@@ -227,12 +227,13 @@ class Dynamics:
         """A copy, if func returns the same memory again and again: the first evaluation's, and then as need be."""
         if k.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(k):
             return k
-        if self.n_evals == 1:
+        if self._first is None:
             self._first = k
             return self.copy(k)
-        if self._first is not None:
+        if not self._copies:
             self._copies = k.data_ptr() == self._first.data_ptr()
-            self._first = None
+            if not self._copies:
+                self._settled, self._first = True, None
             if self.form.is_tensor and not (self._copies or self._may_be_lazy):
                 self.direct = (self.func, Tensor, self.dtype, self.shape, self.device, self._watch)
         return self.copy(k) if self._copies else k

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._C import _functorch
 
@@ -72,7 +71,7 @@ class Level:
 
     def _plain(self, x: Tensor) -> Tensor:
         """Of whatever is batched here or not, [batch, ...]."""
-        return _functorch._remove_batch_dim(x, self.level, self.batch, 0)  # type: ignore[no-any-return]
+        return _functorch._remove_batch_dim(x, self.level, self.batch, 0)
 
     def out(self, x: Tensor, axis: int = 0) -> Tensor:
         """A tensor of the vmap as one outside: batch and samples, which lie at `axis`, as one axis."""
@@ -81,8 +80,9 @@ class Level:
 
     def back(self, x: Tensor, axis: int = 0) -> Tensor:
         """The reverse."""
-        x = x.unflatten(axis, (self.batch, self.samples)) if self.per_sample else x
-        return _functorch._add_batch_dim(x, axis, self.level)  # type: ignore[no-any-return]
+        if self.per_sample:
+            x = x.reshape(*x.shape[:axis], self.batch, self.samples, *x.shape[axis + 1 :])
+        return _functorch._add_batch_dim(x, axis, self.level)
 
     def states_out(self, state: Any) -> Any:
         """The same for a user's state; what is none is left for the solve to complain about."""

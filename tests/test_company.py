@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,10 @@ def checkpoint(func, y0, t, **kwargs):
 
 def adjoint(func, y0, t, **kwargs):
     return pyode.odeint_adjoint(func, y0, t, **ROUGH, **kwargs)
+
+
+def by_samples(func, y0, t, gradient):
+    return pyode.solve_ivp(func, y0, t, gradient=gradient, **ROUGH).ys
 
 
 GRADIENTS = pytest.mark.parametrize("odeint", [direct, checkpoint, adjoint])
@@ -273,12 +278,11 @@ def test_shared_and_frozen_parameters(odeint):
 
 
 WORKER = """
-import os, sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from test_company import GRADIENT_MODES, Model
+from test_company import BY_SAMPLES, GRADIENT_MODES, Model, NetOfSamples, steps_of
 from fields import assert_close
 
 torch.set_num_threads(1)
@@ -286,40 +290,52 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 # The second process has a state that moves faster, and takes more steps.
 batch = torch.tensor([[[1.0, -2.0], [0.5, 0.3]], [[8.0, 5.0], [-9.0, 4.0]]], dtype=torch.float64)
-for odeint in GRADIENT_MODES:
+for odeint in (*GRADIENT_MODES, *BY_SAMPLES):
     torch.manual_seed(0)
-    model = Model(odeint)
+    by_samples = odeint in BY_SAMPLES
+    model = Model(odeint, NetOfSamples() if by_samples else None)
+    with torch.no_grad():
+        for p in model.func.parameters():
+            p.mul_(4)
+    steps = torch.tensor([steps_of(model.func, batch[rank], by_samples)])
+    both = [torch.empty_like(steps) for _ in range(2)]
+    dist.all_gather(both, steps)
+    assert both[0] != both[1], both
     apart = DistributedDataParallel(model)
-    apart(batch[rank]).square().mean().backward()
-    found = [p.grad.clone() for p in model.parameters()]
+    apart(batch[rank]).square().sum().backward()
+    found = [2 * p.grad for p in model.parameters()]  # the processes' mean
     model.zero_grad()
-    sum(model(part).square().mean() for part in batch).div(2).backward()
+    # With a step size for each sample they are those of the batch in one piece; else of its parts in one process.
+    for part in [batch.flatten(0, 1)] if by_samples else batch:
+        model(part).square().sum().backward()
     assert_close(found, [p.grad for p in model.parameters()], 1e-12)
 dist.destroy_process_group()
 """
 GRADIENT_MODES = (direct, checkpoint, adjoint)
+BY_SAMPLES = tuple(partial(by_samples, gradient=gradient) for gradient in ("direct", "checkpoint", "adjoint"))
+
+
+class NetOfSamples(Net):
+    """A network of times [B] and states [B, 2]."""
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(t[:, None], y)
+
+
+def steps_of(func: nn.Module, y0: Tensor, by_samples: bool) -> int:
+    """How many a solve accepts."""
+    stats = pyode.Stats()
+    options = {"stats": stats, "control": "per_sample" if by_samples else "joint"}
+    with torch.no_grad():
+        pyode.odeint(func, 2 * y0, T, **ROUGH, options=options)
+    return stats.n_accepted
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    store = tmp_path / "store"
+def test_two_processes_under_torchrun_have_the_gradients_of_one(tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
-    code = WORKER.replace('init_process_group("gloo")', f'init_process_group("gloo", init_method="file://{store}")')
-    code = code.replace('")\nrank', '", rank=int(sys.argv[1]), world_size=2)\nrank')
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=100)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr

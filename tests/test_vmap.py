@@ -36,20 +36,14 @@ def by_ivp(y0: Tensor, t: Tensor, mu: Tensor) -> Tensor:
 def loop(function, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Tensor:
     """What vmap is to return."""
     rows = range(3)
-    return torch.stack(
-        [function(*(x if d is None else x.select(d, i) for x, d in zip(inputs, in_dims))) for i in rows]
-    )
+    return torch.stack([function(*(x if d is None else x.select(d, i) for x, d in zip(inputs, in_dims))) for i in rows])
 
 
 @pytest.mark.parametrize("function", [solve, by_ivp])
 @pytest.mark.parametrize("grad_enabled", [False, True])
-@pytest.mark.parametrize(
-    "in_dims", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0), (1, 1, 0)], ids=str
-)
+@pytest.mark.parametrize("in_dims", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0), (1, 1, 0)], ids=str)
 def test_each_element_has_the_bits_of_its_solve_alone(function, in_dims, grad_enabled):
-    inputs = [
-        x if d == 0 else x.T.contiguous() if d == 1 else x[0] for x, d in zip((Y0, TIMES, MU), in_dims)
-    ]
+    inputs = [x if d == 0 else x.T.contiguous() if d == 1 else x[0] for x, d in zip((Y0, TIMES, MU), in_dims)]
     with torch.set_grad_enabled(grad_enabled):
         together = vmap(function, in_dims)(*inputs)
         assert torch.equal(together, loop(function, in_dims, *inputs))
@@ -178,9 +172,7 @@ def test_grad_and_jacrev_of_a_vmap():
 def test_events_of_elements_and_their_gradients():
     def run(y0, rate, level):
         event = lambda t, y, rate: torch.stack([y[0] - level, t - 1.5])  # noqa: E731
-        found = solve_ivp(
-            lambda t, y, rate: -rate * y, y0, T, args=(rate,), event_fn=event, control="joint", **TIGHT
-        )
+        found = solve_ivp(lambda t, y, rate: -rate * y, y0, T, args=(rate,), event_fn=event, control="joint", **TIGHT)
         return found.event_t, found.event_index, found.event_y, found.status, found.ys
 
     y0, rate, level = Y0.abs(), MU.clone().requires_grad_(), torch.tensor([1.0, 0.5, 1e-9], dtype=F64)

@@ -1,6 +1,8 @@
 // The loops over a step's stages, and over the steps after which Python has nothing to decide. They call func.
 #pragma once
 
+#include <initializer_list>
+
 #include "controller.h"
 
 namespace pyode {
@@ -145,11 +147,32 @@ class Step {
     PYODE_DISPATCH(where, interpolate, op);
   }
 
-  /// Copies the end to a place.
-  void copy_end(void* out) const {
+  /// Leaves the mean squares of dt sum_j w_j k_j over atol + rtol |y| where the controller looks for them: those of a
+  /// first step's slope behind the others.
+  void measure_first(std::initializer_list<std::pair<double, const void*>> terms, const double* dt,
+                     const Controller& controller, const ErrorNorm& tolerances, bool behind) const {
+    ErrorNorm op = tolerances;
+    op.terms = 0;
+    for (const auto& [weight, k] : terms) {
+      op.w[op.terms] = weight;
+      op.k[op.terms++] = k;
+    }
+    op.y0 = op.y1 = y_.data;
+    op.dt = dt;
+    op.parts = controller.op.parts;
+    op.means = controller.means() + (behind ? controller.op.n_segments * op.parts * where.layout.samples : 0);
+    PYODE_DISPATCH(where, error_norm, op);
+  }
+
+  const void* derivative(size_t j) const { return k_data_[j]; }
+
+  /// Copies the start or the end to a place.
+  void copy_start(void* out) const { copy(y_, out); }
+  void copy_end(void* out) const { copy(y1_, out); }
+  void copy(const State& state, void* out) const {
     StageCombine op;
     op.terms = 0;
-    op.y = y1_.data;
+    op.y = state.data;
     op.dt = nullptr;
     op.out = out;
     PYODE_DISPATCH(where, stage_combine, op);
@@ -177,18 +200,44 @@ inline py::object stages(const OwnedLayout& where, const Table& table, py::objec
   return (times.empty() ? step.start() : step.end()).tensor;
 }
 
+/// Evaluates func at the start, chooses the first step, and returns the flags (Hairer, Norsett, Wanner I, II.4).
+inline int64_t begin(Step& step, Controller& controller, Evaluator& evaluator, py::handle t0, const double* one,
+                     const ErrorNorm& tolerances) {
+  const void* const y = step.start().data;
+  step.put(0, evaluator(t0, step.start().tensor));
+  step.measure_first({{1, y}}, one, controller, tolerances, false);
+  step.measure_first({{1, step.derivative(0)}}, one, controller, tolerances, true);
+  controller.run(Phase::try_first, 0);
+  StageCombine euler;
+  euler.terms = 1;
+  euler.w[0] = 1;
+  euler.k[0] = step.derivative(0);
+  State trial;
+  step.combine(euler, y, controller.dt(), trial);
+  const py::object k = evaluator(controller.planned().whole(), trial.tensor);
+  step.measure_first({{1, address(k)}, {-1, step.derivative(0)}}, controller.dt(), controller, tolerances, false);
+  evaluator.look_for_direct();
+  return controller.run(Phase::choose_first, 0);
+}
+
 /// Takes steps until there is something for Python to do: a discontinuity, some samples moving and others not, the end.
 /// Returns the start and the end of the last one, and its flags; on CUDA, where they have to be read from the device,
-/// of the first. Outputs passed before the last step are written.
+/// of the first. Outputs passed before the last step are written. Where t0 is given, the solve begins: see `begin`; the
+/// first output is the start. `one` is a step size of 1 for each sample.
 inline py::tuple take_steps(const OwnedLayout& where, const Table& table, const Interpolant& interpolant, py::object y,
                             const py::list& ks, Controller& controller, py::handle dynamics, py::handle rtol,
-                            py::handle atol, py::handle out, int64_t out_stride) {
+                            py::handle atol, py::handle out, int64_t out_stride, py::handle t0, py::handle one) {
   Step step(where, std::move(y), ks);
   Evaluator evaluator(dynamics);
   ErrorNorm tolerances;
   read_tolerance(rtol, &tolerances.rtol, &tolerances.rtol_each);
   read_tolerance(atol, &tolerances.atol, &tolerances.atol_each);
   void* const outputs = address(out);
+  if (!t0.is_none()) {
+    step.copy_start(outputs);
+    const int64_t flags = begin(step, controller, evaluator, t0, address<const double>(one), tolerances);
+    if (flags < 0 || !(flags & kAnyRunning)) return py::make_tuple(step.start().tensor, step.start().tensor, flags);
+  }
   for (;;) {
     step.evaluate(table, table.rows.size(), controller.dt(), evaluator,
                   [&](size_t j) { return controller.planned().view(j); });

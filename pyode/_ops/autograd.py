@@ -19,7 +19,8 @@ from .contract import Layout, RightHandSide
 
 def plain(x: Tensor) -> Tensor:
     """The same numbers as they lie in memory: contiguous, without a conjugation or negation still to be done."""
-    x = x.contiguous()
+    if not x.is_contiguous():
+        x = x.contiguous()
     return x.resolve_conj().resolve_neg() if x.is_conj() or x.is_neg() else x
 
 

@@ -135,8 +135,12 @@ def take_steps(
     rtol: float | Tensor,
     atol: float | Tensor,
     out: Tensor,
+    t0: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Takes steps from y, whose derivative is ks[0], as the controller plans them, until there is something to decide.
+
+    Where t0 is given, the solve begins: y is the first output, ks[0] is evaluated there, and the first step is chosen,
+    with a further evaluation.
 
     It goes on as long as all samples accept a step, or all reject it, and none is done, has failed, or has come to a
     discontinuity. Outputs that steps before the last have passed are written to their rows of `out`.
@@ -145,8 +149,9 @@ def take_steps(
     are in ks.
     """
     y, y1, flags = _C.take_steps(
-        layout.handle, table, interpolant, y, ks, controller.handle, dynamics, rtol, atol, out, layout.stride
-    )
+        layout.handle, table, interpolant, y, ks, controller.handle, dynamics, rtol, atol, out, layout.stride,
+        t0, controller.one,
+    )  # fmt: skip
     return y, y1, controller.read(flags)
 
 
@@ -261,6 +266,12 @@ def mean_square_errors(
     return [largest([sum(parts) for parts in segments]) for segments in means.tolist()]
 
 
+@lru_cache(maxsize=64)
+def _one(samples: int, device: torch.device) -> Tensor:
+    """A step size of 1 for each sample; never written."""
+    return torch.ones(samples, dtype=torch.float64, device=device)
+
+
 def _with_views(like: Tensor) -> tuple[Tensor, ...]:
     whole = torch.empty_like(like)
     return (whole, *whole.unbind())
@@ -282,6 +293,7 @@ class Controller:
 
     Attributes:
         dt: [B] float64, the step to take, signed; 0 for a sample that stands still.
+        one: [B] float64, a step size of 1.
     """
 
     def __init__(self, layouts: list[Layout], policy: Policy, grid: Grid, abscissae: tuple[float, ...]) -> None:
@@ -301,7 +313,7 @@ class Controller:
         self._words = words
         base = words.data_ptr()
         self._means = base + 8 * (self._flags + 2)
-        self.dt = words[stride : stride + B]
+        self.dt, self.one = words[stride : stride + B], _one(B, device)
         shape = (len(abscissae),) if B == 1 else (len(abscissae), B)
         self.handle = handle = _C.Controller(
             state.handle, _SCALARS[state.real_dtype], words, stride, base + 8 * self._flags, abscissae,
@@ -343,10 +355,11 @@ class Controller:
         i = self._flags + 2 + slot * self._slot // 8
         self._words[i : i + B] = norm * norm
 
-    def run(self, phase: Phase, first_step: float = 0.0) -> int:
-        """Carries out a phase for all samples; returns the flags. On CUDA this waits for the device."""
+    def run(self, phase: Phase, first_step: float = 0.0, unseen: int = 0) -> int:
+        """Carries out a phase for all samples; returns the flags. On CUDA this waits for the device, but for `unseen`
+        flags, which are returned instead."""
         flags: int = self.handle.run(phase, first_step)
-        return flags if phase is Phase.TRY_FIRST else self.read(flags)
+        return unseen or (flags if phase is Phase.TRY_FIRST else self.read(flags))
 
     def read(self, flags: int) -> int:
         """The flags that a call of the handle returned, or those on the device, for which this waits."""

@@ -111,8 +111,18 @@ def take_steps(
     rtol: float | Tensor,
     atol: float | Tensor,
     out: Tensor,
+    t0: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, int]:
-    """See native.take_steps; takes one, and writes no outputs."""
+    """See native.take_steps; begins or takes one step, and writes no outputs but the first."""
+    if t0 is not None:
+        out[0], ks[0] = y, dynamics(t0, y)
+        n = sum(part.n_segments for part in controller.layouts)
+        controller.error_norm((1.0,), y, y, [y], controller.one, rtol, atol, 0)
+        controller.error_norm((1.0,), y, y, [ks[0]], controller.one, rtol, atol, n)
+        controller.run(Phase.TRY_FIRST)
+        k = dynamics(controller.stage_times, stage_combine(layout, (1.0,), y, [ks[0]], controller.dt))
+        controller.error_norm((1.0, -1.0), y, y, [k, ks[0]], controller.dt, rtol, atol, 0)
+        return y, y, controller.run(Phase.CHOOSE_FIRST)
     dt = controller.dt
     y1 = stages(layout, table, y, ks, dt, controller.stage_times.unbind(), dynamics)
     controller.error_norm(table.error_weights, y, y1, ks, dt, rtol, atol)
@@ -329,7 +339,7 @@ class Controller:
         self._times = [_Times(row, step_t, jump) for row, jump in zip(rows, jumps)]
         self._samples: list[Sample] = []
         self._means = [[0.0] * state.samples] * (2 * sum(layout.n_segments for layout in layouts))
-        self.dt = torch.zeros(state.samples, dtype=torch.float64)
+        self.dt, self.one = (torch.full((state.samples,), v, dtype=torch.float64) for v in (0.0, 1.0))
         self.stage_times = torch.empty(0)
 
     def error_norm(
@@ -366,7 +376,7 @@ class Controller:
         dtype = torch.float64 if name in REAL_FIELDS else torch.int64
         return torch.tensor([getattr(sample, name) for sample in self._samples], dtype=dtype)
 
-    def run(self, phase: Phase, first_step: float = 0.0) -> int:
+    def run(self, phase: Phase, first_step: float = 0.0, unseen: int = 0) -> int:
         """See native.Controller.run."""
         flags = Flag(0)
         first = len(self._means) // 2
@@ -397,7 +407,11 @@ class Controller:
             flags |= Flag.FAILED if sample.status > _RUNNING else 0
         self.dt = torch.tensor([sample.dt for sample in self._samples], dtype=torch.float64)
         self.stage_times = self._times_of(phase)
-        return int(flags)
+        return unseen or (int(flags) if phase is Phase.TRY_FIRST else self.read(int(flags)))
+
+    def read(self, flags: int) -> int:
+        """See native.Controller.read."""
+        return flags
 
     def _times_of(self, phase: Phase) -> Tensor:
         """The times that func will see: of the trial step, or [stages, B] of the step planned."""

@@ -31,7 +31,9 @@ from ..stepping.fixed_grid import grid_of
 from ..stepping.hooks import NO_HOOKS, Callback, Hooks
 from ..stepping.loops import Loop, loop_for
 from ..stepping.quadrature import Quadrature
+from ..stepping.recorder import with_graph
 from .augmented import AugmentedDynamics, AugmentedState
+from .survey import Survey
 from .vjp import vjp
 
 AdjointNorm = Callable[[tuple[Tensor, ...]], Any]
@@ -47,6 +49,7 @@ class BacksolveConfig:
         fused: whether it is the largest RMS, over the parts of a tuple.
         seminorm: whether the parameters have no share in it.
         callbacks: of the backward solve; called with (t, y, adj_y, *params), packed.
+        warns: whether of tensors that func depends on and that get no gradient.
     """
 
     method: Method
@@ -60,14 +63,16 @@ class BacksolveConfig:
     fused: bool
     seminorm: bool
     callbacks: dict[str, Callback]
+    warns: bool
 
 
 class _AdjointDynamics:
     """d/dt of (y, a), stacked; notes the integrands of time and the parameters."""
 
-    def __init__(self, forward: Dynamics, params: tuple[Tensor, ...], time: bool) -> None:
+    def __init__(self, forward: Dynamics, params: tuple[Tensor, ...], time: bool, warns: bool) -> None:
         self.forward, self.params, self.time = forward, params, time
         self.quadrature: Quadrature | None = None
+        self.survey = Survey(params) if warns else None
         self.zeros = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
 
     direct = None
@@ -86,14 +91,15 @@ class _AdjointDynamics:
         quadrature = self.quadrature
         wanted = quadrature is not None and quadrature.wanted
         y, a = z.detach().unbind()
-        with torch.enable_grad():
-            inputs: tuple[Tensor, ...] = (y.requires_grad_(),)
-            if wanted and self.time:
-                t = t.detach().requires_grad_()
-                inputs += (t,)
-            if wanted:
-                inputs += self.params
-            f = self.forward(t, y)
+        inputs: tuple[Tensor, ...] = (y.requires_grad_(),)
+        if wanted and self.time:
+            t = t.detach().requires_grad_()
+            inputs += (t,)
+        if wanted:
+            inputs += self.params
+        f = with_graph(self.forward, t, y)
+        if wanted and self.survey is not None and self.survey(f, (t, y)) is not None:
+            self.survey = None
         gradients = vjp(f, inputs, a.neg())
         if quadrature is not None:
             quadrature.note(self._integrands(t, gradients[1:]) if wanted else None)
@@ -156,7 +162,7 @@ class Backsolve:
         self.time_carried = self.time or (config.restart and config.method.adaptive)
         self.func = func
         self.forward = Dynamics(func, form, ys[0])
-        self.dynamics = _AdjointDynamics(self.forward, params, self.time_carried)
+        self.dynamics = _AdjointDynamics(self.forward, params, self.time_carried, config.warns)
         self.evals_counted = 0
         self.time_gradients = [torch.zeros((), dtype=times.tensor.dtype, device=ys.device) for _ in times.values]
         n, segments = ys[0].numel(), form.segments

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from .._ops import reference
 from .._ops.contract import Layout
 from ..methods import Tableau
-from ..stepping.tape import Step
+from ..stepping.tape import Passed, Step
+from .arrivals import inner
 
 
 class TimeGradients:
@@ -21,7 +21,6 @@ class TimeGradients:
         steps: those of the solve.
         layout: the state's.
         n_outputs: how many output times there are.
-        grid: the steps' ends as a function of the output times, if the method does not choose them.
     """
 
     def __init__(
@@ -30,12 +29,11 @@ class TimeGradients:
         steps: list[Step],
         layout: Layout,
         n_outputs: int,
-        grid: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        self.steps, self.layout, self.grid = steps, layout, grid
+        self.steps, self.samples = steps, layout.samples
         self.abscissae = (0.0, *method.abscissae)
-        self.outputs = torch.zeros(n_outputs, dtype=torch.float64, device=layout.device)
-        self.starts, self.sizes = self.outputs.new_zeros(len(steps)), self.outputs.new_zeros(len(steps))
+        self.outputs = torch.zeros(n_outputs, layout.samples, dtype=torch.float64, device=layout.device)
+        self.starts, self.sizes = (self.outputs.new_zeros(len(steps), layout.samples) for _ in range(2))
 
     def add_evaluation(self, n: int, i: int, gradient: Tensor | None) -> None:
         """Adds that of the time at which evaluation i of step n was made, the one at its end if i is -1."""
@@ -45,42 +43,37 @@ class TimeGradients:
 
     def add_start(self, n: int, g: Tensor, k: Tensor) -> None:
         """Adds what moving step n along a derivative k does, to which it gives the gradient g."""
-        self.starts[n] += _inner(g, k)
+        self.starts[n] += inner(g, k, self.samples)
 
     def add_sums(self, n: int, g: Tensor, k: Tensor) -> None:
         """Adds what the size of step n does in sums of a derivative k, to which they give the gradient g."""
-        self.sizes[n] += _inner(g, k) / self.steps[n].dt[0]
+        effect, dt = inner(g, k, self.samples), self.steps[n].dt.to(self.sizes.device)
+        self.sizes[n] += effect / dt if self.samples == 1 else torch.where(dt == 0, 0.0, effect / dt)
 
-    def add_outputs(self, n: int, ks: list[Tensor], gradient: Tensor) -> None:
-        """Adds what moving the outputs within step n does, from all its derivatives and all outputs' gradients."""
-        step = self.steps[n]
-        for m, x in zip(step.outputs, step.positions):
-            assert step.polynomial is not None
-            slopes = step.polynomial.slopes_at(x)
-            zero, one = torch.zeros_like(ks[0]), torch.ones(1, dtype=torch.float64)
-            effect = _inner(gradient[m], reference.stage_combine(self.layout, slopes, zero, ks, one))
-            self.outputs[m] += effect
-            self.starts[n] -= effect
-            self.sizes[n] -= x * effect
+    def add_outputs(self, n: int, effects: Iterable[tuple[Passed, Tensor]]) -> None:
+        """Adds what moving the outputs within step n along the solution does."""
+        for passed, effect in effects:
+            if passed.timed:
+                self.outputs[passed.index, passed.samples] += effect
+            self.starts[n, passed.samples] -= effect
+            self.sizes[n, passed.samples] -= passed.position * effect
 
     def of(self, t: Tensor) -> Tensor:
-        """The gradient of the output times t, when all has been added."""
-        if self.grid is None:
+        """The gradient of the output times t, [T] or [T, B], of steps that were chosen, when all has been added."""
+        if self.steps:
             # All steps move with the start, but the end of one at a discontinuity does not, nor what comes behind it.
-            jump = next((n for n, step in enumerate(self.steps) if step.on_jump), len(self.steps))
-            self.outputs[0] += self.starts[: jump + 1].sum() - self.sizes[jump : jump + 1].sum()
-            return self.outputs.to(t)
-        ends = torch.nn.functional.pad(self.starts - self.sizes, (0, 1))
-        ends[1:] += self.sizes
-        with torch.enable_grad():
-            t = t.detach().requires_grad_()
-            grid = self.grid(t)[: len(ends)]
-            if not grid.requires_grad:
-                return self.outputs.to(t)
-        (through,) = torch.autograd.grad(grid, t, ends.to(grid))
-        return through + self.outputs.to(t)
+            jumps = [
+                torch.as_tensor(step.on_jump, device=self.sizes.device).expand(self.samples) for step in self.steps
+            ]
+            on_jump = torch.stack(jumps)
+            before = on_jump.cumsum(0) - on_jump.long() == 0
+            self.outputs[0] += (self.starts * before - self.sizes * (before & on_jump)).sum(0)
+        of_times = self.outputs[: len(t)]
+        return (of_times if t.dim() == 2 else of_times.sum(1)).to(t)
 
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """The real inner product."""
-    return torch.sum((a.conj() * b).real if a.is_complex() else a * b).double()
+    def of_ends(self) -> Tensor:
+        """The gradient of the ends of steps that were given, [N + 1]."""
+        starts, sizes = self.starts[:, 0], self.sizes[:, 0]
+        ends = torch.nn.functional.pad(starts - sizes, (0, 1))
+        ends[1:] += sizes
+        return ends

@@ -28,7 +28,7 @@ class _AdjointSlopes(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.f, ctx.circumstances = f, circumstances
         ctx.save_for_backward(t, y, a, *params)
-        with circumstances.again(params):
+        with circumstances.again():
             _, slopes = _slopes(f, t, y, a, params, create_graph=False)
         return tuple(slope.detach() for slope in slopes)
 
@@ -41,7 +41,7 @@ class _AdjointSlopes(torch.autograd.Function):
                 "out in the second, or take odeint, which has them all"
             )
         t, y, a, *params = ctx.saved_tensors
-        with ctx.circumstances.again(params):
+        with ctx.circumstances.again():
             inputs, slopes = _slopes(ctx.f, t, y, a, tuple(params), create_graph=True)
             pairs = [(slope, g) for slope, g in zip(slopes, gradients) if slope.requires_grad]
             if not pairs:

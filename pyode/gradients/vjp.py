@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from ..parameters import Loan
 from ..state import Func
@@ -16,21 +17,30 @@ from ..state import Func
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
 
 
-def vjp(f: Tensor, inputs: tuple[Tensor, ...], g: Tensor) -> tuple[Tensor | None, ...]:
+def vjp(
+    f: Tensor | GradientEdge | None, inputs: tuple[Tensor, ...], g: Tensor, shared: bool = False
+) -> tuple[Tensor | None, ...]:
     """The gradients of <g, f> with respect to the inputs; None for those that f does not depend on.
 
-    g is of f's shape, dtype and device. Nothing is kept of f's graph.
+    f may be given by the root of its graph. g is of f's shape, dtype and device. Nothing is kept of the graph, unless
+    it is `shared`: func may have computed something once, with a graph, that several evaluations use.
     """
-    if not inputs or not f.requires_grad:
+    if not inputs or f is None or (isinstance(f, Tensor) and not f.requires_grad):
         return (None,) * len(inputs)
+    if shared:
+        try:
+            return _run_backward((f,), (g,), True, False, inputs, allow_unreachable=True, accumulate_grad=False)
+        except RuntimeError as error:
+            if "donated buffers" not in str(error):  # what torch.compile's backward passes can't keep
+                raise
     return _run_backward((f,), (g,), False, False, inputs, allow_unreachable=True, accumulate_grad=False)
 
 
 def accumulate(totals: list[Tensor], gradients: Sequence[Tensor | None]) -> None:
     """Adds gradients, where there are any, to totals, in place."""
-    for total, gradient in zip(totals, gradients):
-        if gradient is not None:
-            total += gradient
+    pairs = [(total, gradient) for total, gradient in zip(totals, gradients) if gradient is not None]
+    if pairs:
+        torch._foreach_add_(*map(list, zip(*pairs)))
 
 
 class Circumstances:
@@ -39,31 +49,35 @@ class Circumstances:
     Args:
         func: the user's.
         device: of the state.
+        params: what func depends on beside its arguments, the very tensors.
     """
 
-    def __init__(self, func: Func, device: torch.device) -> None:
-        kind = device.type
+    def __init__(self, func: Func, device: torch.device, params: Sequence[Tensor]) -> None:
+        self._params = params
         self._loan = Loan(func)
+        self._kind = kind = device.type
+        self._enabled = torch.is_autocast_enabled(kind)
         self._autocast = partial(
             torch.autocast,
             kind,
             dtype=torch.get_autocast_dtype(kind),
-            enabled=torch.is_autocast_enabled(kind),
+            enabled=self._enabled,
             cache_enabled=torch.is_autocast_cache_enabled(),
         )
 
     @contextlib.contextmanager
-    def again(self, params: Sequence[Tensor]) -> Iterator[None]:
+    def again(self) -> Iterator[None]:
         """Within it all is as it was, and hooks on the parameters are not called.
 
         They are to see the whole gradient, once, not every stage's share.
         """
-        hooks = [(p, p._backward_hooks) for p in params if p.is_leaf and p._backward_hooks]
-        for p, _ in hooks:
-            p._backward_hooks = None
+        hooks = [(held, dict(held)) for held in (p._backward_hooks for p in self._params) if held]
+        for held, _ in hooks:
+            held.clear()
+        differs = self._enabled or torch.is_autocast_enabled(self._kind)
         try:
-            with self._loan.renewed(), self._autocast():
+            with self._loan.renewed(), self._autocast() if differs else contextlib.nullcontext():
                 yield
         finally:
-            for p, its in hooks:
-                p._backward_hooks = its
+            for held, its in hooks:
+                held.update(its)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,7 @@ from .course import table_of
 from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment, unmoved
-from .tape import Step
+from .tape import Passed, Step, passed_by_samples
 
 Norm = Callable[[Tensor, list[Tensor]], Any]
 AtJump = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -76,6 +77,9 @@ class AdaptiveLoop:
         at_jump: called at each discontinuity with the samples' times, [B], which of them are there, [B], and the state;
             returns the state behind it.
         hooks: what else is called.
+        check_every: after how many steps of several samples is asked whether they are done. Between, none waits for the
+            device: they go on as if some samples had moved and others not, which is right whatever they did. Where
+            steps have to be looked at one by one, for gradients, hooks or discontinuities, they are.
     """
 
     def __init__(
@@ -92,7 +96,9 @@ class AdaptiveLoop:
         quadrature: Quadrature | None = None,
         at_jump: AtJump | None = None,
         hooks: Hooks = NO_HOOKS,
+        check_every: int = 1,
     ) -> None:
+        self.check_every = check_every
         self.dynamics, self.tableau, self.layout = dynamics, tableau, layout
         self.rtol, self.atol, self.grid, self.times = rtol, atol, grid, times
         self.norm, self.quadrature, self.at_jump, self.hooks = norm, quadrature, at_jump, hooks
@@ -116,8 +122,11 @@ class AdaptiveLoop:
         lasting = recording or tape is not None or hooks.after_step  # dt is needed when the next one is planned
         shift = self._shift() if recording else None
         stages = partial(autograd.stages, self.ops) if recording else self.ops.stages
+        unseen = self.check_every if plain and layout.samples > 1 and self.grid.jump_t is None else 1
+        steps = 0
+        begins = plain and first_step is None and self.grid.times.dim() == 1 and layout.samples == 1
         recorded = RecordedOutput if layout.samples == 1 else RecordedBatchOutput
-        output = recorded(self, y0) if recording else Output(self, y0)
+        output = recorded(self, y0) if recording else Output(self, y0, begun=not begins)
 
         if quadrature is not None:
             quadrature.start()
@@ -125,19 +134,30 @@ class AdaptiveLoop:
         # them at once would make malloc return the memory to the system, and the next step fetch it page by page.
         ks = _ballast.take(len(table.rows) + 1, y0)
         start = self._at_start(y0)
-        y, ks[0] = y0, dynamics(start, y0)
         opening: Tensor | None = start  # the time of a first evaluation, if the step before has not made it
-        flags = self._first_step(y, ks[0], first_step)
-        self._evals_before_steps, self._n_jumps = dynamics.n_evals, torch.zeros(layout.samples, dtype=torch.int64)
+        y, flags = y0, _RUNNING
+        if not begins:
+            ks[0] = dynamics(start, y0)
+            flags = self._first_step(y, ks[0], first_step)
+        if tape is not None:
+            tape.keep_first()
+        self._evals_before_steps, self._n_jumps = dynamics.n_evals, 0
         while flags & _RUNNING:
             if hooks.step is not None:
                 hooks.step(self._field("t"), y, abs(self._field("dt_whole")))
             dt = controller.dt.clone() if lasting else controller.dt
-            if plain:
+            steps += 1
+            if steps % unseen:
+                y1 = stages(layout, table, y, ks, dt, controller.stage_times.unbind(), dynamics)
+                self._measure(y, y1, ks)
+                flags = controller.run(Phase.JUDGE, unseen=_RUNNING | _ACCEPTED | _STAYED | _OUTPUT)
+            elif plain and unseen == 1:
                 assert isinstance(output, Output)
                 y, y1, flags = self.ops.take_steps(
-                    layout, table, self.interpolant, y, ks, controller, dynamics, self.rtol, self.atol, output.out
-                )
+                    layout, table, self.interpolant, y, ks, controller, dynamics, self.rtol, self.atol, output.out,
+                    start if begins else None,
+                )  # fmt: skip
+                begins = False
             else:
                 times = controller.stage_times
                 if shift is not None:
@@ -148,8 +168,12 @@ class AdaptiveLoop:
             if recording and flags & _STAYED and flags & _ACCEPTED:
                 y1, dt = self._spare(stages, y, y1, ks, dt, times)
             if tape is not None and flags & _ACCEPTED:
-                tape.add(self._noted(flags, dt, times, opening), y, y1)
+                end = y1 if not flags & _STAYED else self._select(y1, y, controller.field("accepted"))
+                tape.add(self._noted(flags, dt, times, opening), y, end)
                 opening = None
+                if flags & _STAYED:
+                    spoiled = (controller.field("non_finite") != 0) & (controller.field("accepted") == 0)
+                    tape.mix(bool(spoiled.any()))
             if hooks.after_step:
                 end = self._call_hooks(bool(flags & _ACCEPTED), y, ks, dt, shift)
                 if end is not None:
@@ -163,6 +187,8 @@ class AdaptiveLoop:
             if not flags & _ACCEPTED:
                 if quadrature is not None:
                     quadrature.reject()
+                if tape is not None:
+                    tape.keep_first()
                 continue
             if not flags & _STAYED:
                 y, ks[0] = y1, ks[-1]
@@ -176,11 +202,15 @@ class AdaptiveLoop:
                 if shift is not None:  # what comes behind a discontinuity does not move with the start
                     shift = torch.where(self._on_jump(), torch.zeros_like(shift), shift)
                 y, ks[0], opening = self._behind_jump(y, ks[0])
+                if tape is not None:
+                    tape.keep_last()
         if flags & _FAILED:
             hooks.fail(self._error(y, ks[0]))
         if flags & _FAILED or hooks.watch_batch is not None:  # some outputs may not have been reached
             if shift is not None:
                 shift = shift.reshape(()) if layout.samples == 1 else _column(shift, y)
+            if tape is not None:
+                tape.left = self.left()
             output.repeat(unmoved(y, ks[0], shift))
         if quadrature is not None:
             quadrature.finish()
@@ -212,7 +242,9 @@ class AdaptiveLoop:
         return selected
 
     def _on_jump(self) -> Tensor:
-        """Which samples have just arrived at a discontinuity: [B]."""
+        """Which samples have just arrived at a discontinuity, where one has: [B]."""
+        if self.layout.samples == 1:
+            return torch.ones(1, dtype=torch.bool)
         now, stops = self.controller.field("t"), self.grid.jump_t
         assert stops is not None
         stops = stops.to(now.device)
@@ -236,14 +268,25 @@ class AdaptiveLoop:
 
     def _noted(self, flags: int, dt: Tensor, times: Tensor, opening: Tensor | None) -> Step:
         """The step just accepted, for a tape."""
-        on_jump = bool(flags & _JUMP)
-        if not flags & _OUTPUT:
-            return Step(dt, times, opening, on_jump)
-        outputs = range(*(int(self.controller.field(name)) for name in ("output_begin", "output_end")))
-        t0, t1, size = (self._field(name) for name in ("t_prev", "t", "dt_prev"))
-        values = self.times.values
-        positions = tuple(1.0 if values[i] == t1 else (values[i] - t0) / size for i in outputs)
-        return Step(dt, times, opening, on_jump, outputs, positions, interpolant_of(reference, self.tableau))
+        polynomial, field = interpolant_of(reference, self.tableau), self.controller.field
+        if self.layout.samples == 1:
+            outputs = range(*(int(field(name)) for name in ("output_begin", "output_end"))) if flags & _OUTPUT else ()
+            t0, t1, size = (self._field(name) for name in ("t_prev", "t", "dt_prev")) if outputs else (0.0, 0.0, 1.0)
+            values = self.times.values
+            passed = (Passed(i, 0, 1.0 if values[i] == t1 else (values[i] - t0) / size, polynomial) for i in outputs)
+            return Step(dt, times, opening, bool(flags & _JUMP), tuple(passed))
+        if flags & _STAYED:
+            moved = field("accepted") != 0
+            first = self._first_times(opening)
+            times, dt = torch.where(moved.to(times.device), times, first), torch.where(moved, dt, 0.0)
+        several = passed_by_samples(self.controller, self.grid.times, polynomial) if flags & _OUTPUT else ()
+        return Step(dt, times, opening, self._on_jump() if flags & _JUMP else False, tuple(several))
+
+    def _first_times(self, opening: Tensor | None = None) -> Tensor:
+        """Those of the step's first evaluations, as the tape has them."""
+        tape = self.hooks.tape
+        assert tape is not None
+        return tape.steps[-1].times[-1] if opening is None else opening
 
     def _call_hooks(
         self, accepted: bool, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None
@@ -321,8 +364,8 @@ class AdaptiveLoop:
     def _first_step(self, y: Tensor, k: Tensor, first_step: float | Tensor | None) -> int:
         """Plans the first step; returns the flags (Hairer, Norsett, Wanner I, II.4)."""
         controller, ops, layout = self.controller, self.ops, self.layout
-        dt = controller.dt.fill_(1.0)
-        if torch.is_grad_enabled():
+        dt, recording = controller.one, torch.is_grad_enabled()
+        if recording:
             y, k = y.detach(), k.detach()
         n = sum(part.n_segments for part in controller.layouts)
         if first_step is not None:  # the state and slope have to be finite, no more
@@ -340,7 +383,7 @@ class AdaptiveLoop:
         if self.quadrature is not None:
             self.quadrature.measure_slope(controller, dt, n)
         controller.run(Phase.TRY_FIRST)
-        with torch.no_grad():
+        with torch.no_grad() if recording else nullcontext():
             trial = ops.stage_combine(layout, (1.0,), y, [k], controller.dt)
             change = [self.dynamics(controller.stage_times, trial), k]
         self._note_norm((1.0, -1.0), y, y, change, controller.dt, 0)
@@ -378,8 +421,8 @@ class AdaptiveLoop:
         if self.layout.samples == 1 or self.grid.jump_t is None:
             return y, self.dynamics(behind[0], y), behind[0]
         jumped = self._on_jump() & (self.controller.field("status") == int(Status.RUNNING))
-        self._n_jumps += jumped.cpu()
-        behind = torch.where(jumped.to(t.device), behind, t)
+        self._n_jumps = self._n_jumps + jumped.cpu()
+        behind = torch.where(jumped.to(t.device), behind, t if self.hooks.tape is None else self._first_times())
         return y, self._select(self.dynamics(behind, y), k, jumped.to(torch.int64)), behind
 
     def _error(self, y: Tensor, k: Tensor) -> SolveError:
@@ -408,9 +451,11 @@ def _dense_output_of(tableau: Tableau) -> reference.Interpolant:
 class Output:
     """The states at the output times, written in place as steps pass them."""
 
-    def __init__(self, loop: AdaptiveLoop, y0: Tensor) -> None:
+    def __init__(self, loop: AdaptiveLoop, y0: Tensor, begun: bool = True) -> None:
         self.loop = loop
-        self.out = torch.empty((len(loop.times.values), *y0.shape), dtype=y0.dtype, device=y0.device)
+        self.out = y0.new_empty((len(loop.times.values), *y0.shape))
+        if not begun:
+            return
         if loop.grid.times.dim() == 1:
             loop.ops.copy(loop.layout, y0, self.out)
         else:  # a sample may be given its start several times, and nothing else
@@ -470,8 +515,8 @@ class RecordedBatchOutput:
     def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""
         loop, t = self.loop, self.loop.times.tensor
-        with torch.no_grad():
-            self.output.add(y.detach(), [k.detach() for k in ks], dt, shift)
+        with torch.no_grad():  # the twin's ops would record
+            self.output.add(y, ks, dt, shift)
         segment = loop.batch_segment(interpolant_of(reference, loop.tableau), y, ks, dt, shift)
         begin, end = (loop.controller.field(name).to(y.device) for name in ("output_begin", "output_end"))
         samples = torch.arange(loop.layout.samples, device=y.device)

@@ -8,8 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._ops.reference import Interpolant
 from ..errors import Status
 from .segment import BatchSegment, Segment
+from .tape import Passed, Tape
 
 LEAVING = tuple(2.0**-k for k in range(20, -1, -1))  # where in a step functions are looked at that start at zero
 
@@ -114,9 +116,12 @@ class SampleEvents:
         self.time = torch.where(begun, t0, torch.full_like(t0, math.nan))
         self.index = torch.where(begun, (self.signs == 0).long().argmax(1), -1)
         self.state = torch.where(begun[:, None], y0, torch.full_like(y0, math.nan))
+        self._n_steps = 0
+        self._found: list[tuple[int, Tensor, Tensor, Interpolant]] = []
 
     def __call__(self, segment: BatchSegment) -> None:
         """Finishes the samples that have met their event in a step."""
+        self._n_steps += 1
         if self._at_start:
             segment.controller.finish(self.index >= 0, int(Status.SUCCESS))
             self._at_start = False
@@ -150,7 +155,17 @@ class SampleEvents:
         self.time = torch.where(met, time, self.time)
         self.index = torch.where(met, index, self.index)
         self.state = torch.where(met[:, None], segment.at(time), self.state)
+        self._found.append((self._n_steps - 1, met.nonzero()[:, 0], segment.position(time), segment.polynomial))
         segment.controller.finish(met, int(Status.SUCCESS))
+
+    def note_on(self, tape: Tape, index: int) -> None:
+        """Notes the states at events as one more output, on the tape of the solve."""
+        for n, samples, position, polynomial in self._found:
+            if len(self.time) == 1:
+                tape.add_event(n, Passed(index, 0, float(position), polynomial, timed=False))
+            else:
+                there = torch.full_like(samples, index)
+                tape.add_event(n, Passed(there, samples, position[samples], polynomial, timed=False))
 
     def _crossed(self, value: Tensor) -> Tensor:
         """[B], whether one of the functions, of those that have left their start, has changed its sign."""

@@ -25,7 +25,7 @@ from .implicit import ImplicitSteps
 from .multistep import AdamsSteps
 from .quadrature import Quadrature
 from .segment import RungeKuttaSegment
-from .tape import Step
+from .tape import Passed, Step
 
 INTERPOLATIONS = ("linear", "cubic")
 
@@ -133,6 +133,8 @@ class FixedGridLoop:
             n += 1
             if hooks.step is not None:
                 hooks.step(ends[n], y, abs(ends[n + 1] - ends[n]))
+            if hooks.tape is not None:
+                hooks.tape.keep_none()
             if n > last:
                 last = n if one_by_one else len(ends) - 2 if on_grid else self._step_to(values[i], ends, n)
             taken = steps.take(n, last + 1, y, outputs.out if on_grid else None)
@@ -166,6 +168,8 @@ class FixedGridLoop:
         if i < len(values):  # there was no event
             hooks.fail(SolveError(Status.TOO_MANY_STEPS, ends[-1], ends[-1] - ends[-2], self.counts.n_accepted))
             outputs.add(y)
+            if hooks.tape is not None:
+                hooks.tape.left = torch.arange(len(values), device=y.device) >= i
         return outputs.collect()
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
@@ -197,14 +201,16 @@ class FixedGridLoop:
         )
 
     def _noted(self, steps: Any, n: int, ends: list[float], outputs: range) -> Step:
-        """Step n of an explicit Runge-Kutta method, for a tape."""
+        """Step n of a Runge-Kutta method, for a tape; of an implicit one the times are those of its ends."""
         times, weights = steps.times[n], steps.tableau.weights
-        if self.cubic:
+        if isinstance(self.method, ImplicitTableau):
+            times = steps.course.grid[[n, n, n + 1]]
+        elif self.cubic:
             times = torch.cat([times, self.grid[n + 1 : n + 2].to(times)])
         values, (t0, t1) = self.times.values, ends[n : n + 2]
-        positions = tuple(1.0 if values[i] == t1 else (values[i] - t0) / (t1 - t0) for i in outputs)
         polynomial = _cubic(weights, 0) if self.cubic else _linear(weights)
-        return Step(steps.course.sizes[n], times[1:], times[0], False, outputs, positions, polynomial)
+        passed = (Passed(i, 0, 1.0 if values[i] == t1 else (values[i] - t0) / (t1 - t0), polynomial) for i in outputs)
+        return Step(steps.course.sizes[n], times[1:], times[0], False, tuple(passed))
 
     def _segment(
         self, course: Course, n: int, ends: list[float], y: Tensor, y1: Tensor, step: Increment, moving: bool

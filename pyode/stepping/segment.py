@@ -68,7 +68,7 @@ class RungeKuttaSegment:
             elapsed = elapsed + moved.to(elapsed)
         state = self._at_position(elapsed if self.shift is None else elapsed - self.shift.to(elapsed))
         with torch.no_grad():  # the graph changes no bits
-            exact = ops.stage_combine(self.layout, weights, self.y, self.ks[: len(weights)], self.dt)
+            exact: Tensor = ops.stage_combine(self.layout, weights, self.y, self.ks[: len(weights)], self.dt)
         return exact + (state - state.detach())
 
     def sample(self, t: Tensor) -> Tensor:
@@ -109,6 +109,10 @@ class BatchSegment:
         self.t0, self.t1, self.size = (controller.field(name).clone() for name in ("t_prev", "t", "dt_prev"))
         self.accepted = controller.field("accepted") != 0
         self.dt = dt if dt.requires_grad else self.size
+
+    def position(self, t: Tensor) -> Tensor:
+        """Where in the step times lie, [B], from 0 to 1."""
+        return torch.where(t == self.t1, 1.0, (t - self.t0) / torch.where(self.size == 0, 1.0, self.size))
 
     def at(self, t: Tensor, some: Tensor | None = None) -> Tensor:
         """The states at a time for each sample, [B] float64: [B, D], or of `some` of them only, by their indices.

@@ -1,0 +1,89 @@
+"""What an evaluation of func depends on, and what its graph takes: found by walking through autograd's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import warn
+
+
+class Survey:
+    """Looks at the first evaluations of a solve.
+
+    Warns of a tensor that requires gradient and will get none: one on which func depends and that is not listed. A
+    tensor that func makes itself, to differentiate by, is another one in each evaluation; so it takes two to tell.
+
+    Args:
+        listed: the tensors that get gradients.
+        warns: whether to.
+    """
+
+    def __init__(self, listed: Iterable[Tensor], warns: bool = True) -> None:
+        self.listed, self.warns = list(listed), warns
+        self._suspects: list[Tensor] | None = None
+
+    def __call__(self, k: Tensor, inputs: tuple[Tensor, ...]) -> int | None:
+        """Returns how many bytes an evaluation's graph takes, its inputs included; None if another look is needed.
+
+        Args:
+            k: what func returned.
+            inputs: what it was given.
+        """
+        known = {id(x) for x in (*self.listed, *inputs)}
+        stops = {x.grad_fn for x in (*self.listed, *inputs) if x.grad_fn is not None}
+        sizes, leaves = {x.data_ptr(): x.nbytes for x in inputs}, {x.data_ptr() for x in self.listed}
+        suspects: list[Tensor] = []
+        for node in _nodes(k, stops):
+            variable = getattr(node, "variable", None)
+            if variable is None:
+                sizes.update((x.data_ptr(), x.untyped_storage().nbytes()) for x in _saved(node))
+                continue
+            if not any(variable is x for x in inputs):
+                leaves.add(variable.data_ptr())
+            if id(variable) not in known:
+                suspects.append(variable)
+        before, self._suspects = self._suspects, suspects
+        if suspects and self.warns:
+            if before is None:
+                return None
+            for variable in suspects:
+                if any(variable is other for other in before):
+                    warn(
+                        f"func depends on a tensor of shape {tuple(variable.shape)} that requires gradient and is not "
+                        "among those that were found in func or named, so that it gets none: make it a parameter of "
+                        "func, pass it in args, or name it in params. If its gradient is not wanted, detach it."
+                    )
+                    break
+        return sum(size for address, size in sizes.items() if address not in leaves)
+
+
+def _nodes(k: Tensor, stops: set[Any]) -> Iterator[Any]:
+    """The nodes of a graph behind a tensor, without those at which to stop and what is behind them."""
+    waiting: list[Any] = [k.grad_fn]
+    seen = {None, *stops}
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(before for before, _ in node.next_functions)
+
+
+@lru_cache(maxsize=1024)
+def _names(kind: Any) -> tuple[str, ...]:
+    """The attributes of a kind of node that hold what it has saved."""
+    return tuple(name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors")
+
+
+def _saved(node: Any) -> Iterator[Tensor]:
+    """The tensors that a node has saved."""
+    kind: Any = type(node)
+    for name in _names(kind):
+        value = getattr(node, name)
+        for x in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(x, Tensor):
+                yield x

@@ -1,0 +1,150 @@
+"""Loops that are used again: nothing of one solve is left in the next, and nothing is kept alive."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import pyode
+from pyode.idle import idle_loops
+
+T = torch.tensor([0.0, 0.5, 1.0])
+Y0 = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+
+
+@pytest.fixture(autouse=True)
+def _none_idle():
+    idle_loops.clear()
+
+
+def decay(t, y):
+    return -y * (1 + t)
+
+
+def growth(t, y):
+    return 0.3 * y + t
+
+
+def afresh(f, y0, t, *arguments):
+    idle_loops.clear()
+    return pyode.odeint(f, y0, t, *arguments)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
+def test_a_second_solve_has_the_bits_of_a_first(grad, method):
+    with torch.set_grad_enabled(grad):
+        first = [afresh(f, y0, T, 1e-5, 1e-7, method) for f, y0 in ((growth, 2 * Y0), (decay, Y0), (growth, Y0))]
+        idle_loops.clear()
+        again = [pyode.odeint(f, y0, T, 1e-5, 1e-7, method) for f, y0 in ((growth, 2 * Y0), (decay, Y0), (growth, Y0))]
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@pytest.mark.parametrize("change", [
+    {"y0": Y0.double()}, {"y0": Y0[:1]}, {"t": T * 2}, {"t": T[:2]}, {"t": T.flip(0)}, {"rtol": 1e-3}, {"atol": 1e-3},
+    {"method": "tsit5"},
+], ids=lambda change: next(iter(change)))  # fmt: skip
+def test_a_solve_that_differs_is_one_of_its_own(change):
+    arguments = {"y0": Y0, "t": T, "rtol": 1e-6, "atol": 1e-8, "method": "dopri5"}
+    pyode.odeint(decay, **arguments)
+    assert torch.equal(pyode.odeint(decay, **arguments | change), afresh(decay, *(arguments | change).values()))
+
+
+def test_times_that_are_changed_in_place_are_seen():
+    t = T.double().clone()
+    y0 = Y0.double()
+    pyode.odeint(decay, y0, t)
+    t.mul_(2)
+    changed = pyode.odeint(decay, y0, t)
+    t.div_(2)
+    assert torch.equal(changed, afresh(decay, y0, 2 * T.double()))
+    assert torch.equal(pyode.odeint(decay, y0, t), afresh(decay, y0, T.double()))
+
+
+def test_wrong_arguments_are_still_errors():
+    pyode.odeint(decay, Y0, T)
+    with pytest.raises(pyode.InvalidType, match="func"):
+        pyode.odeint(3, Y0, T)
+    with pytest.raises(pyode.DynamicsError):
+        pyode.odeint(lambda t, y: y[0], Y0, T)
+    assert torch.equal(pyode.odeint(decay, Y0, T), afresh(decay, Y0, T))
+
+
+def test_callbacks_are_called():
+    def f(t, y):
+        return -y
+
+    pyode.odeint(f, Y0, T)
+    called = []
+    f.callback_step = lambda t, y, dt: called.append(float(t))
+    pyode.odeint(f, Y0, T)
+    assert called
+
+
+def test_a_func_may_solve_the_same_kind_of_problem():
+    def outer(t, y):
+        return pyode.odeint(decay, y, T)[-1] * 0.1
+
+    def alone(t, y):
+        return afresh(decay, y, T)[-1] * 0.1
+
+    pyode.odeint(decay, Y0, T)
+    assert torch.equal(pyode.odeint(outer, Y0, T), afresh(alone, Y0, T))
+
+
+def test_after_an_exception_in_func_the_next_solve_is_right():
+    def f(t, y):
+        if float(t) > 0.5:
+            raise KeyError("mine")
+        return -y
+
+    pyode.odeint(decay, Y0, T)
+    with pytest.raises(KeyError):
+        pyode.odeint(f, Y0, T)
+    assert torch.equal(pyode.odeint(decay, Y0, T), afresh(decay, Y0, T))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_func_start_and_result_are_not_kept_alive(grad):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, t, y):
+            return self.linear(y)
+
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            net, y0 = Net(), Y0.clone()
+            y = pyode.odeint(net, y0, T)
+    kept = [weakref.ref(x) for x in (net, y0, y)]
+    del net, y0, y
+    gc.collect()
+    assert [x() for x in kept] == [None] * 3
+
+
+def test_each_thread_has_its_own():
+    wrong = []
+
+    def many(f):
+        expected = pyode.odeint(f, Y0, T)
+        wrong.extend(1 for _ in range(50) if not torch.equal(pyode.odeint(f, Y0, T), expected))
+
+    threads = [threading.Thread(target=many, args=(f,)) for f in (decay, growth, decay)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_few_are_kept():
+    for n in range(2, 40):
+        pyode.odeint(decay, Y0, torch.linspace(0, 1, n))
+    assert len(idle_loops._loops) == idle_loops.MOST
