@@ -1,4 +1,4 @@
-"""options={"check_every": n}: samples are asked whether they are done after every n-th step, and all else is the same."""
+"""options={"check_every": n}: samples are asked after every n-th step whether they are done; all else is the same."""
 
 from __future__ import annotations
 
