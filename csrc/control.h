@@ -23,38 +23,51 @@ PYODE_HD R norm_of(const Control& op, const double* means, int64_t b) {
   return math::sqrt(largest);
 }
 
-/// Judges the step just tried by the samples from b on, in kVectors of R, plans the next one, and returns their flags.
-/// The factors, a long chain of operations each, come first, so that a processor works on several at once.
-template <class T, class R, bool kAll, int kVectors = 1>
-PYODE_HD integer_t<R> control_step(const Control& op, int64_t b) {
-  R errors[kVectors], factors[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    errors[v] = norm_of<R>(op, op.means, b + v * lanes<R>);
-    factors[v] = step_factor(load_sample<R, kAll>(op.state, b + v * lanes<R>), op.policy, errors[v]);
+/// The times of the stages of the steps planned, each [B], for the samples from b on.
+template <class T, class R>
+PYODE_HD void write_stage_times(const Control& op, const Samples<R>& s, int64_t b) {
+  T* out = static_cast<T*>(op.stage_times) + b;
+  for (int i = 0; i < op.n_times; ++i, out += op.state.samples) {
+    if constexpr (!is_vector<R>) {
+      *out = stage_time<T>(s, op.c[i]);
+#if defined(PYODE_VECTORS)
+    } else if constexpr (std::is_floating_point<T>::value) {
+      const auto times = stage_time<Vector<T, sizeof(T) * lanes<R>>>(s, op.c[i]);
+      memcpy(out, &times, sizeof times);
+#endif
+    } else {
+      for (int l = 0; l < lanes<R>; ++l) {
+        Sample one = {};
+        one.t = s.t[l], one.t1 = s.t1[l], one.dt = s.dt[l];
+        out[l] = stage_time<T>(one, op.c[i]);
+      }
+    }
   }
-  integer_t<R> flags = {};
-  for (int v = 0; v < kVectors; ++v, b += lanes<R>) {
-    SampleOf<R> s = load_sample<R, kAll>(op.state, b);
-    const integer_t<R> was_on_jump = s.on_jump;
-    judge_step(s, op.policy, op.grid, b, errors[v], factors[v]);
-    plan_step(s, op.policy, op.grid, b);
-    for (int i = 0; i < op.n_times; ++i)
-      write_stage_times(s, op.c[i], static_cast<T*>(op.stage_times) + i * op.state.samples + b);
-    store_sample<kAll>(op.state, b, s);
-    flags |= flags_of(s, was_on_jump);
-  }
-  return flags;
+}
+
+/// Judges the step just tried by the samples from b on, plans the next one, and returns their flags.
+template <class T, class R>
+PYODE_HD counts_t<R> control_step(const Control& op, int64_t b) {
+  counts_t<R> samples = spread_count<R>(b);
+  for (int l = 1; l < lanes<R>; ++l) math::set_lane(samples, l, b + l);
+  Samples<R> s = load_sample<R>(op.state, b);
+  const flags_t<R> was_on_jump = s.on_jump != 0;
+  judge_step(s, op.policy, op.grid, samples, norm_of<R>(op, op.means, b));
+  plan_step(s, op.policy, op.grid, samples);
+  write_stage_times<T>(op, s, b);
+  store_sample(op.state, b, s);
+  return flags_of(s, was_on_jump);
 }
 
 /// Carries out one of the phases of the first step for sample b and returns its flags.
 template <class T>
 PYODE_HD int64_t control_first_step(const Control& op, int64_t b) {
   const int64_t B = op.state.samples;
-  T* const stage_times = static_cast<T*>(op.stage_times) + b;
   Sample s = load_sample(op.state, b);
   const double norm = norm_of<double>(op, op.means, b);
   const double given = s.dt;  // for each sample, where first_step is nan
-  const int64_t was_on_jump = s.on_jump, half = op.n_segments * op.parts * B;
+  const bool was_on_jump = s.on_jump != 0;
+  const int64_t half = op.n_segments * op.parts * B;
   if (op.phase == Phase::choose_first) {
     choose_first_step(s, op.policy, op.grid, b, norm);
   } else {
@@ -62,13 +75,13 @@ PYODE_HD int64_t control_first_step(const Control& op, int64_t b) {
     try_first_step(s, op.policy, op.grid, b, norm, norm_of<double>(op, op.means + half, b));
   }
   if (op.phase == Phase::try_first) {
-    *stage_times = round_and_nudge<T>(s.t + s.dt, 0);
+    static_cast<T*>(op.stage_times)[b] = round_and_nudge<T>(s.t + s.dt, 0);
     store_sample(op.state, b, s);
     return kAnyRunning;
   }
   if (op.phase == Phase::given_first) s.dt = is_finite(op.first_step) ? op.first_step : given;
   plan_step(s, op.policy, op.grid, b);
-  for (int i = 0; i < op.n_times; ++i) write_stage_times(s, op.c[i], stage_times + i * B);
+  write_stage_times<T>(op, s, b);
   store_sample(op.state, b, s);
   return flags_of(s, was_on_jump);
 }
@@ -76,7 +89,7 @@ PYODE_HD int64_t control_first_step(const Control& op, int64_t b) {
 /// Carries out op.phase for sample b and returns its flags.
 template <class T>
 PYODE_HD int64_t control_sample(const Control& op, int64_t b) {
-  return op.phase == Phase::judge ? control_step<T, double, true>(op, b) : control_first_step<T>(op, b);
+  return op.phase == Phase::judge ? control_step<T, double>(op, b) : control_first_step<T>(op, b);
 }
 
 }  // namespace PYODE_LEVEL

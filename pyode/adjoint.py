@@ -277,8 +277,19 @@ class _OdeintAdjoint(torch.autograd.Function):
             else:
                 times = Times(t.new_tensor(values), values)
                 with_time = ctx.needs_input_grad[2]
-                backsolve = Backsolve(problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time)
-                found = backsolve.solve()
+                native = None
+                if problem.compiled is not None and not with_time:
+                    from .compiled.backsolve import backsolve_compiled  # only those who compile wait for its import
+
+                    native = backsolve_compiled(
+                        problem.compiled, problem.form, times, config, ys, gradient, tuple(params)
+                    )
+                found = (
+                    native
+                    or Backsolve(
+                        problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time
+                    ).solve()
+                )
         y0_gradient, t_gradient, param_gradients = found
         if t_gradient is not None:
             t_gradient = torch.cat([t_gradient[:n], torch.zeros_like(t[n:])])

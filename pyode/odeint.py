@@ -322,7 +322,7 @@ def pose(
         first_step=first_step_from(options),
         callbacks=callbacks_of(func, found, times.tensor, form.unpack, per_sample=form.per_sample),
         event=None if event_fn is None else event_of(event_fn, args, form, packed.device),
-        compiled=None if args or form.per_sample else compiled,
+        compiled=None if args else compiled,
     )
 
 
@@ -389,6 +389,21 @@ def loop_of(problem: Problem, hooks: Hooks, ends: Tensor | None = None) -> Loop:
     )
 
 
+def compiled_samples(problem: Problem, fail: Callable[[SolveError], None]) -> Loop | None:
+    """The same as one native call, for a per-sample solve that nothing watches; None if that can't be."""
+    if problem.compiled is None or not problem.form.per_sample:
+        return None
+    from .compiled.samples import sample_loop  # only those who compile wait for its import
+
+    def eagerly(y0: Tensor) -> Tensor:
+        return loop_of(replace(problem, y0=y0), Hooks(fail=lambda _: None)).solve(y0, problem.first_step)
+
+    return sample_loop(
+        problem.compiled, problem.form, problem.y0, problem.times, problem.method, problem.rtol, problem.atol,
+        problem.policy, problem.grid, problem.options, fail, eagerly,
+    )  # fmt: skip
+
+
 def norm_by(norm: Callable[[State], Any], form: Form, error: Tensor) -> Any:
     """The user's norm of a scaled error, packed: a number, for each sample that has a step size of its own."""
     value = norm(form.unpack(error))
@@ -426,7 +441,8 @@ def solve(
         solved.n_reached = sum(times.sign * (t - error.t) <= 0 for t in times.values)
 
     compiled, form = problem.compiled, problem.form
-    if compiled is not None and problem.event is None and watch is None and tape is None and not problem.callbacks:
+    watched = problem.event is not None or watch is not None or tape is not None or bool(problem.callbacks)
+    if compiled is not None and not watched and not form.per_sample:
         from .compiled.solve import solve_compiled
 
         outcome = solve_compiled(
@@ -438,7 +454,9 @@ def solve(
             return solved
 
     with on_device_of(y0):
-        loop = loop_of(problem, Hooks(watch=watch, tape=tape, fail=fail, **problem.callbacks))  # type: ignore[arg-type]
+        loop = None if watched else compiled_samples(problem, fail)
+        if loop is None:
+            loop = loop_of(problem, Hooks(watch=watch, tape=tape, fail=fail, **problem.callbacks))  # type: ignore[arg-type]
         try:
             solved.ys, solved.loop = loop.solve(y0, problem.first_step), loop
         finally:

@@ -23,6 +23,7 @@ from .methods.external import ScipySolver
 from .odeint import (
     GRADIENTS,
     Problem,
+    compiled_samples,
     loop_of,
     on_device_of,
     parameters_of,
@@ -36,7 +37,7 @@ from .state import Func, State
 from .stepping.adaptive import AdaptiveLoop
 from .stepping.event import SampleEvents
 from .stepping.hooks import Hooks
-from .stepping.loops import Loop
+from .stepping.loops import Loop, SampleLoop
 from .stepping.segment import BatchSegment
 from .stepping.tape import Tape
 from .vmapped import solve_ivp_vmapped, under_vmap
@@ -176,12 +177,14 @@ def solve_ivp(
     elif bar is not None:
         hooks = replace(hooks, step=_all_of([bar.step, *([hooks.step] if hooks.step else [])]))
     hooks = replace(hooks, watch_batch=_all_of(watchers), judged=_all_of(judges))
+    watched = bool(watchers or bar or problem.callbacks)
     loops: list[Loop] = []
 
     def carry_out(problem: Problem, tape: Tape | None = None) -> Tensor:
-        loop = loop_of(
-            carried_out if tape is None else replace(problem, func=carried_out.func), replace(hooks, tape=tape)
-        )
+        loop = None if watched or tape is not None else compiled_samples(problem, failures.append)
+        if loop is None:
+            func = carried_out.func
+            loop = loop_of(carried_out if tape is None else replace(problem, func=func), replace(hooks, tape=tape))
         loops.append(loop)
         try:
             ys = loop.solve(problem.y0, problem.first_step)
@@ -267,10 +270,9 @@ def _outcome(
     loop: Any, failures: list[SolveError], problem: Problem, samples: Samples
 ) -> tuple[Tensor, SampleStats, Tensor]:
     """Each sample's status and counts, and which outputs were reached: [T, B]."""
-    if isinstance(loop, AdaptiveLoop):
+    if isinstance(loop, SampleLoop):
         left = loop.left()
-        status = loop.controller.field("status").cpu().clone()
-        return status, loop.stats_of_samples(), ~(left if left.dim() == 2 else left[:, None])
+        return loop.status_of_samples(), loop.stats_of_samples(), ~(left if left.dim() == 2 else left[:, None])
     status = torch.full((samples.count,), int(failures[0].status if failures else Status.SUCCESS))
     counts = Stats()
     loop.add_to(counts)

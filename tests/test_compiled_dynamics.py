@@ -56,8 +56,8 @@ def test_every_method(method):
     tolerances = {"rtol": 1e-4, "atol": 1e-6}
     assert_same(van_der_pol, y0, t, method=method, **tolerances)
     if not TABLEAUS[method].adaptive:
-        for options in ({"step_size": 0.07}, {"step_size": 0.07, "perturb": True}):
-            assert_same(van_der_pol, y0, t, method=method, options=options)
+        for options in ({}, {"perturb": True}, {"interp": "cubic"}, {"interp": "cubic", "perturb": True}):
+            assert_same(van_der_pol, y0, t, method=method, options={"step_size": 0.07, **options})
 
 
 def test_every_option_of_the_controller():

@@ -43,6 +43,14 @@ def test_gradients_of_times_and_the_adjoint_take_the_eager_path():
         assert_close(gradients(compiled(solve), **TIGHT), gradients(solve, **TIGHT), 1e-8)
 
 
+@pytest.mark.parametrize("method", [name for name, tableau in TABLEAUS.items() if not tableau.adaptive])
+def test_cubics_between_fixed_steps(method):
+    for sign, options in ((1, {}), (-1, {"perturb": True})):
+        arguments = {"method": method, "options": {"step_size": 0.15, "interp": "cubic", **options}}
+        found = [gradients(solve, sign, time=False, **arguments) for solve in (compiled(pyode.odeint), pyode.odeint)]
+        assert_close(*found, 1e-11)
+
+
 def test_gradcheck():
     field = Field()
     f = strict(field)

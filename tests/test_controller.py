@@ -29,15 +29,15 @@ NORMS = st.one_of(st.floats(0, 3), st.floats(1e-12, 1e12), st.sampled_from([0.0,
 
 
 def test_the_fields_are_those_of_the_struct_in_their_order():
-    struct = re.search(r"struct SampleWords \{(.*?)\n\};", CONTROLLER_H.read_text(), re.S)[1]
+    struct = re.search(r"struct Samples \{(.*?)\n\};", CONTROLLER_H.read_text(), re.S)[1]
     assert tuple(re.findall(r"^  R (\w+);", struct, re.M)) == REAL_FIELDS
-    assert tuple(re.findall(r"^  I (\w+);", struct, re.M)) == INTEGER_FIELDS
+    assert tuple(re.findall(r"^  counts_t<R> (\w+);", struct, re.M)) == INTEGER_FIELDS
     assert native._C.STATE_WORDS == N_FIELDS
 
 
 def test_statuses_flags_and_phases_are_those_of_the_header():
     header = CONTROLLER_H.read_text()
-    statuses = dict(re.findall(r"k(\w+) = (\d)", re.search(r"constexpr int64_t (kSuccess.*?);", header)[1]))
+    statuses = dict(re.findall(r"k(\w+) = (\d)", re.search(r"enum Status.*?\{(.*?)\}", header)[1]))
     ours = {name.title().replace("_", ""): str(s.value) for name, s in Status.__members__.items()}
     assert statuses.items() <= ours.items()  # the others are of Python's own making
     flags = dict(re.findall(r"constexpr int64_t kAny(\w+) = (\d+);", header))

@@ -8,10 +8,41 @@ namespace pyode {
 inline namespace PYODE_LEVEL {
 namespace compiled {
 
-/// F is the emitted dynamics, M the emitted tableau.
-template <class F, class M>
-class AdaptiveSolve : Blocks<F> {
-  using Base = Blocks<F>;
+/// A solve without integrals beside its state.
+template <class F>
+struct NoIntegrals {
+  using T = typename F::T;
+  using V = typename F::V;
+  static constexpr int64_t most_parts = 64;
+
+  CompiledSolve& solve;
+  const typename F::Fixed& fixed_;
+
+  static int64_t workspace(int64_t) { return 0; }
+  NoIntegrals(CompiledSolve& s, int64_t, const typename F::Fixed& fixed, void*) : solve(s), fixed_(fixed) {}
+  void start() {}
+  void clear(int64_t, int) {}
+  void rows(int64_t, int, T t, const V* y, V* k, const typename F::Timed& timed) {
+    F::rows(t, y, k, solve.inputs, fixed_, timed);
+  }
+  void weigh(int64_t) {}
+  double of_step(T) { return 0; }
+  double of_values() { return 0; }
+  double of_slopes() { return 0; }
+  double of_change(T) { return 0; }
+  void accept() {}
+  int64_t arrival(double) { return -1; }
+  template <class Rows>
+  void arrive(const Rows&, int64_t, int64_t, V*) const {}
+  template <class Rows>
+  void begin(const Rows&, int64_t, V*) const {}
+  void finish() const {}
+};
+
+/// F is the emitted dynamics, M the emitted tableau, I what is integrated along with the state.
+template <class F, class M, class I = NoIntegrals<F>>
+class AdaptiveSolve : Blocks<F, I::most_parts> {
+  using Base = Blocks<F, I::most_parts>;
   using T = typename F::T;
   using V = typename F::V;
   using Base::blocks;
@@ -20,15 +51,20 @@ class AdaptiveSolve : Blocks<F> {
   using Base::W;
   static constexpr int D = F::size, S = M::evaluations;  // the first stage and f(t1, y1) included
   static constexpr int64_t kStepOperations = (S - 1) * (F::operations + 2 * S * D);
+  static constexpr int kArrays = 6 + S - 2;  // of blocks
 
  public:
   /// Bytes of workspace.
   static int64_t workspace(int64_t rows) {
-    return (rows + W - 1) / W * (S + 2 + 2) * D * static_cast<int64_t>(sizeof(V)) + 64;
+    CompiledSolve solve = {};
+    solve.rows = rows;
+    const Base cut(solve);
+    return cut.blocks * kArrays * D * static_cast<int64_t>(sizeof(V)) + I::workspace(cut.parts) + 64;
   }
 
-  explicit AdaptiveSolve(CompiledSolve& s) : Base(s) {
-    V* free = reinterpret_cast<V*>((reinterpret_cast<uintptr_t>(solve.workspace) + 63) / 64 * 64);
+  explicit AdaptiveSolve(CompiledSolve& s)
+      : Base(s), integrals_(s, parts, fixed_, aligned(s.workspace) + blocks * kArrays * D) {
+    V* free = aligned(s.workspace);
     for (V** const array : {&y_, &y1_, &first_, &last_, &rtol_, &atol_}) {
       *array = free;
       free += blocks * D;
@@ -43,10 +79,13 @@ class AdaptiveSolve : Blocks<F> {
     first_time_ = t0;
     F::at(t0, solve.inputs, fixed_, timed_[0]);
     const T* const y0 = static_cast<const T*>(solve.y0);
+    integrals_.start();
     this->for_each_part(F::operations, [&](int64_t part) {
+      integrals_.clear(part, 0);
       this->for_each_block(part, [&](int64_t b) {
         this->load(y0, b, y_ + b * D);
-        F::rows(t0, y_ + b * D, first_ + b * D, solve.inputs, fixed_, timed_[0]);
+        integrals_.begin(static_cast<const Base&>(*this), b, y_ + b * D);
+        integrals_.rows(part, 0, t0, y_ + b * D, first_ + b * D, timed_[0]);
         if (solve.rtol_each) this->load(solve.rtol_each, b, rtol_ + b * D);
         if (solve.atol_each) this->load(solve.atol_each, b, atol_ + b * D);
       });
@@ -73,6 +112,7 @@ class AdaptiveSolve : Blocks<F> {
       for (int64_t i = s.output_end; i < grid.n_times; ++i)
         for (int64_t b = 0; b < blocks; ++b) this->store(y_ + b * D, b, output(i));
     }
+    integrals_.finish();
   }
 
  private:
@@ -84,6 +124,9 @@ class AdaptiveSolve : Blocks<F> {
   typename F::Fixed fixed_;
   typename F::Timed timed_[S];
   SquareSums<V> sums_[Base::kMaxParts][F::n_segments];
+  I integrals_;
+
+  static V* aligned(void* memory) { return reinterpret_cast<V*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64); }
 
   T* output(int64_t i) { return static_cast<T*>(solve.out) + i * solve.rows * D; }
 
@@ -94,24 +137,27 @@ class AdaptiveSolve : Blocks<F> {
       try_first_step(s, solve.policy, grid, 0, norm_of(y_), norm_of(first_));
       s.dt = solve.first_step;
     } else {
-      const auto norm = [&](auto ratio) {
-        return norm_of_ratios([&](int64_t i) { return scaled(i, ratio(i), y_[i], y_[i]); }, 8 * D);
+      const auto norm = [&](auto ratio, auto share) {
+        return norm_of_ratios([&](int64_t i) { return scaled(i, ratio(i), y_[i], y_[i]); }, 8 * D, share);
       };
-      const double size = norm([&](int64_t i) { return y_[i]; });
-      const double slope = norm([&](int64_t i) { return first_[i]; });
+      const double size = norm([&](int64_t i) { return y_[i]; }, [&] { return integrals_.of_values(); });
+      const double slope = norm([&](int64_t i) { return first_[i]; }, [&] { return integrals_.of_slopes(); });
       try_first_step(s, solve.policy, grid, 0, size, slope);
       const T t = round_and_nudge<T>(s.t + s.dt, 0);
       const V dt = broadcast<V>(static_cast<T>(s.dt));
       F::at(t, solve.inputs, fixed_, timed_[1]);
       this->for_each_part(F::operations, [&](int64_t part) {
+        integrals_.clear(part, 1);
         this->for_each_block(part, [&](int64_t b) {
           V trial[D];
           for (int d = 0; d < D; ++d) trial[d] = advance_state(y_[b * D + d], dt, first_[b * D + d]);
-          F::rows(t, trial, last_ + b * D, solve.inputs, fixed_, timed_[1]);
+          integrals_.rows(part, 1, t, trial, last_ + b * D, timed_[1]);
         });
       });
       solve.evaluations += 1;
-      choose_first_step(s, solve.policy, grid, 0, norm([&](int64_t i) { return dt * (last_[i] - first_[i]); }));
+      const double change = norm([&](int64_t i) { return dt * (last_[i] - first_[i]); },
+                                 [&] { return integrals_.of_change(static_cast<T>(s.dt)); });
+      choose_first_step(s, solve.policy, grid, 0, change);
     }
     plan_step(s, solve.policy, grid, 0);
   }
@@ -123,9 +169,10 @@ class AdaptiveSolve : Blocks<F> {
     return scaled_error(abs(error), abs(y0), abs(y1), rtol, atol);
   }
 
-  /// The largest root mean square of the segments; body(part, sums) adds to their sums.
-  template <class Body>
-  double norm(int64_t operations, Body body) {
+  /// The largest root mean square of the segments, and of what has a share() in the norm beside them;
+  /// body(part, sums) adds to their sums.
+  template <class Body, class Share>
+  double norm(int64_t operations, Body body, Share share) {
     this->for_each_part(operations, [&](int64_t part) {
       for (SquareSums<V>& sums : sums_[part]) sums = {};
       body(part, sums_[part]);
@@ -137,7 +184,7 @@ class AdaptiveSolve : Blocks<F> {
       const int64_t n = solve.rows * (F::segments[s + 1] - F::segments[s]);
       largest = larger(n == 0 ? 0.0 : sums.total() / static_cast<double>(n), largest);
     }
-    return std::sqrt(largest);
+    return std::sqrt(larger(share(), largest));
   }
 
   /// Adds a block's squares; ratio(d) are its numbers.
@@ -157,15 +204,16 @@ class AdaptiveSolve : Blocks<F> {
       }
   }
 
-  template <class Ratio>
-  double norm_of_ratios(Ratio ratio, int64_t operations) {
-    return norm(operations, [&](int64_t part, SquareSums<V>* sums) {
+  template <class Ratio, class Share>
+  double norm_of_ratios(Ratio ratio, int64_t operations, Share share) {
+    const auto body = [&](int64_t part, SquareSums<V>* sums) {
       this->for_each_block(part, [&](int64_t b) { add_squares(b, sums, [&](int d) { return ratio(b * D + d); }); });
-    });
+    };
+    return norm(operations, body, share);
   }
 
   double norm_of(const V* x) {
-    return norm_of_ratios([x](int64_t i) { return x[i]; }, 2 * D);
+    return norm_of_ratios([x](int64_t i) { return x[i]; }, 2 * D, [] { return 0.0; });
   }
 
   void take_step(Sample& s) {
@@ -177,9 +225,12 @@ class AdaptiveSolve : Blocks<F> {
     }
     const T dt = static_cast<T>(s.dt);
     const bool keep = direction(grid, 0) * (output_time(grid, s.output_end, 0) - s.t1) <= 0;
-    const double error = norm(kStepOperations, [&](int64_t part, SquareSums<V>* sums) {
-      this->for_each_block(part, [&](int64_t b) { advance_block(b, times, broadcast<V>(dt), keep, sums); });
-    });
+    const auto advance = [&](int64_t part, SquareSums<V>* sums) {
+      for (int j = 1; j < S; ++j) integrals_.clear(part, j);
+      this->for_each_block(part, [&](int64_t b) { advance_block(part, b, times, broadcast<V>(dt), keep, sums); });
+      integrals_.weigh(part);
+    };
+    const double error = norm(kStepOperations, advance, [&] { return integrals_.of_step(dt); });
     solve.evaluations += S - 1;
     const bool was_on_jump = s.on_jump != 0;
     judge_step(s, solve.policy, grid, 0, error);
@@ -191,15 +242,16 @@ class AdaptiveSolve : Blocks<F> {
     chained_ = true;
     swap(y_, y1_);
     swap(first_, last_);
+    integrals_.accept();
     if (was_on_jump && s.status == kRunning) restart_behind_jump(s);
   }
 
   /// All stages of a step for a block.
-  void advance_block(int64_t b, const T* times, V dt, bool keep, SquareSums<V>* sums) {
+  void advance_block(int64_t part, int64_t b, const T* times, V dt, bool keep, SquareSums<V>* sums) {
     V k[S][D], stage[D];
     V* const y = y_ + b * D;
     memcpy(k[0], first_ + b * D, sizeof k[0]);
-    evaluate_stages<1>(times, dt, y, k, stage);
+    evaluate_stages<1>(part, times, dt, y, k, stage);
     memcpy(y1_ + b * D, stage, sizeof stage);
     memcpy(last_ + b * D, k[S - 1], sizeof stage);
     if (keep && S > 2) memcpy(between_ + b * (S - 2) * D, k[1], (S - 2) * sizeof stage);
@@ -211,12 +263,12 @@ class AdaptiveSolve : Blocks<F> {
   }
 
   template <int j>
-  void evaluate_stages(const T* times, V dt, const V* y, V (*k)[D], V* stage) {
+  void evaluate_stages(int64_t part, const T* times, V dt, const V* y, V (*k)[D], V* stage) {
     constexpr auto weights = terms_of<T>(M::a[j - 1], j);
     for (int d = 0; d < D; ++d)
       stage[d] = advance_state(y[d], dt, sum_terms<V>(weights, [&](int i) { return k[i][d]; }));
-    F::rows(times[j], stage, k[j], solve.inputs, fixed_, timed_[j]);
-    if constexpr (j + 1 < S) evaluate_stages<j + 1>(times, dt, y, k, stage);
+    integrals_.rows(part, j, times[j], stage, k[j], timed_[j]);
+    if constexpr (j + 1 < S) evaluate_stages<j + 1>(part, times, dt, y, k, stage);
   }
 
   void write_outputs(const Sample& s) {
@@ -244,8 +296,8 @@ class AdaptiveSolve : Blocks<F> {
     const int64_t n = s.n_accepted - 1;
     if (n >= solve.capacity) return;
     memcpy(static_cast<V*>(solve.tape) + n * blocks * D, y_, sizeof(V) * static_cast<size_t>(blocks * D));
-    solve.steps[n] = {s.t_prev,       s.dt_prev,    s.t,     static_cast<double>(first_time_),
-                      s.output_begin, s.output_end, chained_};
+    solve.steps[n] = {s.t_prev,       s.dt_prev,    s.t,      static_cast<double>(first_time_),
+                      s.output_begin, s.output_end, chained_, n - 1};
     solve.n_steps = s.n_accepted;
   }
 
@@ -254,9 +306,13 @@ class AdaptiveSolve : Blocks<F> {
     first_time_ = t;
     chained_ = false;
     F::at(t, solve.inputs, fixed_, timed_[0]);
+    const int64_t arrived = integrals_.arrival(s.t);
     this->for_each_part(F::operations, [&](int64_t part) {
-      this->for_each_block(part,
-                           [&](int64_t b) { F::rows(t, y_ + b * D, first_ + b * D, solve.inputs, fixed_, timed_[0]); });
+      integrals_.clear(part, 0);
+      this->for_each_block(part, [&](int64_t b) {
+        integrals_.arrive(static_cast<const Base&>(*this), arrived, b, y_ + b * D);
+        integrals_.rows(part, 0, t, y_ + b * D, first_ + b * D, timed_[0]);
+      });
     });
     solve.evaluations += 1;
   }

@@ -1,9 +1,9 @@
 // Rows in blocks: as many as a SIMD register has lanes, a vector for each number of a row (structure of arrays).
 #pragma once
 
+#include "../core/side_by_side.h"
+// Behind the vectors, whose functions they are to find.
 #include "../core/controller.h"
-#include "../core/vector_math.h"
-// Behind the vectors, whose functions it is to find.
 #include "../core/step.h"
 
 namespace pyode {
@@ -13,7 +13,8 @@ struct TapeStep {
   double t0, dt, t1;
   double first_time;  // that f saw in the step's first evaluation
   int64_t output_begin, output_end;
-  int64_t chained;  // whether that evaluation was the last of the step before
+  int64_t chained;   // whether that evaluation was the last of the step before
+  int64_t previous;  // of a row with steps of its own: the index of the step before; -1 for the first
 };
 
 /// A solve, as Python hands it over; pyode/compiled/native.py has the same struct.
@@ -28,21 +29,31 @@ struct CompiledSolve {
   double rtol, atol;                    // used where the pointers are null
   const double *rtol_each, *atol_each;  // for every number of a state
   double first_step;                    // nan: to be found
+  const double* first_steps;            // for each row, instead
   const double* ends;                   // fixed grid: the n_ends times of the steps' ends
   int64_t n_ends;
-  const void* stage_times;  // fixed grid: [n_ends - 1, stages], as f sees them
+  const void* stage_times;  // fixed grid: [n_ends - 1, evaluations], as f sees them
+  int64_t cubic;            // fixed grid: whether outputs lie on cubics instead of lines
   int64_t threads;
-  void (*run_parallel)(int64_t n, int threads, void (*body)(int64_t, void*), void* context);
+  // idle(context) is called now and then by a calling thread that waits for the others.
+  void (*run_parallel)(int64_t n, int threads, void (*body)(int64_t, void*), void* context, void (*idle)(void*));
   int (*interrupted)();  // asked now and then, by the calling thread; not 0: stop
   // A solve whose gradient is wanted notes its steps; then it is undone.
-  void* tape;        // [capacity, blocks, D] vectors: the states at their starts
+  void* tape;        // [capacity, blocks, D] vectors, or [capacity, D] numbers of rows: the states at their starts
   TapeStep* steps;   // [capacity]
   int64_t capacity;  // a solve of more steps goes on without noting them
   int64_t n_steps;
   const void* gradient;    // [T] states: what arrives at the outputs
   void* y0_gradient;       // a state
   void* const* gradients;  // of the inputs for which they are wanted
+  // The backward solve of the continuous adjoint, whose state is (y, a).
+  const void* arriving_states;  // [T] states of the forward solve, at whose times `gradient` arrives
+  const double* arrival_times;  // [n_arrivals], in the forward solve's order
+  int64_t n_arrivals;
+  double integral_rtol, integral_atol;
+  int64_t seminorm;  // whether the integrals have no share in the norm
   // What comes back.
+  double* states;  // of rows with steps of their own, [kRowWords, rows]
   Sample sample;
   int64_t evaluations;
   int64_t finite_start;  // after a failure before the first step: whether y0 and f(t0, y0) are finite
@@ -50,10 +61,66 @@ struct CompiledSolve {
 
 constexpr int64_t kInterrupted = -1;  // a status beside those of the controller
 
+/// What is told of a row with steps of its own: the words of its Sample, then, as integers, how often f was evaluated
+/// behind a jump, its last step's index on the tape, and finite_start.
+constexpr int kRowWords = kWords + 3;
+
 inline namespace PYODE_LEVEL {
 namespace compiled {
 
 using namespace math;
+
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;  // bytes
+#elif defined(__AVX__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+
+/// Whether Ctrl-C has been pressed: only the calling thread can find out, and tells the others.
+struct Interruption {
+  CompiledSolve& solve;
+  const char* const caller = this_thread();
+  volatile bool stop = false;
+
+  static const char* this_thread() {
+    static thread_local char mark;
+    return &mark;
+  }
+
+  void look() {
+    if (!stop && solve.interrupted()) stop = true;
+  }
+
+  /// Whether to stop; to be asked after so many operations, of which `spent` keeps the sum.
+  bool after(int64_t operations, int64_t& spent) {
+    constexpr int64_t patience = 100'000'000;  // some tenths of a second at most
+    if ((spent += operations) > patience && this_thread() == caller) {
+      spent = 0;
+      look();
+    }
+    return stop;
+  }
+};
+
+/// Calls body(i) for all i below n, by several threads if each of them does enough operations on every row.
+template <class Body>
+void share(Interruption& interruption, int64_t n, int64_t operations, Body& body) {
+  constexpr int64_t worth_sharing = 1 << 20;  // operations: below, another thread wakes too late
+  const CompiledSolve& solve = interruption.solve;
+  if (n == 1 || solve.threads == 1 || operations * solve.rows <= worth_sharing) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+  struct Job {
+    Interruption& interruption;
+    Body& body;
+  } job{interruption, body};
+  solve.run_parallel(
+      n, static_cast<int>(solve.threads), [](int64_t i, void* context) { static_cast<Job*>(context)->body(i); }, &job,
+      [](void* context) { static_cast<Job*>(context)->interruption.look(); });
+}
 
 /// The rows of a solve, cut into blocks and these into at most kMost parts, among which threads share. F is the emitted
 /// dynamics.
@@ -68,19 +135,14 @@ struct Blocks {
   const int64_t blocks = (solve.rows + W - 1) / W;
   const int64_t blocks_a_part = (blocks + kMaxParts - 1) / kMaxParts;
   const int64_t parts = (blocks + blocks_a_part - 1) / blocks_a_part;
+  Interruption interruption{solve};
 
   explicit Blocks(CompiledSolve& s) : solve(s) {}
 
   /// Calls body(part) for all parts, by several threads if a call does enough operations on every row.
   template <class Body>
   void for_each_part(int64_t operations, Body body) {
-    constexpr int64_t worth_sharing = 1 << 20;  // operations: below, another thread wakes too late
-    if (solve.threads > 1 && operations * solve.rows > worth_sharing)
-      solve.run_parallel(
-          parts, static_cast<int>(solve.threads),
-          [](int64_t part, void* context) { (*static_cast<Body*>(context))(part); }, &body);
-    else
-      for (int64_t part = 0; part < parts; ++part) body(part);
+    share(interruption, parts, operations, body);
   }
 
   /// Calls body(block) for the blocks of a part.
@@ -93,11 +155,11 @@ struct Blocks {
   /// How many rows of a block are rows of the state; those behind repeat the last one.
   int valid(int64_t block) const { return static_cast<int>(smaller_of(W, solve.rows - block * W)); }
 
-  /// Reads a block from a packed state of numbers of any type.
+  /// Reads a block from a packed state of numbers of any type, or from one of its first segments only.
   template <class From>
-  void load(const From* packed, int64_t block, V* to) const {
+  void load(const From* packed, int64_t block, V* to, int n_segments = F::n_segments) const {
     const int last = valid(block) - 1;
-    for (int s = 0; s < F::n_segments; ++s) {
+    for (int s = 0; s < n_segments; ++s) {
       const int begin = F::segments[s], width = F::segments[s + 1] - begin;
       const From* const from = packed + solve.rows * begin + block * W * width;
       for (int d = 0; d < width; ++d) {
@@ -105,6 +167,18 @@ struct Blocks {
         for (int l = 0; l < W; ++l) row[l] = static_cast<T>(from[smaller_of(l, last) * width + d]);
         memcpy(&to[begin + d], row, sizeof row);
       }
+    }
+  }
+
+  /// Puts 0 into the rows that only fill the last block.
+  template <int n>
+  void blank(int64_t block, V* x) const {
+    if (valid(block) == W) return;
+    for (int d = 0; d < n; ++d) {
+      T numbers[W];
+      memcpy(numbers, &x[d], sizeof numbers);
+      for (int l = valid(block); l < W; ++l) numbers[l] = 0;
+      memcpy(&x[d], numbers, sizeof numbers);
     }
   }
 
@@ -128,6 +202,30 @@ struct Blocks {
 
   static int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 };
+
+/// A vector in float64 takes as many vectors of its size.
+template <class V>
+constexpr int halves = sizeof(number_t<V>) == 4 ? 2 : 1;
+template <class V>
+using Wide = Vector<double, sizeof(V)>;
+template <class V>
+using Half = Vector<number_t<V>, sizeof(V) / halves<V>>;
+
+template <class V>
+PYODE_HD void widen(V x, Wide<V>* to) {
+  Half<V> parts[halves<V>];
+  memcpy(parts, &x, sizeof x);
+  for (int h = 0; h < halves<V>; ++h) to[h] = convert<Wide<V>>(parts[h]);
+}
+template <class V, class From>
+PYODE_HD V narrow(const From* from) {
+  using Part = Vector<number_t<V>, sizeof(V) / halves<V>>;
+  Part parts[halves<V>];
+  for (int h = 0; h < halves<V>; ++h) parts[h] = convert<Part>(from[h]);
+  V x;
+  memcpy(&x, parts, sizeof x);
+  return x;
+}
 
 /// A sum of squares for every lane, in float64.
 template <class V>

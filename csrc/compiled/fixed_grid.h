@@ -15,7 +15,7 @@ class FixedGridSolve : Blocks<F> {
   using T = typename F::T;
   using V = typename F::V;
   using Base::solve;
-  static constexpr int D = F::size, S = M::evaluations;
+  static constexpr int D = F::size, S = M::evaluations;  // the last is f(t1, y1), for cubics only
 
  public:
   /// Bytes of workspace: the time-dependent values of all stages would be too many, so every block computes them anew.
@@ -27,56 +27,61 @@ class FixedGridSolve : Blocks<F> {
     F::prepare(solve.inputs, fixed_);
     const int64_t steps = solve.n_ends - 1;
     constexpr int64_t operations = S * (F::operations + 2 * S * D);
-    // Ctrl-C ends the blocks that have not begun; a block asks now and then.
-    this->for_each_part(operations * steps,
-                        [&](int64_t part) { this->for_each_block(part, [&](int64_t b) { run_block(b); }); });
-    solve.sample.status = interrupted_ ? kInterrupted : kSuccess;
+    solve.evaluations = (S - 1) * steps;
+    this->for_each_part(operations * steps, [&](int64_t part) {
+      int64_t spent = 0;
+      this->for_each_block(part, [&](int64_t b) { run_block(b, spent); });
+    });
+    solve.sample.status = this->interruption.stop ? kInterrupted : kSuccess;
     solve.sample.n_accepted = steps;
-    solve.evaluations = S * steps;
     solve.n_steps = steps;
   }
 
  private:
   typename F::Fixed fixed_;
-  volatile bool interrupted_ = false;
 
-  void run_block(int64_t b) {
+  void run_block(int64_t b, int64_t& spent) {
     const double* const ends = solve.ends;
     const Grid& grid = solve.grid;
     const double sign = direction(grid, 0);
-    V y[D], k[S][D], stage[D];
+    V y[D], y1[D], k[S][D];
     this->load(static_cast<const T*>(solve.y0), b, y);
     write(y, b, 0);
-    constexpr int64_t patience = 1 + 100'000'000 / (1 + S * (F::operations + 2 * S * D));
-    int64_t i = 1, countdown = b == 0 ? patience : -1;
-    for (int64_t n = 0; n + 1 < solve.n_ends && !interrupted_; ++n) {
-      if (--countdown == 0) {
-        interrupted_ = solve.interrupted() != 0;
-        countdown = patience;
-      }
+    constexpr int64_t operations = Base::W * S * (F::operations + 2 * S * D);
+    int64_t i = 1;
+    for (int64_t n = 0; n + 1 < solve.n_ends; ++n) {
+      if (this->interruption.after(operations, spent)) return;
       if (solve.tape) memcpy(static_cast<V*>(solve.tape) + (n * this->blocks + b) * D, y, sizeof y);
       const int64_t i_begin = i;
       const double size = ends[n + 1] - ends[n];
       const V dt = broadcast<V>(static_cast<T>(size));
-      evaluate_stages<0>(static_cast<const T*>(solve.stage_times) + n * S, dt, y, k, stage);
+      const T* const times = static_cast<const T*>(solve.stage_times) + n * S;
+      evaluate_stages<0>(times, dt, y, k, y1);
+      bool sloped = false;
       for (; i < grid.n_times && sign * (output_time(grid, i, 0) - ends[n + 1]) < 0; ++i) {
         const double x = (output_time(grid, i, 0) - ends[n]) / size;
+        if (solve.cubic && !sloped) {
+          evaluate(times[S - 1], y1, k[S - 1]);
+          if (b == 0) solve.evaluations += 1;
+          sloped = true;
+        }
         Terms<T, S> weights;
-        for (int j = 0; j < S; ++j) weights.add(M::b[j] * x, j);
+        for (int j = 0; j < S; ++j) weights.add(M::output_weight(solve, j, x), j);
+        V point[D];
         for (int d = 0; d < D; ++d)
-          stage[d] = advance_state(y[d], dt, sum_terms<V>(weights, [&](int j) { return k[j][d]; }));
-        write(stage, b, i);
+          point[d] = advance_state(y[d], dt, sum_terms<V>(weights, [&](int j) { return k[j][d]; }));
+        write(point, b, i);
       }
-      constexpr auto weights = terms_of<T>(M::b);
-      for (int d = 0; d < D; ++d) y[d] = advance_state(y[d], dt, sum_terms<V>(weights, [&](int j) { return k[j][d]; }));
+      memcpy(y, y1, sizeof y);
       if (i < grid.n_times && output_time(grid, i, 0) == ends[n + 1]) write(y, b, i++);
       if (solve.tape && b == 0)
         solve.steps[n] = {
             ends[n], size, ends[n + 1], static_cast<double>(static_cast<const T*>(solve.stage_times)[n * S]),
-            i_begin, i,    false};
+            i_begin, i,    false,       n - 1};
     }
   }
 
+  /// All stages of a step, at last its end.
   template <int j>
   void evaluate_stages(const T* times, V dt, const V* y, V (*k)[D], V* stage) {
     if constexpr (j > 0) {
@@ -84,10 +89,16 @@ class FixedGridSolve : Blocks<F> {
       for (int d = 0; d < D; ++d)
         stage[d] = advance_state(y[d], dt, sum_terms<V>(weights, [&](int i) { return k[i][d]; }));
     }
+    if constexpr (j + 1 < S) {
+      evaluate(times[j], j > 0 ? stage : y, k[j]);
+      evaluate_stages<j + 1>(times, dt, y, k, stage);
+    }
+  }
+
+  void evaluate(T t, const V* y, V* k) {
     typename F::Timed timed;
-    F::at(times[j], solve.inputs, fixed_, timed);
-    F::rows(times[j], j > 0 ? stage : y, k[j], solve.inputs, fixed_, timed);
-    if constexpr (j + 1 < S) evaluate_stages<j + 1>(times, dt, y, k, stage);
+    F::at(t, solve.inputs, fixed_, timed);
+    F::rows(t, y, k, solve.inputs, fixed_, timed);
   }
 
   void write(const V* y, int64_t b, int64_t i) { this->store(y, b, static_cast<T*>(solve.out) + i * solve.rows * D); }

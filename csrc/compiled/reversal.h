@@ -64,10 +64,14 @@ PYODE_HD number_t<X> over_lanes(X x) {
   return numbers[0];
 }
 
+/// Into how many parts the rows are cut at most, each with sums of its own.
+template <class G>
+constexpr int64_t kPartsOfSums = sizeof(typename G::Sums) > 1 << 16 ? 8 : 64;
+
 /// F is the emitted dynamics, G its emitted vector-Jacobian product, M the emitted tableau.
 template <class F, class G, class M>
-class Reversal : Blocks<F, (sizeof(typename G::Sums) > 1 << 16) ? 8 : 64> {
-  using Base = Blocks<F, (sizeof(typename G::Sums) > 1 << 16) ? 8 : 64>;
+class Reversal : Blocks<F, kPartsOfSums<G>> {
+  using Base = Blocks<F, kPartsOfSums<G>>;
   using T = typename F::T;
   using V = typename F::V;
   using Sums = typename G::Sums;
@@ -75,6 +79,7 @@ class Reversal : Blocks<F, (sizeof(typename G::Sums) > 1 << 16) ? 8 : 64> {
   using Base::solve;
   using Base::W;
   static constexpr int D = F::size, S = M::evaluations;
+  static constexpr int64_t kStepOperations = W * (S * (F::operations + G::operations) + 6 * S * S * D);
 
  public:
   /// Bytes of workspace.
@@ -91,11 +96,12 @@ class Reversal : Blocks<F, (sizeof(typename G::Sums) > 1 << 16) ? 8 : 64> {
   void run() {
     F::prepare(solve.inputs, fixed_);
     G::prepare(solve.inputs, adjoint_fixed_);
-    const int64_t operations = (S * (F::operations + G::operations) + 6 * S * S * D) * (1 + solve.n_steps);
-    this->for_each_part(operations, [&](int64_t part) {
+    this->for_each_part(kStepOperations / W * (1 + solve.n_steps), [&](int64_t part) {
       memset(static_cast<void*>(&sums_[part]), 0, sizeof(Sums));
-      this->for_each_block(part, [&](int64_t b) { undo_block(b, sums_[part]); });
+      int64_t spent = 0;
+      this->for_each_block(part, [&](int64_t b) { undo_block(b, sums_[part], spent); });
     });
+    solve.sample.status = this->interruption.stop ? kInterrupted : kSuccess;
     typename G::Totals totals;
     G::collect(sums_, this->parts, totals);
     G::finish(solve.inputs, adjoint_fixed_, totals, solve.gradients);
@@ -124,17 +130,10 @@ class Reversal : Blocks<F, (sizeof(typename G::Sums) > 1 << 16) ? 8 : 64> {
   /// What arrives at output i; 0 in the rows that only fill the last block.
   void load_gradient(int64_t i, int64_t b, V* g) const {
     this->load(static_cast<const T*>(solve.gradient) + i * solve.rows * D, b, g);
-    const int n = this->valid(b);
-    if (n == W) return;
-    for (int d = 0; d < D; ++d) {
-      T numbers[W];
-      memcpy(numbers, &g[d], sizeof numbers);
-      for (int l = n; l < W; ++l) numbers[l] = 0;
-      memcpy(&g[d], numbers, sizeof numbers);
-    }
+    this->template blank<D>(b, g);
   }
 
-  void undo_block(int64_t b, Sums& sums) const {
+  void undo_block(int64_t b, Sums& sums, int64_t& spent) {
     // Of the state and of f, both at the end of the step to undo.
     V lam[D] = {}, slope[D] = {}, g[D];
     for (int64_t i = solve.steps[solve.n_steps - 1].output_end; i < solve.grid.n_times; ++i) {
@@ -142,7 +141,10 @@ class Reversal : Blocks<F, (sizeof(typename G::Sums) > 1 << 16) ? 8 : 64> {
       for (int d = 0; d < D; ++d) lam[d] += g[d];
     }
     bool sloped = false;
-    for (int64_t n = solve.n_steps; n-- > 0;) undo_step(n, b, lam, slope, sloped, sums);
+    for (int64_t n = solve.n_steps; n-- > 0;) {
+      if (this->interruption.after(kStepOperations, spent)) return;
+      undo_step(n, b, lam, slope, sloped, sums);
+    }
     load_gradient(0, b, g);
     for (int d = 0; d < D; ++d) lam[d] += g[d];
     this->store(lam, b, static_cast<T*>(solve.y0_gradient));
@@ -165,21 +167,16 @@ class Reversal : Blocks<F, (sizeof(typename G::Sums) > 1 << 16) ? 8 : 64> {
       const double x = time == step.t1 ? 1.0 : (time - step.t0) / step.dt;
       for (int d = 0; d < D; ++d) start[d] += g[d];
       for (int j = 0; j < S; ++j) {
-        const V w = dt * broadcast<V>(static_cast<T>(M::output_weight(j, x)));
+        const V w = dt * broadcast<V>(static_cast<T>(M::output_weight(solve, j, x)));
         for (int d = 0; d < D; ++d) gk[j][d] = fused_multiply_add(w, g[d], gk[j][d]);
       }
-      sloped = sloped || x != 1;
+      sloped = sloped || (x != 1 && M::output_weight(solve, S - 1, x) != 0);
     }
-    if constexpr (M::ends_with_slope) {
-      if (n + 1 == solve.n_steps || solve.steps[n + 1].chained)
-        for (int d = 0; d < D; ++d) gk[S - 1][d] += slope[d];
-      if (sloped) pull_back(times[S - 1], stages[S - 1], gk[S - 1], lam, sums);
-      spread_gradient(terms_of<T>(M::a[S - 2], S - 1), dt, lam, start, gk);
-      undo_stages<S - 2>(times, dt, stages, gk, start, sums);
-    } else {
-      spread_gradient(terms_of<T>(M::b), dt, lam, start, gk);
-      undo_stages<S - 1>(times, dt, stages, gk, start, sums);
-    }
+    if (n + 1 == solve.n_steps || solve.steps[n + 1].chained)
+      for (int d = 0; d < D; ++d) gk[S - 1][d] += slope[d];
+    if (sloped) pull_back(times[S - 1], stages[S - 1], gk[S - 1], lam, sums);
+    spread_gradient(terms_of<T>(M::a[S - 2], S - 1), dt, lam, start, gk);
+    undo_stages<S - 2>(times, dt, stages, gk, start, sums);
     sloped = step.chained;
     memcpy(lam, start, sizeof start);
     if (step.chained)

@@ -122,21 +122,32 @@ PYODE_HD double fused_multiply_add(double a, double b, double c) {
 /// The larger one; nan if either is.
 template <class R>
 PYODE_HD R larger(R a, R b) {
-  return ((a > b) | (a != a)) ? a : b;
+  return (a > b || a != a) ? a : b;
 }
-/// The smaller one; b if a is nan.
+/// The smaller one; b if either is nan.
 template <class R>
 PYODE_HD R smaller(R a, R b) {
   return a < b ? a : b;
 }
-PYODE_HD bool is_finite(double x) { return x - x == 0; }
+template <class R>
+PYODE_HD auto is_finite(R x) {
+  return x - x == 0;
+}
+
+// What vector.h has for vectors too.
+PYODE_HD bool any(bool flag) { return flag; }
+PYODE_HD double magnitude(double x) { return fabs(x); }
+template <class R>
+PYODE_HD R read_at(const double* from, int64_t i) {
+  return from[i];
+}
 
 /// x rounded to T, then its neighbour in the direction of `sign` (none where sign is 0).
 template <class T>
-PYODE_HD T round_and_nudge(double x, int sign);
+PYODE_HD T round_and_nudge(double x, int64_t sign);
 
 template <class U, class T>
-PYODE_HD T nudge(T value, bool negative, bool zero, int sign) {
+PYODE_HD T nudge(T value, bool negative, bool zero, int64_t sign) {
   // Stored numbers of one sign are ordered as their bit patterns are.
   U bits;
   memcpy(&bits, &value, sizeof bits);
@@ -150,21 +161,21 @@ PYODE_HD T nudge(T value, bool negative, bool zero, int sign) {
 }
 
 template <>
-PYODE_HD double round_and_nudge<double>(double x, int sign) {
+PYODE_HD double round_and_nudge<double>(double x, int64_t sign) {
   return sign == 0 ? x : nudge<uint64_t>(x, x < 0, x == 0, sign);
 }
 template <>
-PYODE_HD float round_and_nudge<float>(double x, int sign) {
+PYODE_HD float round_and_nudge<float>(double x, int64_t sign) {
   const float r = static_cast<float>(x);
   return sign == 0 ? r : nudge<uint32_t>(r, r < 0, r == 0, sign);
 }
 template <>
-PYODE_HD BFloat16 round_and_nudge<BFloat16>(double x, int sign) {
+PYODE_HD BFloat16 round_and_nudge<BFloat16>(double x, int64_t sign) {
   const BFloat16 r = store<BFloat16>(static_cast<float>(x));
   return sign == 0 ? r : nudge<uint16_t>(r, load(r) < 0, load(r) == 0, sign);
 }
 template <>
-PYODE_HD Float16 round_and_nudge<Float16>(double x, int sign) {
+PYODE_HD Float16 round_and_nudge<Float16>(double x, int64_t sign) {
   const Float16 r = store<Float16>(static_cast<float>(x));
   return sign == 0 ? r : nudge<uint16_t>(r, load(r) < 0, load(r) == 0, sign);
 }

@@ -27,15 +27,6 @@ template <class T, int Bytes>
 using Vector = typename VectorOf<T, Bytes>::type;
 #endif
 
-/// Bytes of the widest register of the instruction set that is compiled for.
-#if defined(__AVX512F__)
-constexpr int kRegister = 64;
-#elif defined(__AVX__)
-constexpr int kRegister = 32;
-#else
-constexpr int kRegister = 16;
-#endif
-
 template <class R, class = void>
 struct LanesOf {  // a vector's comparisons are integers: 0 or -1
   using Number = std::decay_t<decltype(std::declval<R&>()[0])>;
@@ -108,6 +99,22 @@ PYODE_HD R fused_multiply_add(R a, R b, R c) {
 #endif
 }
 
+#if defined(PYODE_VECTORS)
+/// Whether it holds in any lane.
+template <class M, class = std::enable_if_t<is_vector<M>>>
+PYODE_HD bool any(M mask) {
+  if constexpr (sizeof(M) > 16) {
+    Vector<int64_t, sizeof(M) / 2> half[2];
+    memcpy(half, &mask, sizeof mask);
+    return any(half[0] | half[1]);
+  } else {
+    int64_t half[2] = {};
+    memcpy(half, &mask, sizeof mask);
+    return (half[0] | half[1]) != 0;
+  }
+}
+#endif
+
 namespace math {
 
 /// x in every lane.
@@ -158,24 +165,6 @@ PYODE_HD R select(mask_t<R> mask, R a, R b) {
   return mask ? a : b;
 }
 
-/// Whether it holds in any lane.
-template <class M>
-PYODE_HD bool any(M mask) {
-  if constexpr (std::is_same<M, bool>::value) {
-    return mask;
-#if defined(PYODE_VECTORS)
-  } else if constexpr (sizeof(M) > 16) {
-    Vector<int64_t, sizeof(M) / 2> half[2];
-    memcpy(half, &mask, sizeof mask);
-    return any(half[0] | half[1]);
-#endif
-  } else {
-    int64_t half[2];
-    memcpy(half, &mask, sizeof mask);
-    return (half[0] | half[1]) != 0;
-  }
-}
-
 /// The larger one; nan if either is.
 template <class R>
 PYODE_HD R maximum(R a, R b) {
@@ -204,16 +193,6 @@ PYODE_HD R copysign(R x, R y) {
 template <class R>
 PYODE_HD R flip_sign(R x, integer_t<R> y) {
   return bit_cast<R>(bit_cast<integer_t<R>>(x) ^ (y & kSign<R>));
-}
-
-/// The next number above x where `step` is 1, below it where it is -1; x where it is 0.
-template <class R>
-PYODE_HD R neighbour(R x, integer_t<R> step) {
-  using I = integer_t<R>;
-  // Numbers of one sign are ordered as their bit patterns are.
-  const I next = bit_cast<I>(x) + select<I>(x < 0, -step, step);
-  const I from_zero = select<I>(step > 0, I{} + 1, kSign<R> | (I{} + 1));
-  return bit_cast<R>(select<I>(step == 0, bit_cast<I>(x), select<I>(x == 0, from_zero, next)));
 }
 
 /// To the nearest integer, ties to even.

@@ -75,7 +75,7 @@ PYODE_HD ByHalfPi<R> reduce_by_half_pi(R x) {
   const R lost = (rest - sum) - second - fused_multiply_add(n, broadcast<R>(p1), -second) - n * p2;
   const R r = sum + lost;
   ByHalfPi<R> reduced = {r, (sum - r) + lost, bit_cast<integer_t<R>>(shifted)};
-  if (__builtin_expect(any<mask_t<R>>(x > most), 0))
+  if (__builtin_expect(any(x > most), 0))
     for (int i = 0; i < lanes<R>; ++i)
       if (lane(x, i) > most) {
         const double huge = lane(x, i);

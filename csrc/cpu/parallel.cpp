@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -32,7 +33,7 @@ class Pool {
 
   // The caller never waits for a helper that has not begun: on a busy machine one may wake late, and finds the job
   // closed.
-  void run(int64_t n, void (*body)(int64_t, void*), void* context) {
+  void run(int64_t n, void (*body)(int64_t, void*), void* context, void (*idle)(void*)) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       body_ = body;
@@ -45,7 +46,12 @@ class Pool {
     work();
     std::unique_lock<std::mutex> lock(mutex_);
     open_ = false;
-    done_.wait(lock, [this] { return at_work_ == 0; });
+    while (!done_.wait_for(lock, std::chrono::milliseconds(50), [this] { return at_work_ == 0; })) {
+      if (idle == nullptr) continue;
+      lock.unlock();
+      idle(context);
+      lock.lock();
+    }
   }
 
  private:
@@ -92,7 +98,7 @@ const int at_fork = pthread_atfork(nullptr, nullptr, [] { shared = new Shared; }
 
 }  // namespace
 
-void run_parallel(int64_t n, int threads, void (*body)(int64_t, void*), void* context) {
+void run_parallel(int64_t n, int threads, void (*body)(int64_t, void*), void* context, void (*idle)(void*)) {
   std::unique_lock<std::mutex> mine(shared->busy, std::try_to_lock);
   if (!mine.owns_lock()) {
     for (int64_t i = 0; i < n; ++i) body(i, context);
@@ -103,7 +109,7 @@ void run_parallel(int64_t n, int threads, void (*body)(int64_t, void*), void* co
     shared->pool = nullptr;
     shared->pool = new Pool(threads - 1);
   }
-  shared->pool->run(n, body, context);
+  shared->pool->run(n, body, context, idle);
 }
 
 }  // namespace pyode::cpu

@@ -102,11 +102,6 @@ class Policy:
     least_ulps: float = 0.0
     cautious: bool = False
 
-    @property
-    def filters(self) -> bool:
-        """Whether errors and sizes of the steps before are remembered; if not, it is elementary control."""
-        return any(self.beta[1:]) or any(self.alpha)
-
 
 @dataclass
 class Grid:
@@ -150,9 +145,9 @@ class Flag(IntFlag):
 
 
 # The words of one sample's step state, in the order of `struct Sample` in csrc/core/controller.h.
-REAL_FIELDS = ("t", "dt", "t1", "t_prev", "dt_prev", "dt_whole", "size1", "slope", "error1", "error2", "ratio1")
+REAL_FIELDS = ("t", "dt", "t1", "t_prev", "dt_prev", "dt_whole", "slope", "error1", "error2", "size1", "ratio1")
 INTEGER_FIELDS = (
     "status", "accepted", "output_begin", "output_end", "on_jump", "non_finite",
-    "n_accepted", "n_rejected", "n_steps", "rejected", "next_step_t", "next_jump_t",
+    "n_accepted", "n_rejected", "n_steps", "next_step_t", "next_jump_t", "rejected",
 )  # fmt: skip
 N_FIELDS = len(REAL_FIELDS) + len(INTEGER_FIELDS)

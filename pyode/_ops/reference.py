@@ -284,10 +284,10 @@ class Sample:
     t_prev: float = 0.0
     dt_prev: float = 0.0
     dt_whole: float = 0.0
-    size1: float = 0.0
     slope: float = 0.0
     error1: float = 1.0
     error2: float = 1.0
+    size1: float = 0.0
     ratio1: float = 1.0
     status: int = _RUNNING
     accepted: int = 0
@@ -467,9 +467,8 @@ class Controller:
             factor = min(factor, 1.0)
         s.rejected = int(not s.accepted)
         if s.accepted:
-            if policy.filters:
-                s.error1, s.error2 = max(error, _LEAST_ERROR), s.error1
-                s.ratio1 = 1.0 if s.size1 == 0 else s.dt / s.size1
+            s.error1, s.error2 = max(error, _LEAST_ERROR), s.error1
+            s.ratio1 = 1.0 if s.size1 == 0 else s.dt / s.size1
             s.size1 = s.dt
         s.t_prev, s.dt_prev, s.dt = s.t, s.dt, s.dt * factor
         s.n_steps += 1
@@ -492,8 +491,9 @@ class Controller:
         if error == 0:
             return policy.ifactor
         (b1, b2, b3), (a1, a2), k = policy.beta, policy.alpha, policy.order
-        if not policy.filters or not s.accepted:
-            least = 1.0 if not policy.filters and error < 1 else policy.dfactor
+        integrating = b2 == b3 == a1 == a2 == 0
+        if integrating or not s.accepted:
+            least = 1.0 if integrating and error < 1 else policy.dfactor
             return min(policy.ifactor, max(policy.safety / math.pow(error, (b1 if s.accepted else 1) / k), least))
         ratio = 1.0 if s.size1 == 0 else s.dt / s.size1
         powers = ((error, b1 / k), (s.error1, b2 / k), (s.error2, b3 / k), (ratio, a1), (s.ratio1, a2))

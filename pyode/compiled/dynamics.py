@@ -47,13 +47,15 @@ class CompiledDynamics(nn.Module):
         """The C++ of what was compiled last; empty before the first solve."""
         return self._distinct[-1].source if self._distinct else ""
 
-    def entry(self, shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, method: Tableau) -> Entry | None:
+    def entry(
+        self, shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, method: Tableau, per_sample: bool = False
+    ) -> Entry | None:
         """What was compiled for such a state, now if need be; None, after one warning, where that can't be done.
 
         Raises:
             CompileError: it can't be done, and `strict` is wanted.
         """
-        key = (*shapes, is_tuple, dtype, method.name)
+        key = (*shapes, is_tuple, dtype, method.name, per_sample)
         if not self.unchanged():
             with self._lock:
                 self._entries.clear()
@@ -62,7 +64,7 @@ class CompiledDynamics(nn.Module):
         found = self._entries.get(key)
         if found is None and key not in self._refused:
             with self._lock:
-                found = self._entries.get(key) or self._make(key, shapes, is_tuple, dtype, method)
+                found = self._entries.get(key) or self._make(key, shapes, is_tuple, dtype, method, per_sample)
                 self._distinct = list(dict.fromkeys(self._entries.values()))
                 self._guards = Guards(self.func)  # as func is after it was called; it may count its calls
         return found
@@ -70,12 +72,21 @@ class CompiledDynamics(nn.Module):
     def trained(self, entry: Entry) -> Library | None:
         """An entry's library with gradients to what requires them now; None, after a warning, if there is none."""
         wanted = tuple(i for i, x in enumerate(entry.inputs) if x.requires_grad)
+        return self._gradient(entry.trained, entry, wanted)
+
+    def backsolving(self, entry: Entry, wanted: tuple[int, ...]) -> Library | None:
+        """An entry's library of the continuous adjoint, with gradients to some of its inputs; None likewise."""
+        return self._gradient(entry.backsolving, entry, wanted)
+
+    def _gradient(
+        self, make: Callable[[tuple[int, ...]], Library], entry: Entry, wanted: tuple[int, ...]
+    ) -> Library | None:
         key = entry, wanted
         if key in self._refused:
             return None
         try:
             with self._lock:
-                return entry.trained(wanted)
+                return make(wanted)
         except Exception as error:
             self.refuse(key, f"its gradient: {str(error).splitlines()[0]}")
             return None
@@ -86,10 +97,16 @@ class CompiledDynamics(nn.Module):
         return guards is None or (guards.hold() and all(entry.fits() for entry in self._distinct))
 
     def _make(
-        self, key: Any, shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, method: Tableau
+        self,
+        key: Any,
+        shapes: list[torch.Size],
+        is_tuple: bool,
+        dtype: torch.dtype,
+        method: Tableau,
+        per_sample: bool,
     ) -> Entry | None:
         """An entry that serves states of another number of rows too, or a new one."""
-        tails = (*(shape[1:] for shape in shapes), is_tuple, dtype, method.name)
+        tails = (*(shape[1:] for shape in shapes), is_tuple, dtype, method.name, per_sample)
         together = all(len(shape) > 0 and shape[0] == shapes[0][0] for shape in shapes)
         entry = self._entries.get(tails) if together else None
         # Tracing needs parts of torch that take a while to import.
@@ -98,7 +115,7 @@ class CompiledDynamics(nn.Module):
         try:
             if dtype not in DTYPES:
                 raise CompileError(f"a state of {dtype}; there are float32 and float64")
-            entry = entry or Entry(self.func, shapes, is_tuple, dtype, method)
+            entry = entry or Entry(self.func, shapes, is_tuple, dtype, method, per_sample)
         except CompileError as error:
             self.refuse(key, str(error))
             return None

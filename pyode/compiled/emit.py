@@ -90,15 +90,22 @@ class Dynamics:
         dtype: of the state.
         rows: whether there are several rows, side by side in vectors.
         gradients: of a vector-Jacobian product: those of inputs.
+        own_times: whether every row has a time of its own.
 
     Attributes:
         source: the struct.
+        local_numbers: how many numbers of a row lie on the stack while `rows` is at work.
     """
 
     def __init__(
-        self, outputs: Sequence[Node], dtype: torch.dtype, rows: bool, gradients: Sequence[Node] | None = None
+        self,
+        outputs: Sequence[Node],
+        dtype: torch.dtype,
+        rows: bool,
+        gradients: Sequence[Node] | None = None,
+        own_times: bool = False,
     ) -> None:
-        self._gradients = gradients
+        self._gradients, self._own_times = gradients, own_times
         self.widths = [out.numel for out in outputs]
         self._starts = [sum(self.widths[:i]) for i in range(len(outputs) + 1)]
         self._names: dict[int, str] = {}
@@ -106,6 +113,7 @@ class Dynamics:
         self._members = {Place.SOLVE: list[str](), Place.STAGE: list[str]()}
         self._constants: list[str] = []
         self._operations = 0
+        self.local_numbers = 0
         self._inputs = {place: set[int]() for place in Place}
         nodes = in_order([*outputs, *(gradients or ())])
         self._rows = rows
@@ -181,6 +189,7 @@ class Dynamics:
             self._names[id(node)] = f"totals.{number}"
         elif node.place in (Place.ROW, Place.TOTAL):
             scalar, vector = ("bool", "mask_t<V>") if node.mask else ("T", "V")
+            self.local_numbers += node.numel if node.place is Place.ROW else 0
             self._code[node.place].add(
                 f"{vector if node.place is Place.ROW else scalar} {number}[{max(node.numel, 1)}];"
             )
@@ -289,8 +298,8 @@ class Dynamics:
         self._sums.append(f"    {'V' if lanes else 'T'} {number}[{n}];")
         self._totals.append(f"    T {number}[{n}];")
         self._collected.append(
-            f"    for (int i = 0; i < {n}; ++i) {{\n      totals.{number}[i] = 0;\n"
-            f"      for (int64_t p = 0; p < n; ++p) totals.{number}[i] += over_lanes(parts[p].{number}[i]);\n    }}"
+            f"    for (int i = 0; i < {n}; ++i) {{\n      T& total = totals.{number}[i] = 0;\n"
+            f"      for (int64_t p = 0; p < n; ++p) total += over_lanes(parts[p * step].{number}[i]);\n    }}"
         )
         if len(node.inputs) == 1:
             (x,) = node.inputs
@@ -311,7 +320,8 @@ class Dynamics:
         base = x.base
         if base.kind in ("literal", "time"):
             name = f"q{len(self._code[place].lines)}"
-            self._code[place].add(f"const T {name} = {self._read(x, [], Place.STAGE)};")
+            scalar = "V" if base.place is Place.ROW else "T"
+            self._code[place].add(f"const {scalar} {name} = {self._read(x, [], base.place)};")
             return _Matrix(f"&{name}", strides)
         if base.kind == "state":
             name, start = self._state(base)
@@ -350,7 +360,7 @@ class Dynamics:
         fixed, timed = ("\n".join(self._members[place]) for place in (Place.SOLVE, Place.STAGE))
         constants = "".join(line + "\n" for line in self._constants)
         adjoint = self._gradients is not None
-        vector = " const V* __restrict__ g," if adjoint else ""
+        vector, time = " const V* __restrict__ g," if adjoint else "", "V" if self._own_times else "T"
         return f"""struct {"Adjoint" if adjoint else "Dynamics"} {{
   using T = {scalar};
   using V = {"Vector<T, kRegister>" if rows else "T"};
@@ -378,7 +388,7 @@ class Dynamics:
   }}
 
   // For every row: {"k = g df/dy, and sums += g df/dp" if adjoint else "k = f(t, y)"}.
-  static void rows([[maybe_unused]] T t, [[maybe_unused]] const V* __restrict__ y,{vector}
+  static void rows([[maybe_unused]] {time} t, [[maybe_unused]] const V* __restrict__ y,{vector}
                    V* __restrict__ k, [[maybe_unused]] const void* const* inputs, [[maybe_unused]] const Fixed& fixed,
                    [[maybe_unused]] const Timed& timed{", [[maybe_unused]] Sums& sums" if adjoint else ""}) {{
 {self._body(Place.ROW)}
@@ -388,6 +398,7 @@ class Dynamics:
 
     def _struct_of_sums(self) -> str:
         sums, totals, collected = ("\n".join(x) for x in (self._sums, self._totals, self._collected))
+        sizes = [x.numel for x in self._gradients or ()]
         return f"""
   struct Sums {{
 {sums}
@@ -396,9 +407,11 @@ class Dynamics:
 {totals}
   }};
 
-  // The sums over all rows, from those of parts.
+  static constexpr int n_gradients = {len(sizes)}, gradient_sizes[] = {{{", ".join(map(str, sizes or [0]))}}};
+
+  // The sums over all rows, from those of n parts, `step` apart.
   static void collect([[maybe_unused]] const Sums* parts, [[maybe_unused]] int64_t n,
-                      [[maybe_unused]] Totals& totals) {{
+                      [[maybe_unused]] Totals& totals, [[maybe_unused]] int64_t step = 1) {{
 {collected}
   }}
 

@@ -14,15 +14,19 @@ from ..methods import Tableau
 from .emit import Dynamics
 from .lowering import Lowering
 from .native import Library
-from .source import solver_source
+from .source import backsolve_source, solver_source
 from .trace import trace, trace_vjp
 
 LARGEST_ROW = 4096  # numbers in a state that is one row because its rows are mixed
+MOST_STACK = 1 << 21  # bytes that a block of rows may take of it; threads have 8 MB, as a rule
+_REGISTER = 64  # bytes, at most: a number of a block of rows
 _tracing = RLock()  # torch's tracing is one thread's at a time
 
 
 class Entry:
     """Dynamics compiled for states of one shape, but for the number of rows, and one method.
+
+    Where `per_sample`, every row has a time and a step-size controller of its own.
 
     Attributes:
         rows: whether rows are computed side by side; otherwise the state is one row.
@@ -33,8 +37,15 @@ class Entry:
     """
 
     def __init__(
-        self, func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, method: Tableau
+        self,
+        func: Callable[..., Any],
+        shapes: list[torch.Size],
+        is_tuple: bool,
+        dtype: torch.dtype,
+        method: Tableau,
+        per_sample: bool = False,
     ) -> None:
+        self._per_sample = per_sample
         began = time.perf_counter()
         together = min(map(len, shapes)) > 0 and len({shape[0] for shape in shapes}) == 1
         with _tracing:
@@ -43,41 +54,66 @@ class Entry:
                     raise CompileError("the parts of the state have different numbers of rows")
                 lowered = self._lower(func, shapes, is_tuple, dtype, rows=True)
             except Exception:  # rows are mixed, or func fails for another number of them
-                if sum(shape.numel() for shape in shapes) > LARGEST_ROW:
+                if per_sample or sum(shape.numel() for shape in shapes) > LARGEST_ROW:
                     raise
                 lowered = self._lower(func, shapes, is_tuple, dtype, rows=False)
         self._method, self._shapes, self._dtype = method, shapes, dtype
         self.inputs = lowered.inputs
         self._forms = [(x.dtype, x.shape) for x in self.inputs]
-        self._dynamics = Dynamics(lowered.outputs, dtype, self.rows)
-        self.source = solver_source(self._dynamics, method)
+        self._dynamics = Dynamics(lowered.outputs, dtype, self.rows, own_times=per_sample)
+        self._check_stack(self._dynamics)
+        self.source = solver_source(self._dynamics, method, per_sample=per_sample)
         self.library = Library(self.source)
         self._trained: dict[tuple[int, ...], Library] = {}
+        self._backsolving: dict[tuple[int, ...], Library] = {}
+        self._adjoints: dict[tuple[int, ...], Dynamics] = {}
         self.seconds = time.perf_counter() - began
 
     def _lower(
         self, func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, rows: bool
     ) -> Lowering:
         self.rows = rows
-        self._traced = traced = trace(func, shapes, is_tuple, dtype, rows)
+        self._traced = traced = trace(func, shapes, is_tuple, dtype, rows, self._per_sample)
         self.operators = [
             node.target.overloadpacket.__name__
             for node in traced.graph.nodes
             if isinstance(node.target, torch._ops.OpOverload)
         ]
-        return Lowering(traced, dtype, rows)
+        return Lowering(traced, dtype, rows, own_times=self._per_sample)
 
     def trained(self, wanted: tuple[int, ...]) -> Library:
         """The library that has the gradient too, with respect to the state and to some of the inputs."""
         if wanted not in self._trained:
             with _tracing:
-                inputs = [self.inputs[i] for i in wanted]
-                traced = trace_vjp(self._traced, self._shapes, self._dtype, self.rows, inputs)
-                lowered = Lowering(traced, self._dtype, self.rows, totals=True, inputs=self.inputs)
-                adjoint = Dynamics(lowered.outputs, self._dtype, self.rows, lowered.gradients)
-                self.source = solver_source(self._dynamics, self._method, adjoint)
+                self.source = solver_source(self._dynamics, self._method, self._adjoint(wanted), self._per_sample)
                 self._trained[wanted] = Library(self.source, gradient=True)
         return self._trained[wanted]
+
+    def backsolving(self, wanted: tuple[int, ...]) -> Library:
+        """The library of the continuous adjoint's backward solve, likewise."""
+        if wanted not in self._backsolving:
+            with _tracing:
+                self.source = backsolve_source(self._dynamics, self._method, self._adjoint(wanted))
+                self._backsolving[wanted] = Library(self.source)
+        return self._backsolving[wanted]
+
+    def _check_stack(self, *dynamics: Dynamics) -> None:
+        """Raises CompileError where a block of rows, with a step's stages and what they are computed by, is too big."""
+        states = 3 * len(self._method.rows) + 12 if len(dynamics) > 1 else len(self._method.rows) + 6
+        numbers = sum(x.local_numbers for x in dynamics) + states * sum(self._dynamics.widths)
+        if numbers * (_REGISTER if self.rows else self._dtype.itemsize) > MOST_STACK:
+            raise CompileError(f"rows of {sum(self._dynamics.widths)} numbers, with which the stack would overflow")
+
+    def _adjoint(self, wanted: tuple[int, ...]) -> Dynamics:
+        """The vector-Jacobian product."""
+        if wanted not in self._adjoints:
+            inputs, times = [self.inputs[i] for i in wanted], self._per_sample
+            traced = trace_vjp(self._traced, self._shapes, self._dtype, self.rows, inputs, times)
+            lowered = Lowering(traced, self._dtype, self.rows, totals=True, inputs=self.inputs, own_times=times)
+            adjoint = Dynamics(lowered.outputs, self._dtype, self.rows, lowered.gradients, times)
+            self._check_stack(self._dynamics, adjoint)
+            self._adjoints[wanted] = adjoint
+        return self._adjoints[wanted]
 
     def fits(self) -> bool:
         """Whether the inputs are still of their shapes and dtypes."""

@@ -26,6 +26,7 @@ class Lowering:
         rows: whether the state's first axis are its rows; otherwise all of it is one row.
         totals: whether sums over rows are allowed, and returned behind the parts.
         inputs: those known already, which keep their numbers.
+        own_times: whether every row has a time of its own.
 
     Attributes:
         outputs: one for each part of the state.
@@ -40,13 +41,15 @@ class Lowering:
         rows: bool,
         totals: bool = False,
         inputs: list[Tensor] | None = None,
+        own_times: bool = False,
     ) -> None:
         self.graph = Graph(totals)
         self.dtype, self.inputs = dtype, list[Tensor]() if inputs is None else inputs
         self._traced, self._values = traced, dict[TracedNode, Any]()
         self._symbol: Any = None
         placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
-        self._values[placeholders[0]] = self.graph.node("time", (), None, (), None, Place.STAGE)
+        time = (0, Place.ROW) if own_times else (None, Place.STAGE)
+        self._values[placeholders[0]] = self.graph.node("time", (), None, (), *time)
         for i, node in enumerate(placeholders[1:]):
             sizes = node.meta["val"].shape
             if rows:

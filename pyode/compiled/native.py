@@ -45,7 +45,7 @@ class TapeStep(Structure):
 
     _fields_ = (
         *((name, c_double) for name in ("t0", "dt", "t1", "first_time")),
-        *((name, c_int64) for name in ("output_begin", "output_end", "chained")),
+        *((name, c_int64) for name in ("output_begin", "output_end", "chained", "previous")),
     )
 
 
@@ -56,12 +56,30 @@ class Solve(Structure):
         ("y0", c_void_p), ("out", c_void_p), ("workspace", c_void_p), ("inputs", c_void_p), ("rows", c_int64),
         ("grid", _Grid), ("policy", _Policy), ("rtol", c_double), ("atol", c_double),
         ("rtol_each", c_void_p), ("atol_each", c_void_p), ("first_step", c_double),
-        ("ends", c_void_p), ("n_ends", c_int64), ("stage_times", c_void_p),
+        ("first_steps", c_void_p),
+        ("ends", c_void_p), ("n_ends", c_int64), ("stage_times", c_void_p), ("cubic", c_int64),
         ("threads", c_int64), ("run_parallel", c_void_p), ("interrupted", c_void_p),
         ("tape", c_void_p), ("steps", c_void_p), ("capacity", c_int64), ("n_steps", c_int64),
         ("gradient", c_void_p), ("y0_gradient", c_void_p), ("gradients", c_void_p),
-        ("sample", _Sample), ("evaluations", c_int64), ("finite_start", c_int64),
+        ("arriving_states", c_void_p), ("arrival_times", c_void_p), ("n_arrivals", c_int64),
+        ("integral_rtol", c_double), ("integral_atol", c_double), ("seminorm", c_int64),
+        ("states", c_void_p), ("sample", _Sample), ("evaluations", c_int64), ("finite_start", c_int64),
     )  # fmt: skip
+
+
+_ROW_FIELDS = (*REAL_FIELDS, *INTEGER_FIELDS, "n_jumps", "last", "finite_start")
+
+
+class RowStates:
+    """How the solve of every row has ended, where each has steps of its own: kRowWords of csrc/compiled/blocks.h."""
+
+    def __init__(self, rows: int) -> None:
+        self.words = torch.empty(len(_ROW_FIELDS), rows, dtype=torch.float64)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """[rows] of a field."""
+        words = self.words[_ROW_FIELDS.index(name)]
+        return words if name in REAL_FIELDS else words.view(torch.int64)
 
 
 class _Workspace(threading.local):
@@ -84,6 +102,12 @@ _workspace = _Workspace()
 def _policy(policy: Policy) -> _Policy:
     values = {name.name: getattr(policy, name.name) for name in fields(policy)}
     return _Policy(**{**values, "beta": (c_double * 3)(*policy.beta), "alpha": (c_double * 2)(*policy.alpha)})
+
+
+def _places_for(wanted: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Any]:
+    """Memory for gradients, and the addresses."""
+    found = [torch.empty(x.shape, dtype=dtype) for x in wanted]
+    return found, (c_void_p * max(len(found), 1))(*(x.data_ptr() for x in found))
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -126,6 +150,7 @@ class Library:
         atol: float | Tensor,
         first_step: float | None,
         steps: tuple[Tensor, Tensor] | None = None,
+        cubic: bool = False,
     ) -> Plan:
         """What can be done again and again for other states and inputs.
 
@@ -133,13 +158,15 @@ class Library:
             shape, dtype: of the packed state.
             rows: how many rows it has.
             grid, policy, rtol, atol, first_step: as the loops'.
-            steps: of a fixed grid, the ends of the steps and the times of the stages, [N - 1, S], of the state's dtype.
+            steps: of a fixed grid, the ends of the steps and the times of the stages and of the end, [N - 1, S + 1], of
+                the state's dtype.
+            cubic: whether outputs between them lie on cubics.
         """
         n = len(grid.times)
         form = Solve(
             rows=rows,
             grid=_Grid(
-                grid.times.data_ptr(), n, 1, 0,
+                grid.times.data_ptr(), n, *(grid.times.stride() if grid.times.dim() == 2 else (1, 0)),
                 _address(grid.step_t), 0 if grid.step_t is None else len(grid.step_t),
                 _address(grid.jump_t), 0 if grid.jump_t is None else len(grid.jump_t), 1, 0,
             ),
@@ -152,6 +179,7 @@ class Library:
             ends=None if steps is None else steps[0].data_ptr(),
             n_ends=0 if steps is None else len(steps[0]),
             stage_times=None if steps is None else steps[1].data_ptr(),
+            cubic=cubic,
             run_parallel=ops.RUN_PARALLEL,
             interrupted=ops.INTERRUPTED,
         )  # fmt: skip
@@ -182,13 +210,16 @@ class Plan:
         self.shape, self.dtype = shape, dtype
         self._pointers: tuple[list[int], Any] = ([], None)
 
-    def run(self, y0: Tensor, inputs: list[Tensor], tape: Tape | None = None) -> tuple[Tensor, Solve]:
+    def run(
+        self, y0: Tensor, inputs: list[Tensor], tape: Tape | None = None, states: RowStates | None = None
+    ) -> tuple[Tensor, Solve]:
         """Solves from a packed, contiguous state.
 
         Args:
             y0: the state.
             inputs: the tensors that func has closed over.
             tape: where the steps are noted, if the gradient is wanted.
+            states: where rows with steps of their own tell how they ended.
 
         Returns:
             The states at the output times, and how it ended.
@@ -199,17 +230,55 @@ class Plan:
         kept = self._point_to(inputs, solve)
         if tape is not None:
             tape.attach(solve)
+        if states is not None:
+            solve.states = states.words.data_ptr()
         self.library.call("", solve)
         del kept
         return out, solve
+
+    def run_back(
+        self,
+        z: Tensor,
+        inputs: list[Tensor],
+        times: Tensor,
+        ys: Tensor,
+        gradient: Tensor,
+        tolerances: tuple[float, float],
+        seminorm: bool,
+        wanted: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor], Solve]:
+        """The backward solve of the continuous adjoint.
+
+        Args:
+            z: [2, ...] the state and the adjoint at the last output time.
+            inputs: the tensors that func has closed over.
+            times: [T] float64, of the forward solve's outputs.
+            ys, gradient: [T, ...] the states there, and the gradients that arrive.
+            tolerances: rtol and atol for the integrals.
+            seminorm: whether they have no share in the norm.
+            wanted: the inputs whose gradients are wanted.
+
+        Returns:
+            The state and the adjoint at the first output time, the gradients, and how the solve ended.
+        """
+        out = torch.empty(self.shape, dtype=self.dtype)
+        found, array = _places_for(wanted, self.dtype)
+        solve = Solve.from_buffer_copy(self._form)
+        solve.y0, solve.out, solve.gradients = z.data_ptr(), out.data_ptr(), ctypes.addressof(array)
+        solve.arriving_states, solve.gradient = ys.data_ptr(), gradient.data_ptr()
+        solve.arrival_times, solve.n_arrivals = times.data_ptr(), len(times)
+        (solve.integral_rtol, solve.integral_atol), solve.seminorm = tolerances, seminorm
+        kept = self._point_to(inputs, solve)
+        self.library.call("", solve)
+        del kept
+        return out[1], found, solve
 
     def undo(
         self, solve: Solve, gradient: Tensor, y0: Tensor, inputs: list[Tensor], wanted: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The gradients of the start and of the wanted inputs, from that of the outputs and a tape's notes."""
         start = torch.empty_like(y0)
-        found = [torch.empty(x.shape, dtype=self.dtype) for x in wanted]
-        array = (c_void_p * max(len(found), 1))(*(x.data_ptr() for x in found))
+        found, array = _places_for(wanted, self.dtype)
         solve.gradient, solve.y0_gradient, solve.gradients = (
             gradient.data_ptr(),
             start.data_ptr(),

@@ -113,11 +113,9 @@ def solve_compiled(
     the state is not on the CPU or empty, or func can't be compiled. Where gradients are wanted, the states are one node
     of autograd's graph; `eagerly` does the same solve by a loop, for gradients of gradients.
     """
-    cubic = options.get("interp", "linear") == "cubic"
     if (
         not isinstance(method, Tableau)
         or options.get("norm") is not None
-        or (cubic and not method.adaptive)
         or y0.device.type != "cpu"
         or y0.numel() == 0
         or backend_for(y0) is not native
@@ -135,9 +133,11 @@ def solve_compiled(
         ends = grid_of(options, times, compiled.func, form.unpack(y0)).detach().to("cpu", torch.float64).contiguous()
         abscissae = (0.0, *method.abscissae)
         times_of_stages = stage_times(ends, abscissae, y0.dtype, times.sign, bool(options.get("perturb", False)))
-        steps = ends, times_of_stages.contiguous()
+        steps = ends, torch.cat([times_of_stages, ends[1:, None].to(y0.dtype)], 1)
     rows = entry.rows_of(form.shapes[0])
-    plan = library.plan(y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, steps)
+    plan = library.plan(
+        y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, steps, options.get("interp") == "cubic"
+    )
     if recorded:
         ys, solve = _recorded(plan, rows, entry, eagerly, y0)
     else:
@@ -152,7 +152,7 @@ def solve_compiled(
         stats.n_accepted += sample.n_accepted
         stats.n_rejected += sample.n_rejected
     if sample.status != _SUCCESS:
-        fail(_error(solve))
+        fail(error_of(solve))
     return ys, abs(sample.dt_prev) if method.adaptive else None
 
 
@@ -208,7 +208,8 @@ class _Recorded(torch.autograd.Function):
         return None, None, None, None, None, start, *of_wanted
 
 
-def _error(solve: Solve) -> SolveError:
+def error_of(solve: Solve) -> SolveError:
+    """Why a solve could not go on."""
     sample = solve.sample
     status, n = Status(sample.status), sample.n_accepted + sample.n_rejected
     if status is Status.NON_FINITE and n == 0 and solve.finite_start:

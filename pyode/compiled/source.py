@@ -24,13 +24,12 @@ def method_source(tableau: Tableau) -> str:
         degree = max(map(len, tableau.interpolant))
         lines = [
             f"  static constexpr int evaluations = {n}, degree = {degree};",
-            "  static constexpr bool ends_with_slope = true;  // the last evaluation is at the step's end",
             _table("a", tableau.rows, n),
             _row("c", tableau.abscissae),
             _row("error", [*tableau.error_weights, *[0.0] * (n - len(tableau.error_weights))]),
             _table("interpolant", tableau.interpolant, degree),
             _row("end", tableau.end),
-            "  static double output_weight(int j, double x) {",
+            "  static double output_weight(const CompiledSolve&, int j, double x) {",
             "    return x == 1 ? end[j] : interpolant_weight(interpolant[j], degree, x);",
             "  }",
             "  template <class T>",
@@ -41,12 +40,16 @@ def method_source(tableau: Tableau) -> str:
             "  }",
         ]
     else:
+        b = tableau.weights
+        cubic = [((j == 0) * 1.0, 3 * w - 2 * (j == 0), (j == 0) - 2 * w) for j, w in enumerate(b)]
         lines = [
-            f"  static constexpr int evaluations = {n};",
-            "  static constexpr bool ends_with_slope = false;",
-            _table("a", tableau.rows or ((0.0,),), n),
-            _row("b", tableau.weights),
-            "  static double output_weight(int j, double x) { return b[j] * x; }",
+            f"  static constexpr int evaluations = {n + 1}, degree = 3;  // f at the step's end included",
+            _table("a", [*tableau.rows, b], n + 1),
+            _table("cubic", [*cubic, (0.0, -1.0, 1.0)], 3),
+            "  static double output_weight(const CompiledSolve& solve, int j, double x) {",
+            "    const double weight = j + 1 < evaluations ? a[evaluations - 2][j] : 0;",
+            "    return x == 1 ? weight : solve.cubic ? interpolant_weight(cubic[j], degree, x) : weight * x;",
+            "  }",
             "  template <class T>",
             "  static T stage_time(const CompiledSolve& solve, const TapeStep&, int64_t n, int j, T) {",
             "    return static_cast<const T*>(solve.stage_times)[n * evaluations + j];",
@@ -55,16 +58,37 @@ def method_source(tableau: Tableau) -> str:
     return "struct Method {\n" + "\n".join(lines) + "\n};\n"
 
 
-def solver_source(dynamics: Dynamics, tableau: Tableau, adjoint: Dynamics | None = None) -> str:
+def solver_source(
+    dynamics: Dynamics, tableau: Tableau, adjoint: Dynamics | None = None, per_sample: bool = False
+) -> str:
     """A whole file: dynamics, method, and what Python calls; with an adjoint, the gradient too."""
     kind, header = ("AdaptiveSolve", "adaptive.h") if tableau.adaptive else ("FixedGridSolve", "fixed_grid.h")
-    headers = ["contract.h", "functions.h", header, *(["reversal.h"] if adjoint else [])]
-    includes = "\n".join(f'#include "compiled/{name}"' for name in headers)
+    undoing, undoing_header = "Reversal", "reversal.h"
+    if per_sample:
+        kind, header, undoing, undoing_header = "SampleSolve", "samples.h", "SampleReversal", "sample_reversal.h"
+    headers = ["contract.h", "functions.h", header, *([undoing_header] if adjoint else [])]
     solvers = f"using Solver = {kind}<Dynamics, Method>;\n"
     functions = _functions("Solver", "")
     if adjoint is not None:
-        solvers += "using Undoing = Reversal<Dynamics, Adjoint, Method>;\n"
+        solvers += f"using Undoing = {undoing}<Dynamics, Adjoint, Method>;\n"
         functions += _functions("Undoing", "reversal_")
+    sources = [dynamics.source, *([adjoint.source] if adjoint else []), method_source(tableau), solvers]
+    return _file(headers, sources, functions)
+
+
+def backsolve_source(dynamics: Dynamics, tableau: Tableau, adjoint: Dynamics) -> str:
+    """A whole file with the backward solve of the continuous adjoint."""
+    solver = (
+        "using Solver = AdaptiveSolve<Augmented<Dynamics, Adjoint>, Method, "
+        "AdjointIntegrals<Dynamics, Adjoint, Method>>;\n"
+    )
+    headers = ("contract.h", "functions.h", "adaptive.h", "integrals.h")
+    return _file(headers, [dynamics.source, adjoint.source, method_source(tableau), solver], _functions("Solver", ""))
+
+
+def _file(headers: Sequence[str], parts: Sequence[str], functions: str) -> str:
+    includes = "\n".join(f'#include "compiled/{name}"' for name in headers)
+    body = "\n".join(parts)
     return f"""// Written by pyode.compile. Rows lie in blocks, a vector V for each number of a row.
 {includes}
 
@@ -73,10 +97,7 @@ inline namespace PYODE_LEVEL {{
 namespace compiled {{
 namespace {{
 
-{dynamics.source}
-{adjoint.source if adjoint else ""}
-{method_source(tableau)}
-{solvers}
+{body}
 }}  // namespace
 }}  // namespace compiled
 }}  // namespace PYODE_LEVEL

@@ -8,6 +8,7 @@ with them, and are the graph's inputs.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -97,7 +98,12 @@ class _Reads(TorchFunctionMode):
 
 
 def trace(
-    func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, rows: bool
+    func: Callable[..., Any],
+    shapes: list[torch.Size],
+    is_tuple: bool,
+    dtype: torch.dtype,
+    rows: bool,
+    own_times: bool = False,
 ) -> GraphModule:
     """The graph of func(t, *parts): placeholders for t and the parts of the state, and what is returned as a list.
 
@@ -107,6 +113,7 @@ def trace(
         is_tuple: whether func takes and returns a tuple.
         dtype: of the state.
         rows: whether the parts' first axis is a symbol, so that the graph serves any number of rows.
+        own_times: whether t has one number for each row.
 
     Raises:
         CompileError: func does something that a graph can't stand for.
@@ -119,17 +126,22 @@ def trace(
             return [torch.clone(part) for part in (out if is_tuple else (out,))]
 
     with torch.no_grad():
-        return _graph_of(torch.func.functionalize(call), shapes, dtype, rows)
+        return _graph_of(torch.func.functionalize(call), shapes, dtype, rows, own_times)
 
 
 def trace_vjp(
-    traced: GraphModule, shapes: list[torch.Size], dtype: torch.dtype, rows: bool, wanted: list[Tensor]
+    traced: GraphModule,
+    shapes: list[torch.Size],
+    dtype: torch.dtype,
+    rows: bool,
+    wanted: list[Tensor],
+    own_times: bool = False,
 ) -> GraphModule:
     """The graph of the vector-Jacobian product: of t, the state's parts and as many of the vector's.
 
     Args:
         traced: func's graph.
-        shapes, dtype, rows: as `trace`'s.
+        shapes, dtype, rows, own_times: as `trace`'s.
         wanted: the closed-over tensors to which gradients are wanted.
 
     Returns:
@@ -144,12 +156,14 @@ def trace_vjp(
         return [torch.zeros_like(x) if g is None else torch.clone(g) for g, x in zip(found, [*ys, *wanted])]
 
     with torch.enable_grad():
-        graph = _graph_of(pull_back, shapes * 2, dtype, rows)
+        graph = _graph_of(pull_back, shapes * 2, dtype, rows, own_times)
     with torch.no_grad():  # torch's derivatives of slices write into new tensors
-        return _graph_of(torch.func.functionalize(graph), shapes * 2, dtype, rows)
+        return _graph_of(torch.func.functionalize(graph), shapes * 2, dtype, rows, own_times)
 
 
-def _graph_of(call: Callable[..., Any], shapes: list[torch.Size], dtype: torch.dtype, rows: bool) -> GraphModule:
+def _graph_of(
+    call: Callable[..., Any], shapes: list[torch.Size], dtype: torch.dtype, rows: bool, own_times: bool
+) -> GraphModule:
     """The graph of call(t, *parts)."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -161,13 +175,17 @@ def _graph_of(call: Callable[..., Any], shapes: list[torch.Size], dtype: torch.d
     dynamic = [DimDynamic.DYNAMIC if rows and i == 0 else DimDynamic.STATIC for i in range(example.dim())]
     context: Any = StatelessSymbolicContext(dynamic)
     first = mode.from_tensor(example, source=ConstantSource("state"), symbolic_context=context)
-    time = mode.from_tensor(torch.tensor(0.0, dtype=dtype))
+    time: Tensor = mode.from_tensor(torch.tensor(0.0, dtype=dtype))
     with mode:  # the other parts have as many rows
+        if own_times:
+            time = torch.empty(first.shape[0], dtype=dtype)
         parts = [torch.empty((first.shape[0], *shape[1:]) if rows else shape, dtype=dtype) for shape in shapes[1:]]
     try:
-        graph: GraphModule = make_fx(call, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)(
-            time, first, *parts
-        )
+        with warnings.catch_warnings():  # torch looks at the .grad of closed-over tensors that have a graph
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            graph: GraphModule = make_fx(call, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)(
+                time, first, *parts
+            )
     except RuntimeError as error:
         if "data-dependent" in str(error) or "DataDependent" in type(error).__name__:
             raise CompileError(f"a tensor's value decides what is done at {_line_of(error)}") from error

@@ -66,6 +66,21 @@ class BacksolveConfig:
     warns: bool
 
 
+def backwards(times: Times, options: dict[str, Any]) -> tuple[Times, dict[str, Any]]:
+    """The ends of the backward solve, and its options: the output times between are its discontinuities."""
+    values = times.values
+    ends = Times(times.tensor.detach()[[-1, 0]], [values[-1], values[0]])
+    options = dict(options)
+    jumps = options.get("jump_t")
+    jumps = [] if jumps is None else torch.as_tensor(jumps, dtype=torch.float64).reshape(-1).tolist()
+    options["jump_t"] = [*jumps, *(v for v in values[1:-1] if v not in jumps)]
+    stops = options.get("step_t")
+    if stops is not None:
+        stops = torch.as_tensor(stops, dtype=torch.float64).reshape(-1).tolist()
+        options["step_t"] = [v for v in stops if v not in values]
+    return ends, options
+
+
 class _AdjointDynamics:
     """d/dt of (y, a), stacked; notes the integrands of time and the parameters."""
 
@@ -223,16 +238,7 @@ class Backsolve:
                 return z  # a discontinuity of the user's
             return self._arrive(pending.pop(), z, quadrature)
 
-        times = Times(self.times.tensor.detach()[[-1, 0]], [values[-1], values[0]])
-        options = dict(self.config.options)
-        jumps = options.get("jump_t")
-        jumps = [] if jumps is None else torch.as_tensor(jumps, dtype=torch.float64).reshape(-1).tolist()
-        options["jump_t"] = [*jumps, *(v for v in values[1:-1] if v not in jumps)]
-        stops = options.get("step_t")
-        if stops is not None:
-            stops = torch.as_tensor(stops, dtype=torch.float64).reshape(-1).tolist()
-            options["step_t"] = [v for v in stops if v not in values]
-        return self._run(z, times, options, quadrature, at_jump)
+        return self._run(z, *backwards(self.times, self.config.options), quadrature, at_jump)
 
     def _interval_by_interval(self, z: Tensor, quadrature: Quadrature) -> Tensor:
         """A solve for every output interval, from the last to the first."""

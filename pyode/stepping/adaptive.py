@@ -310,6 +310,11 @@ class AdaptiveLoop:
         running, failed = (bool(some.any()) for some in (status == int(Status.RUNNING), status > int(Status.RUNNING)))
         return _RUNNING * running | _FAILED * failed
 
+    def status_of_samples(self) -> Tensor:
+        """[B] how each sample stands."""
+        status: Tensor = self.controller.field("status").cpu().clone()
+        return status
+
     def stats_of_samples(self) -> SampleStats:
         """What each sample has taken."""
         field = self.controller.field

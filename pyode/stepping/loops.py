@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from ..control import Times, number_from
 from ..methods import Method, Tableau
 from ..methods.adams import VariableAdams
 from ..methods.external import ScipySolver
-from ..solution import Stats
+from ..solution import SampleStats, Stats
 from .adams import AdamsLoop
 from .adaptive import AdaptiveLoop, AtJump, Norm
 from .external import ScipyLoop
@@ -34,6 +34,20 @@ class Loop(Protocol):
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
         """Adds the solve's counts."""
+
+
+@runtime_checkable
+class SampleLoop(Loop, Protocol):
+    """One that can tell of every sample how it has fared."""
+
+    def status_of_samples(self) -> Tensor:
+        """[B] a `Status` each."""
+
+    def stats_of_samples(self) -> SampleStats:
+        """What each sample has taken."""
+
+    def left(self) -> Tensor:
+        """Which outputs have not been reached: [T, B], or [T] of the only sample."""
 
 
 def loop_for(

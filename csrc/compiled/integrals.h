@@ -1,0 +1,226 @@
+// The continuous adjoint of compiled dynamics: (y, a) as one state, and beside it the integrals of a df/dp, which
+// nothing in the solve reads (pyode/gradients/backsolve.py, pyode/stepping/quadrature.py).
+#pragma once
+
+#include "reversal.h"
+
+namespace pyode {
+inline namespace PYODE_LEVEL {
+namespace compiled {
+
+/// d/dt of (y, a), where a' = -a df/dy: F is the emitted dynamics, G its emitted vector-Jacobian product.
+template <class F, class G>
+struct Augmented {
+  using T = typename F::T;
+  using V = typename F::V;
+  static constexpr int half = F::size, size = 2 * half, n_segments = 2 * F::n_segments;
+  static constexpr int64_t operations = F::operations + G::operations;
+
+  struct Segments {
+    constexpr int operator[](int s) const {
+      return s < F::n_segments ? F::segments[s] : half + F::segments[s - F::n_segments];
+    }
+  };
+  static constexpr Segments segments{};
+
+  struct Fixed {
+    typename F::Fixed f;
+    typename G::Fixed g;
+  };
+  struct Timed {
+    typename F::Timed f;
+    typename G::Timed g;
+  };
+
+  static void prepare(const void* const* inputs, Fixed& fixed) {
+    F::prepare(inputs, fixed.f);
+    G::prepare(inputs, fixed.g);
+  }
+  static void at(T t, const void* const* inputs, const Fixed& fixed, Timed& timed) {
+    F::at(t, inputs, fixed.f, timed.f);
+    G::at(t, inputs, fixed.g, timed.g);
+  }
+  /// What a df/dp is takes off the sums.
+  static void rows(T t, const V* z, V* k, const void* const* inputs, const Fixed& fixed, const Timed& timed,
+                   typename G::Sums& sums) {
+    V g[half];
+    for (int d = 0; d < half; ++d) g[d] = -z[half + d];
+    F::rows(t, z, k, inputs, fixed.f, timed.f);
+    G::rows(t, z, g, k + half, inputs, fixed.g, timed.g, sums);
+  }
+};
+
+/// Integrals along an adaptive solve of (y, a): their values, their share in its norm, and the jumps of the adjoint.
+template <class F, class G, class M>
+class AdjointIntegrals {
+  using T = typename F::T;
+  using V = typename F::V;
+  using A = Augmented<F, G>;
+  using Sums = typename G::Sums;
+  static constexpr int S = M::evaluations;
+  // Of a part: the sums of each evaluation, then those weighted for the step's end, and for its error.
+  static constexpr int kEnd = S, kError = S + 1, kSlots = S + 2;
+  static constexpr int64_t kNumbers = sizeof(Sums) / sizeof(T);
+  static constexpr int64_t size_of_all() {
+    int64_t n = 0;
+    for (int i = 0; i < G::n_gradients; ++i) n += G::gradient_sizes[i];
+    return n;
+  }
+  static constexpr int64_t P = size_of_all();
+
+ public:
+  static constexpr int64_t most_parts = kPartsOfSums<G>;
+
+  static int64_t workspace(int64_t parts) {
+    return parts * kSlots * static_cast<int64_t>(sizeof(Sums)) + 3 * P * static_cast<int64_t>(sizeof(T)) + 64;
+  }
+
+  AdjointIntegrals(CompiledSolve& s, int64_t n_parts, const typename A::Fixed& fixed, void* memory)
+      : solve(s), parts(n_parts), fixed_(fixed) {
+    sums_ = static_cast<Sums*>(memory);
+    value_ = reinterpret_cast<T*>(sums_ + parts * kSlots);
+    end_ = value_ + P;
+    error_ = end_ + P;
+    for (int j = 0; j < S; ++j) slot_[j] = j;
+    pending_ = solve.n_arrivals - 2;
+  }
+
+  void start() {
+    for (int64_t p = 0; p < P; ++p) value_[p] = 0;
+  }
+
+  /// Makes ready for evaluation j.
+  void clear(int64_t part, int j) { memset(static_cast<void*>(&sums(part, j)), 0, sizeof(Sums)); }
+
+  void rows(int64_t part, int j, T t, const V* z, V* k, const typename A::Timed& timed) {
+    A::rows(t, z, k, solve.inputs, fixed_, timed, sums(part, j));
+  }
+
+  /// Adds up a part's evaluations, when all of a step have been made.
+  void weigh(int64_t part) {
+    weigh(part, kEnd, M::end);
+    weigh(part, kError, M::error);
+  }
+
+  /// The largest mean square of the integrals' scaled errors in the step just made; of a first step, their values',
+  /// their slopes' or the slopes' change over it.
+  double of_step(T dt) {
+    total(kEnd, end_);
+    total(kError, error_);
+    for (int64_t p = 0; p < P; ++p) {
+      end_[p] = advance_state(value_[p], dt, end_[p]);
+      error_[p] = dt * error_[p];
+    }
+    return mean_square(end_);
+  }
+  double of_values() {
+    memcpy(error_, value_, sizeof(T) * P);
+    return mean_square(value_);
+  }
+  double of_slopes() {
+    total(slot_[0], error_);
+    return mean_square(value_);
+  }
+  double of_change(T dt) {
+    total(slot_[0], end_);
+    total(slot_[1], error_);
+    for (int64_t p = 0; p < P; ++p) error_[p] = dt * (error_[p] - end_[p]);
+    return mean_square(value_);
+  }
+
+  /// The last evaluation of an accepted step is the first of the next.
+  void accept() {
+    T* const value = value_;
+    value_ = end_;
+    end_ = value;
+    const int last = slot_[S - 1];
+    slot_[S - 1] = slot_[0];
+    slot_[0] = last;
+  }
+
+  /// Which of the outputs, whose gradients arrive, lies at the time to which the solve has come; -1: none.
+  int64_t arrival(double t) { return pending_ > 0 && solve.arrival_times[pending_] == t ? pending_-- : -1; }
+
+  /// Behind an output: y from the forward solve, a with the gradient that arrives.
+  template <class Rows>
+  void arrive(const Rows& rows, int64_t i, int64_t b, V* z) const {
+    if (i < 0) return;
+    const int64_t n = solve.rows * F::size;
+    V g[F::size];
+    rows.load(static_cast<const T*>(solve.arriving_states) + i * n, b, z, F::n_segments);
+    rows.load(static_cast<const T*>(solve.gradient) + i * n, b, g, F::n_segments);
+    rows.template blank<F::size>(b, g);
+    for (int d = 0; d < F::size; ++d) z[F::size + d] += g[d];
+  }
+
+  /// Rows that only fill the last block have an adjoint of 0.
+  template <class Rows>
+  void begin(const Rows& rows, int64_t b, V* z) const {
+    rows.template blank<F::size>(b, z + F::size);
+  }
+
+  void finish() const {
+    const T* from = value_;
+    for (int i = 0; i < G::n_gradients; ++i) {
+      memcpy(solve.gradients[i], from, sizeof(T) * static_cast<size_t>(G::gradient_sizes[i]));
+      from += G::gradient_sizes[i];
+    }
+  }
+
+ private:
+  CompiledSolve& solve;
+  const int64_t parts;
+  const typename A::Fixed& fixed_;
+  Sums* sums_;                // [parts, kSlots]
+  T *value_, *end_, *error_;  // [P]: at the step's ends, and of the step
+  int slot_[S];               // where an evaluation's sums are
+  int64_t pending_;           // the next output whose gradient arrives
+
+  Sums& sums(int64_t part, int j) { return sums_[part * kSlots + slot_[j]]; }
+
+  void weigh(int64_t part, int slot, const double (&weights)[S]) {
+    T* const to = reinterpret_cast<T*>(&sums_[part * kSlots + slot]);
+    memset(static_cast<void*>(to), 0, sizeof(Sums));
+    for (int j = 0; j < S; ++j) {
+      if (weights[j] == 0) continue;
+      const T w = static_cast<T>(weights[j]);
+      const T* const from = reinterpret_cast<const T*>(&sums(part, j));
+      for (int64_t i = 0; i < kNumbers; ++i) to[i] = fused_multiply_add(w, from[i], to[i]);
+    }
+  }
+
+  /// The gradients that sums of all parts stand for.
+  void total(int slot, T* to) {
+    if constexpr (P > 0) {
+      void* gradients[G::n_gradients];
+      for (int i = 0; i < G::n_gradients; ++i) {
+        gradients[i] = to;
+        to += G::gradient_sizes[i];
+      }
+      typename G::Totals totals;
+      G::collect(sums_ + slot, parts, totals, kSlots);
+      G::finish(solve.inputs, fixed_.g, totals, gradients);
+    }
+  }
+
+  /// Of error_, relative to what is tolerated between value_ and another.
+  double mean_square(const T* other) const {
+    double largest = 0;
+    if (solve.seminorm) return largest;
+    int64_t p = 0;
+    for (int i = 0; i < G::n_gradients; ++i) {
+      double sum = 0;
+      for (const int64_t end = p + G::gradient_sizes[i]; p < end; ++p) {
+        const double ratio = scaled_error(std::abs(error_[p]), std::abs(value_[p]), std::abs(other[p]),
+                                          static_cast<T>(solve.integral_rtol), static_cast<T>(solve.integral_atol));
+        sum += ratio * ratio;
+      }
+      if (G::gradient_sizes[i] > 0) largest = larger(sum / G::gradient_sizes[i], largest);
+    }
+    return largest;
+  }
+};
+
+}  // namespace compiled
+}  // namespace PYODE_LEVEL
+}  // namespace pyode

@@ -1,0 +1,263 @@
+// The gradient of a solve whose rows had steps of their own: the steps of a block's rows are undone side by side, from
+// the last of each to its first, as reversal.h does it.
+#pragma once
+
+#include "reversal.h"
+#include "samples.h"
+
+namespace pyode {
+inline namespace PYODE_LEVEL {
+namespace compiled {
+
+/// F is the emitted dynamics, G its emitted vector-Jacobian product, M the emitted tableau.
+template <class F, class G, class M>
+class SampleReversal : SideBySide<F>, Blocks<F, kPartsOfSums<G>> {
+  using Sides = SideBySide<F>;
+  using Base = Blocks<F, kPartsOfSums<G>>;
+  using Base::solve;
+  using Sides::D;
+  using Sides::H;
+  using Sides::W;
+  using typename Sides::Counts;
+  using typename Sides::Flags;
+  using typename Sides::Integers;
+  using typename Sides::Numbers;
+  using typename Sides::R;
+  using typename Sides::Steps;
+  using typename Sides::T;
+  using typename Sides::V;
+  using Sums = typename G::Sums;
+  static constexpr int S = M::evaluations;
+  static constexpr int64_t kStepOperations = W * (S * (F::operations + G::operations) + 6 * S * S * D) + 1000;
+
+ public:
+  /// Bytes of workspace.
+  static int64_t workspace(int64_t rows) {
+    CompiledSolve solve = {};
+    solve.rows = rows;
+    return Base(solve).parts * static_cast<int64_t>(sizeof(Sums)) + 64;
+  }
+
+  explicit SampleReversal(CompiledSolve& s) : Base(s) {
+    sums_ = reinterpret_cast<Sums*>((reinterpret_cast<uintptr_t>(solve.workspace) + 63) / 64 * 64);
+  }
+
+  void run() {
+    F::prepare(solve.inputs, fixed_);
+    G::prepare(solve.inputs, adjoint_fixed_);
+    const int64_t steps_a_row = 1 + solve.n_steps / (solve.rows > 0 ? solve.rows : 1);
+    this->for_each_part(kStepOperations / W * steps_a_row, [&](int64_t part) {
+      memset(static_cast<void*>(&sums_[part]), 0, sizeof(Sums));
+      int64_t spent = 0;
+      this->for_each_block(part, [&](int64_t b) { undo_block(b, sums_[part], spent); });
+    });
+    solve.sample.status = this->interruption.stop ? kInterrupted : kSuccess;
+    typename G::Totals totals;
+    G::collect(sums_, this->parts, totals);
+    G::finish(solve.inputs, adjoint_fixed_, totals, solve.gradients);
+  }
+
+ private:
+  /// The rows of a block on their way back. Lanes without a step to undo stand where they are, with a gradient of 0.
+  struct Lanes {
+    V y[D], k[S][D], stages[S][D], gk[S][D], start[D];
+    V lam[D], slope[D];  // gradients of the state and of f, both at the end of the step to undo
+    V first_time;
+    Integers row, step, begin, end, chained;  // step: its index on the tape, -1 for none; [begin, end): its outputs
+    Steps steps;
+  };
+
+  Sums* sums_;
+  typename F::Fixed fixed_;
+  typename G::Fixed adjoint_fixed_;
+  typename F::Timed timed_;
+  typename G::Timed adjoint_timed_;
+
+  void evaluate(V t, const V* y, V* k) const { F::rows(t, y, k, solve.inputs, fixed_, timed_); }
+
+  /// Adds g df/dy to `to`, and g df/dp to the sums.
+  void pull_back(V t, const V* y, const V* g, V* to, Sums& sums) const {
+    V pulled[D];
+    G::rows(t, y, g, pulled, solve.inputs, adjoint_fixed_, adjoint_timed_, sums);
+    for (int d = 0; d < D; ++d) to[d] += pulled[d];
+  }
+
+  /// How many outputs a row has reached.
+  int64_t reached(int64_t row) const { return load_sample({solve.states, solve.rows}, row).output_end; }
+
+  int64_t last_step(int64_t row) const {
+    int64_t n;
+    memcpy(&n, &solve.states[(kWords + 1) * solve.rows + row], sizeof n);
+    return n;
+  }
+
+  const T* gradient_at(int64_t i, int64_t row) const {
+    return static_cast<const T*>(solve.gradient) + (i * solve.rows + row) * D;
+  }
+
+  void undo_block(int64_t b, Sums& sums, int64_t& spent) {
+    Lanes x;
+    memset(static_cast<void*>(&x), 0, sizeof x);
+    const int n = this->valid(b);
+    for (int l = 0; l < W; ++l) {
+      const int64_t row = b * W + (l < n ? l : n - 1);
+      x.row.set(l, row);
+      x.step.set(l, l < n ? last_step(row) : -1);
+      this->set_row(x.y, l, static_cast<const T*>(solve.y0) + row * D);
+      const double t0 = output_time(solve.grid, 0, row);
+      Sample s = {};
+      s.t = s.t1 = t0;
+      x.steps.set(l, s);
+      x.first_time[l] = static_cast<T>(t0);
+      if (l < n)
+        for (int64_t i = reached(row); i < solve.grid.n_times; ++i)
+          for (int d = 0; d < D; ++d) x.lam[d][l] += gradient_at(i, row)[d];
+    }
+    while (load_steps(x)) {
+      if (this->interruption.after(kStepOperations, spent)) return;
+      undo_steps(x, sums);
+    }
+    for (int l = 0; l < n; ++l) {
+      const int64_t row = x.row[l];
+      for (int64_t i = 0, n_start = outputs_at_start(row); i < n_start; ++i)
+        for (int d = 0; d < D; ++d) x.lam[d][l] += gradient_at(i, row)[d];
+      this->get_row(x.lam, l, static_cast<T*>(solve.y0_gradient) + row * D);
+    }
+  }
+
+  /// How many outputs, of those that were reached, are the start itself.
+  int64_t outputs_at_start(int64_t row) const { return start_sample(solve.grid, row).output_end; }
+
+  /// The steps to undo; whether there are any.
+  bool load_steps(Lanes& x) const {
+    bool some = false;
+    for (int l = 0; l < W; ++l) {
+      const int64_t n = x.step[l];
+      if (n < 0) {
+        Sample s = x.steps.get(l);
+        s.dt = 0;  // lam and slope are passed on as they are
+        s.t1 = s.t;
+        x.steps.set(l, s);
+        x.begin.set(l, 0);
+        x.end.set(l, 0);
+        x.chained.set(l, 0);
+        continue;
+      }
+      some = true;
+      const TapeStep& step = solve.steps[n];
+      this->set_row(x.y, l, static_cast<const T*>(solve.tape) + n * D);
+      Sample s = {};
+      s.t = step.t0;
+      s.dt = step.dt;
+      s.t1 = step.t1;
+      x.steps.set(l, s);
+      x.first_time[l] = static_cast<T>(step.first_time);
+      x.begin.set(l, step.output_begin);
+      x.end.set(l, step.output_end);
+      x.chained.set(l, step.chained);
+    }
+    return some;
+  }
+
+  void undo_steps(Lanes& x, Sums& sums) const {
+    const Samples<R>* const s = x.steps.parts;
+    const V dt = this->numbers([&](int h) { return s[h].dt; });
+    V times[S];
+    times[0] = x.first_time;
+    for (int j = 1; j < S; ++j) times[j] = this->stage_times(x.steps, M::c[j - 1]);
+    memcpy(x.stages[0], x.y, sizeof x.y);
+    memset(x.gk, 0, sizeof x.gk);
+    memset(x.start, 0, sizeof x.start);
+    redo_stages<0>(times, dt, x);
+    add_outputs(x, dt);
+    for (int d = 0; d < D; ++d) x.gk[S - 1][d] += x.slope[d];
+    bool sloped = false;
+    for (int d = 0; d < D; ++d) sloped = sloped || any(x.gk[S - 1][d] != 0);
+    const mask_t<V> moving = this->mask([&](int h) { return x.step.parts[h] >= 0; });
+    if (sloped) {
+      V lam[D];
+      memcpy(lam, x.lam, sizeof lam);
+      pull_back(times[S - 1], x.stages[S - 1], x.gk[S - 1], lam, sums);
+      for (int d = 0; d < D; ++d) x.lam[d] = moving ? lam[d] : x.lam[d];
+    }
+    spread_gradient(terms_of<T>(M::a[S - 2], S - 1), dt, x.lam, x.start, x.gk);
+    undo_stages<S - 2>(times, dt, x, sums);
+    // The first evaluation was the last of the step before, or it is undone here.
+    const mask_t<V> chained = this->mask([&](int h) { return x.chained.parts[h] != 0; });
+    V own[D];
+    bool opening = false;
+    for (int d = 0; d < D; ++d) {
+      own[d] = chained ? V{} : x.gk[0][d];
+      opening = opening || any(own[d] != 0);
+      x.slope[d] = chained ? x.gk[0][d] : V{};
+    }
+    if (opening) pull_back(times[0], x.y, own, x.start, sums);
+    for (int d = 0; d < D; ++d) x.lam[d] = moving ? x.start[d] : x.lam[d];
+    for (int l = 0; l < W; ++l)
+      if (x.step[l] >= 0) x.step.set(l, solve.steps[x.step[l]].previous);
+  }
+
+  /// What arrives at the outputs that the steps have passed: of each row one at a time.
+  void add_outputs(Lanes& x, V dt) const {
+    while (true) {
+      Numbers position;
+      V g[D] = {};
+      bool some = false;
+      for (int l = 0; l < W; ++l) {
+        const int64_t i = x.begin[l];
+        position.set(l, 0.5);
+        if (i >= x.end[l]) continue;
+        some = true;
+        const Sample s = x.steps.get(l);
+        const double time = output_time(solve.grid, i, x.row[l]);
+        position.set(l, time == s.t1 ? 1.0 : (time - s.t) / s.dt);
+        this->set_row(g, l, gradient_at(i, x.row[l]));
+        x.begin.set(l, i + 1);
+      }
+      if (!some) return;
+      for (int d = 0; d < D; ++d) x.start[d] += g[d];
+      const auto add = [&](int j, V w) {
+        for (int d = 0; d < D; ++d) x.gk[j][d] = fused_multiply_add(dt * w, g[d], x.gk[j][d]);
+      };
+      for_each_output_weight<M, F>(position, add, add);
+    }
+  }
+
+  /// The gradient of y + dt sum_j w_j k_j goes to y and to every k_j.
+  template <int n>
+  static void spread_gradient(const Terms<T, n>& weights, V dt, const V* g, V* start, V (*gk)[D]) {
+    for (int d = 0; d < D; ++d) start[d] += g[d];
+    for (int i = 0; i < weights.n; ++i) {
+      const V w = dt * broadcast<V>(weights.w[i]);
+      V* const to = gk[weights.at[i]];
+      for (int d = 0; d < D; ++d) to[d] = fused_multiply_add(w, g[d], to[d]);
+    }
+  }
+
+  template <int j>
+  void redo_stages(const V* times, V dt, Lanes& x) const {
+    if constexpr (j > 0) {
+      constexpr auto weights = terms_of<T>(M::a[j - 1], j);
+      for (int d = 0; d < D; ++d)
+        x.stages[j][d] = advance_state(x.y[d], dt, sum_terms<V>(weights, [&](int i) { return x.k[i][d]; }));
+    }
+    if constexpr (j + 1 < S) {
+      evaluate(times[j], x.stages[j], x.k[j]);
+      redo_stages<j + 1>(times, dt, x);
+    }
+  }
+
+  template <int j>
+  void undo_stages(const V* times, V dt, Lanes& x, Sums& sums) const {
+    if constexpr (j > 0) {
+      V g[D] = {};
+      pull_back(times[j], x.stages[j], x.gk[j], g, sums);
+      spread_gradient(terms_of<T>(M::a[j - 1], j), dt, g, x.start, x.gk);
+      undo_stages<j - 1>(times, dt, x, sums);
+    }
+  }
+};
+
+}  // namespace compiled
+}  // namespace PYODE_LEVEL
+}  // namespace pyode
