@@ -15,7 +15,19 @@ import torch
 import pyode
 from pyode.commands.info import describe
 
-SUITES = ("forward", "training", "gradients", "compiled", "large", "implicit", "batch", "ensemble", "twin", "gpu")
+SUITES = (
+    "forward",
+    "methods",
+    "training",
+    "gradients",
+    "compiled",
+    "large",
+    "implicit",
+    "batch",
+    "ensemble",
+    "twin",
+    "gpu",
+)
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -102,7 +102,7 @@ def odeint_adjoint(
     if problem.form.per_sample:
         return _solve_samples(problem, params, t, _configure_samples(problem, *backward))
     config = _configure(func, problem, *backward, warns=not warned and adjoint_params != ())
-    if not config.fused and len(params) < len(found):
+    if len(params) < len(found) and callable((adjoint_options or {}).get("norm")):
         warn(
             "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from "
             "the adjoint pass, and will not appear as a tensor in the adjoint norm."
@@ -248,9 +248,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         ctx.problem, ctx.config, ctx.end, ctx.n_reached = problem, config, solved.end, solved.n_reached
         ctx.adjoint_options = {**config.options, "norm": config.norm}  # where torchdiffeq's users find and replace it
         ctx.save_for_backward(t, solved.ys, *params)
-        end = problem.event_time(solved)
-        ctx.mark_non_differentiable(end)
-        return end, solved.ys
+        return problem.event_time(solved), solved.ys  # the time's gradient is 0, as in torchdiffeq
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops.contract import wide_dtype
 from .errors import warn
 from .methods import Method
 from .methods.external import ScipySolver
@@ -55,7 +56,7 @@ def callbacks_of(
     if unsupported := {name + suffix for name in names if name not in supported}:
         control = " with control='per_sample'" if per_sample else ""
         warn(f"Solver '{method.name}' does not support callbacks {unsupported}{control}")
-    dtype = torch.float64 if method.adaptive else time.dtype
+    dtype = wide_dtype(time.device) if method.adaptive else time.dtype
 
     def wrap(callback: Callable[[Tensor, Any, Tensor], Any]) -> Callback:
         def call(t: float, y: Tensor, dt: float) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops.contract import REAL, Grid, Policy
+from ._ops.contract import REAL, Grid, Policy, clock_device, wide_dtype
 from .errors import InvalidType, InvalidValue, warn
-from .methods import Method
+from .methods import NAMES_IN_WARNINGS, Method
 from .methods.external import ScipySolver
 from .state import Form
 
@@ -76,7 +76,8 @@ def check_options(options: dict[str, Any], method: Method, strict: bool = False)
     if unknown and strict:
         raise InvalidValue(f"options has {', '.join(unknown)}; {method.name} knows {', '.join(sorted(known))}")
     if unknown:
-        warn(f"{method.name}: Unexpected arguments {unknown}; it knows {', '.join(sorted(known))}")
+        name = NAMES_IN_WARNINGS.get(method.name, method.name)
+        warn(f"{name}: Unexpected arguments {unknown}; {method.name} knows {', '.join(sorted(known))}")
 
 
 @dataclass
@@ -160,14 +161,14 @@ def times_until_event(times: Times, options: dict[str, Any]) -> Times:
 
 
 def check_tolerance(tolerance: Any, name: str, form: Form, y0: Tensor) -> float | Tensor:
-    """A number, or a contiguous float64 tensor with one for every number of the state (each half, if complex)."""
+    """A number, or a contiguous tensor of `wide_dtype` with one for every number of the state, twice if complex."""
     if isinstance(tolerance, float) and 0 <= tolerance < math.inf:
         return tolerance
     tolerance = form.spread(tolerance, name)
     if isinstance(tolerance, Tensor) and tolerance.requires_grad:
         raise InvalidValue(f"{name} cannot require gradient; detach it")
     try:
-        each = torch.as_tensor(tolerance, dtype=torch.float64, device=y0.device)
+        each = torch.as_tensor(tolerance, dtype=wide_dtype(y0.device), device=y0.device)
     except (TypeError, ValueError, RuntimeError) as error:
         parts = "" if form.is_tensor else ", or have one for each part of y0, in a structure like y0's"
         raise InvalidType(f"{name} must be a number or a tensor{parts}, not a {type(tolerance).__name__}") from error
@@ -223,6 +224,7 @@ def first_step_from(options: dict[str, Any]) -> float | None:
 
 def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Grid:
     """The output times and the steps and discontinuities that the options prescribe, sorted."""
+    device = clock_device(device)
     values = times.tensor.detach().to(device, torch.float64, copy=True).contiguous()  # the user's may change
     if options.get("step_t") is None and options.get("jump_t") is None:
         return Grid(values)
@@ -241,11 +243,17 @@ def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Gr
     return Grid(values, tensor(stops["step_t"]), tensor(stops["jump_t"]))
 
 
+def numbers_of(times: Any) -> list[float]:
+    """Times that are numbers or a tensor on any device."""
+    times = times.detach().cpu() if isinstance(times, Tensor) else times
+    return torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()
+
+
 def _stops(value: Any, name: str, times: Times) -> list[float]:
     """Those after the start, sorted in time's direction; where each sample has its own, all."""
     if value is None:
         return []
-    values = torch.as_tensor(value, dtype=torch.float64).reshape(-1).tolist()
+    values = numbers_of(value)
     if not all(map(math.isfinite, values)):
         raise InvalidValue(f"options[{name!r}] must be finite")
     if times.tensor.dim() == 2:

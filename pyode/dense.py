@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops.contract import clock_device
 from .compiling import not_compiled
 from .errors import InvalidValue
 from .odeint import pose, solve
@@ -43,7 +44,7 @@ class DenseOutput:
         """
         t = torch.as_tensor(t, dtype=torch.float64) if not isinstance(t, Tensor) else t
         times = t.reshape(-1)
-        values = times.detach().to("cpu", torch.float64).tolist()
+        values = times.detach().cpu().double().tolist()
         low, high = min(self.t0, self.t1), max(self.t0, self.t1)
         if not all(low <= value <= high for value in values):
             raise InvalidValue(f"t must lie between {low:g} and {high:g}, where the solution is known; it is {t}")
@@ -51,12 +52,13 @@ class DenseOutput:
             return self._form.unpack(self._y0.expand(*t.shape, *self._y0.shape), tuple(t.shape))
         places = [min(bisect_left(self._ends, self._sign * value), len(self._ends) - 1) for value in values]
         order = sorted(range(len(values)), key=places.__getitem__)
+        times = times.to(clock_device(self._y0.device), torch.float64)
         rows, i = [self._y0[None][:0]], 0
         while i < len(order):
             j = i
             while j < len(order) and places[order[j]] == places[order[i]]:
                 j += 1
-            rows.append(self._segments[places[order[i]]].sample(times[order[i:j]].to(self._y0.device, torch.float64)))
+            rows.append(self._segments[places[order[i]]].sample(times[order[i:j]]))
             i = j
         back = torch.empty(len(order), dtype=torch.long)
         back[order] = torch.arange(len(order))

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from . import methods
 from ._ops import backend_for
-from ._ops.contract import Grid, Policy, RightHandSide
+from ._ops.contract import Grid, Policy, RightHandSide, wide_dtype
 from .callbacks import callbacks_of
-from .compiled.dynamics import CompiledDynamics, compiled_once
+from .compiled.arguments import WithArgs
+from .compiled.dynamics import CompiledDynamics, compiled_by
 from .compiling import not_compiled
 from .control import (
     CONTROLS,
@@ -52,6 +53,7 @@ from .vmapped import odeint_vmapped, under_vmap
 GRADIENTS = ("direct", "adjoint", "checkpoint")
 GRADIENT_OPTIONS = ("gradient", "checkpoints", "graph_bytes")
 GRAPH_BYTES = 1 << 24  # by default
+STEPS_TRIED = 4  # of a solve that chooses its steps, to find out whether compiling pays
 
 
 @not_compiled
@@ -101,7 +103,7 @@ def odeint(
             states, or "adjoint", `odeint_adjoint`'s; checkpoints, how many states "checkpoint" keeps at most, taking
             steps again (None: all); graph_bytes, how much memory it may spend on graphs that it then need not make
             again (2**24; 0 with checkpoints); params, the tensors that func uses, if it is not to be searched;
-            compile, True to make the solve one native call (see `pyode.compile`).
+            compile, True to make the solve one native call (see `pyode.compile`), "auto" to do so where that is faster.
         event_fn: a function of (t, y) that returns a tensor of one or several numbers: the solve ends where the first
             of them changes its sign. t then has two entries: where the solve starts, and on which side it goes on. A
             solve that starts on an event ends there, unless options has skip_initial_event=True, which waits until it
@@ -128,13 +130,16 @@ def odeint(
         return odeint_vmapped(
             odeint, func, y0, t, options, args, event_fn, rtol=rtol, atol=atol, method=method
         )  # fmt: skip
+    if type(options) is dict and len(options) == 1 and "compile" in options:
+        func, options = compiled_by(options["compile"], func) or func, None
     if type(func) is CompiledDynamics and not options and event_fn is None and not args:
         from .compiled.solve import solve_again  # only those who compile wait for its import
 
         again = solve_again(func, y0, t, rtol, atol, method, lambda y: odeint(func.func, y, t, rtol, atol, method))
         if again is not None:
             return again
-    kind = None if options or event_fn is not None or args else kind_of(func, y0, t, rtol, atol, method)
+    by_loop = not (options or event_fn is not None or args or isinstance(func, CompiledDynamics))
+    kind = kind_of(func, y0, t, rtol, atol, method) if by_loop else None
     idle = None if kind is None else idle_loops.take(kind)
     if idle is not None and callable(func):
         ys = idle.solve(func, y0)
@@ -239,7 +244,7 @@ class Problem:
     first_step: float | None
     callbacks: dict[str, Callback]
     event: Callable[[float, Tensor], Tensor] | None
-    compiled: CompiledDynamics | None = None
+    compiled: CompiledDynamics | WithArgs | None = None
 
     def event_time(self, solved: Solved) -> Tensor:
         """The time at which a solve with an event has ended, as t has times."""
@@ -254,19 +259,18 @@ class Solved:
         ys: the packed states at the output times, [T, *y0.shape], with a graph behind them where gradients are enabled.
         end: where the solve ended: at the last output time, at the event, or where it failed.
         n_reached: how many output times it reached; the states behind them, if any, are all that at the end.
-        loop: what has done it, if a loop has.
+        loop: what has done it, if there was something to do.
     """
 
     ys: Tensor
     end: float
     n_reached: int
     loop: Loop | None = None
-    compiled_last_step: float | None = None
 
     @property
     def last_step(self) -> float | None:
         """The size of the last step, if the method chose it."""
-        return self.compiled_last_step if self.loop is None else self.loop.last_step
+        return None if self.loop is None else self.loop.last_step
 
 
 def pose(
@@ -301,7 +305,7 @@ def pose(
         options = {"max_num_steps": STEPS_TO_EVENT, **options} if found.adaptive else options
     if strict and len(dtypes := {part.dtype for part in form.parts(y0)}) > 1:
         raise InvalidType(f"all of y0 must be of one dtype; it has {', '.join(sorted(map(str, dtypes)))}")
-    compiled = func if isinstance(func, CompiledDynamics) else compiled_once(func) if options.get("compile") else None
+    compiled = compiled_by(options.get("compile"), func)
     if compiled is not None:
         func = compiled.func
     packed = form.pack(y0)
@@ -322,7 +326,7 @@ def pose(
         first_step=first_step_from(options),
         callbacks=callbacks_of(func, found, times.tensor, form.unpack, per_sample=form.per_sample),
         event=None if event_fn is None else event_of(event_fn, args, form, packed.device),
-        compiled=None if args else compiled,
+        compiled=None if compiled is None else compiled.with_args(args),
     )
 
 
@@ -353,9 +357,9 @@ def event_of(event_fn: Any, args: Any, form: Form, device: torch.device) -> Call
     event_fn = with_args(event_fn, args)
 
     def event(t: float, y: Tensor) -> Tensor:
-        value = event_fn(torch.tensor(t, dtype=torch.float64, device=device), form.unpack(y))
-        if not isinstance(value, Tensor) or value.numel() == 0:
-            raise DynamicsError(f"event_fn must return a tensor of one or several numbers, not {value!r}")
+        value = event_fn(torch.tensor(t, dtype=wide_dtype(device), device=device), form.unpack(y))
+        if not isinstance(value, Tensor) or value.numel() == 0 or value.is_complex():
+            raise DynamicsError(f"event_fn must return a tensor of one or several real numbers, not {value!r}")
         return value
 
     return event
@@ -389,16 +393,25 @@ def loop_of(problem: Problem, hooks: Hooks, ends: Tensor | None = None) -> Loop:
     )
 
 
-def compiled_samples(problem: Problem, fail: Callable[[SolveError], None]) -> Loop | None:
-    """The same as one native call, for a per-sample solve that nothing watches; None if that can't be."""
-    if problem.compiled is None or not problem.form.per_sample:
+def compiled_loop(problem: Problem, fail: Callable[[SolveError], None]) -> Loop | None:
+    """The same as one native call, for a solve that nothing watches; None if that can't be, or is not to be."""
+    if problem.compiled is None or (problem.compiled.auto and not compiling_pays(problem)):
         return None
-    from .compiled.samples import sample_loop  # only those who compile wait for its import
+    return _native_loop(problem, fail)
+
+
+def _native_loop(problem: Problem, fail: Callable[[SolveError], None]) -> Loop | None:
+    # Only those who compile wait for the import.
+    from .compiled.samples import sample_loop
+    from .compiled.solve import compiled_loop
+
+    assert problem.compiled is not None
 
     def eagerly(y0: Tensor) -> Tensor:
         return loop_of(replace(problem, y0=y0), Hooks(fail=lambda _: None)).solve(y0, problem.first_step)
 
-    return sample_loop(
+    make: Callable[..., Loop | None] = sample_loop if problem.form.per_sample else compiled_loop
+    return make(
         problem.compiled, problem.form, problem.y0, problem.times, problem.method, problem.rtol, problem.atol,
         problem.policy, problem.grid, problem.options, fail, eagerly,
     )  # fmt: skip
@@ -413,6 +426,26 @@ def norm_by(norm: Callable[[State], Any], form: Form, error: Tensor) -> Any:
             f"it returned {tuple(torch.as_tensor(value).shape)}"
         )
     return value
+
+
+def compiling_pays(problem: Problem) -> bool:
+    """Whether a native call is faster than the eager loop: tried with the first steps of a solve, and remembered.
+
+    As much is tried as is wanted: with gradients, the backward pass too.
+    """
+    compiled, y0 = problem.compiled, problem.y0
+    assert compiled is not None
+    few = replace(problem, options={**problem.options, "compile": "auto"})  # what has options is not solved again
+    if isinstance(problem.method, Tableau) and problem.method.adaptive:
+        few = replace(few, policy=replace(problem.policy, max_num_steps=STEPS_TRIED, count_per_output=False))
+
+    def eager_loop(y: Tensor) -> Loop:
+        return loop_of(replace(few, y0=y), Hooks(fail=lambda _: None))
+
+    def native_loop(y: Tensor) -> Loop | None:
+        return _native_loop(replace(few, y0=y), lambda _: None)
+
+    return compiled.pays(native_loop, eager_loop, y0, (problem.method.name, problem.form.per_sample))
 
 
 def solve(
@@ -440,21 +473,9 @@ def solve(
         solved.end = error.t
         solved.n_reached = sum(times.sign * (t - error.t) <= 0 for t in times.values)
 
-    compiled, form = problem.compiled, problem.form
     watched = problem.event is not None or watch is not None or tape is not None or bool(problem.callbacks)
-    if compiled is not None and not watched and not form.per_sample:
-        from .compiled.solve import solve_compiled
-
-        outcome = solve_compiled(
-            compiled, form, y0, times, problem.method, problem.rtol, problem.atol, problem.policy, problem.grid,
-            problem.first_step, options, fail, lambda y: solve(replace(problem, compiled=None, y0=y)).ys,
-        )  # fmt: skip
-        if outcome is not None:
-            solved.ys, solved.compiled_last_step = outcome
-            return solved
-
     with on_device_of(y0):
-        loop = None if watched else compiled_samples(problem, fail)
+        loop = None if watched else compiled_loop(problem, fail)
         if loop is None:
             loop = loop_of(problem, Hooks(watch=watch, tape=tape, fail=fail, **problem.callbacks))  # type: ignore[arg-type]
         try:

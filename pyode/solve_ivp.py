@@ -23,7 +23,7 @@ from .methods.external import ScipySolver
 from .odeint import (
     GRADIENTS,
     Problem,
-    compiled_samples,
+    compiled_loop,
     loop_of,
     on_device_of,
     parameters_of,
@@ -44,7 +44,7 @@ from .vmapped import solve_ivp_vmapped, under_vmap
 
 # Options that are arguments here, or have no meaning, and what is instead.
 ARGUMENTS = {
-    **{name: name for name in ("control", "first_step", "gradient", "max_num_steps", "params")},
+    **{name: name for name in ("compile", "control", "first_step", "gradient", "max_num_steps", "params")},
     "on_failure": "throw",
     "event_t_max": "t[-1]",
 }
@@ -70,6 +70,7 @@ def solve_ivp(
     throw: bool = True,
     progress: bool = False,
     compact: bool = False,
+    compile: bool | str = False,
     params: Iterable[Tensor] | None = None,
     adjoint_options: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
@@ -103,6 +104,8 @@ def solve_ivp(
         throw: whether a failure raises SolveError when all samples are done; else it is told by the Solution's status.
         progress: whether to show a progress bar: the fraction of time that the slowest sample has covered.
         compact: whether func is called with the rows that still run only, once many are done. args are not cut.
+        compile: True to make the solve one native call (see `pyode.compile`), or "auto" to do so where it is faster;
+            events, dense_output, callbacks, progress and norms of the user's take the eager path.
         params: for gradient="adjoint" and "checkpoint": the tensors to which gradients are wanted beside y0, t and
             those in args; by default those found in func, see `odeint_adjoint`.
         adjoint_options: of the backward solve: rtol, atol, method, and other options; rtol, atol and method are the
@@ -134,7 +137,7 @@ def solve_ivp(
     for name in ARGUMENTS.keys() & options.keys():
         raise InvalidValue(f"options has {name}, which for solve_ivp is the argument {ARGUMENTS[name]}")
     choice: dict[str, Any] = {name: options.pop(name) for name in ("checkpoints", "graph_bytes") if name in options}
-    options["control"] = control
+    options |= {"control": control, "compile": compile}
     if found.adaptive or first_step is not None:
         options["first_step"] = first_step
     if found.adaptive and not isinstance(found, ScipySolver):
@@ -181,7 +184,7 @@ def solve_ivp(
     loops: list[Loop] = []
 
     def carry_out(problem: Problem, tape: Tape | None = None) -> Tensor:
-        loop = None if watched or tape is not None else compiled_samples(problem, failures.append)
+        loop = None if watched or tape is not None else compiled_loop(problem, failures.append)
         if loop is None:
             func = carried_out.func
             loop = loop_of(carried_out if tape is None else replace(problem, func=func), replace(hooks, tape=tape))

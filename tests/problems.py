@@ -81,6 +81,17 @@ linear = ClosedForm(
     5.0,
 )
 
+# A skew-symmetric matrix: its solutions turn and neither grow nor decay.
+_TURN = torch.triu(torch.arange(25, dtype=torch.float64).reshape(5, 5).cos(), 1)
+TURN = 0.3 * (_TURN - _TURN.T)
+turning = ClosedForm(
+    "turning",
+    lambda t, y: y @ TURN.to(y).T,
+    lambda t: torch.linalg.matrix_exp(t * TURN) @ torch.ones(5, dtype=torch.float64),
+    1.0,
+    4.0,
+)
+
 # The cubic spiral of the neural ODE demo has no formula; its radius in the norm |.|_4 has: with y' = y**3 A and
 # A = [[a, b], [-b, a]], the sum q of the fourth powers obeys q' = 4 a sum y_i^6, so for a = 0 it stays as it is.
 SPIRAL = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]], dtype=torch.float64)

@@ -14,6 +14,7 @@ from problems import tensor
 
 import pyode
 from pyode import DynamicsError, InvalidType, InvalidValue, PyodeError, SolveError, Status
+from pyode.methods import NAMES_IN_WARNINGS
 
 Y0 = torch.ones(2)
 T = torch.tensor([0.0, 1.0])
@@ -216,7 +217,9 @@ def test_torchdiffeqs_assertion_for_a_failed_solve_catches_ours():
 def test_unknown_options_are_warned_of_and_ignored(method):
     expected = pyode.odeint(decay, Y0, T, method=method)
     options = {"frist_step": 0.1}
-    with pytest.warns(UserWarning, match=f"{method}: Unexpected arguments.*frist_step.*first_step|step_size") as caught:
+    with pytest.warns(
+        UserWarning, match=f"{NAMES_IN_WARNINGS[method]}: Unexpected arguments.*frist_step.*first_step|step_size"
+    ) as caught:
         assert torch.equal(pyode.odeint(decay, Y0, T, method=method, options=options), expected)
     assert caught[0].filename == __file__  # it points at the caller
     with pytest.warns(UserWarning, match="Unexpected arguments"):

@@ -344,7 +344,7 @@ class TestAnEndOfTheSearch:
                 lambda t, y: -sign * y, y0, sign * tensor(0.0, 1.0), **solve, options=options, **extra,
                 event_fn=lambda t, y: y,
             )  # fmt: skip
-        assert float(time) == sign * 1.5
+        assert float(time.detach()) == sign * 1.5
         assert torch.allclose(states[:, 0], tensor(1.0, math.exp(-1.5)), rtol=1e-3)
         (gradient,) = torch.autograd.grad(states[-1].sum(), y0)
         assert torch.allclose(gradient, states[-1].detach(), rtol=1e-3)
@@ -499,10 +499,28 @@ def test_without_gradients_there_is_no_graph(interface):
 
 
 def test_the_time_of_odeint_itself_carries_no_gradient():
-    for odeint in (pyode.odeint, pyode.odeint_adjoint, torchdiffeq.odeint):
+    for odeint in (pyode.odeint, torchdiffeq.odeint):
         time, states = odeint(Oscillator(), leaf(Y0), leaf(tensor(0.0, 1.0)), event_fn=Level())
         assert not time.requires_grad
         assert states.requires_grad
+
+
+def test_the_time_of_odeint_adjoint_has_a_gradient_of_zeros():
+    for odeint_adjoint in (pyode.odeint_adjoint, torchdiffeq.odeint_adjoint):
+        func, y0 = Oscillator(), leaf(Y0)
+        time, states = odeint_adjoint(func, y0, tensor(0.0, 1.0), event_fn=Level())
+        time.backward(retain_graph=True)
+        assert torch.equal(y0.grad, torch.zeros_like(y0))
+        assert float(func.rate.grad) == 0
+        states[-1].sum().backward()
+        assert bool((y0.grad != 0).all())
+        assert float(func.rate.grad) != 0
+
+
+def test_a_complex_value_is_no_event():
+    y0 = torch.tensor([1.0 + 1.0j], dtype=torch.complex128)
+    with pytest.raises(DynamicsError, match="event_fn must return a tensor of one or several real numbers"):
+        pyode.odeint(lambda t, y: 1j * y, y0, tensor(0.0, 1.0), event_fn=lambda t, y: y.sum())
 
 
 @SIGNS

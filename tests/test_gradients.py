@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -269,3 +271,40 @@ class TestTransforms:
             tangent = forward_ad.unpack_dual(solve(forward_ad.make_dual(x, direction))).tangent
         assert tangent is not None
         assert torch.allclose(tangent, expected, rtol=1e-7, atol=1e-8)  # the difference's own error
+
+
+class Cubic(nn.Module):
+    """A spiral, which notes its first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.tensor([[-0.1, 2.0], [-2.0, -0.1]], dtype=torch.float64))
+        self.steps: list[float] = []
+
+    def forward(self, t, y):
+        return y**3 @ self.matrix
+
+    def callback_step(self, t0, y0, dt):
+        self.steps.append(float(dt.detach()))
+
+
+def first_step_and_gradients(odeint, method: str, options: dict) -> tuple[float, list[Tensor]]:
+    func, y0 = Cubic(), tensor(1.2, 0.3).requires_grad_()
+    y = odeint(func, y0, tensor(0.0, 0.4, 1.0), rtol=1e-4, atol=1e-4, method=method, options=options)
+    return func.steps[0], list(torch.autograd.grad(y.square().sum(), (y0, func.matrix)))
+
+
+@pytest.mark.parametrize(
+    "odeint", [pyode.odeint, partial(pyode.odeint_adjoint, adjoint_options={})], ids=["odeint", "adjoint"]
+)
+@pytest.mark.parametrize("method", [*(name for name, tableau in TABLEAUS.items() if tableau.adaptive), "adams"])
+def test_no_gradient_leaks_into_the_choice_of_the_first_step(method, odeint):
+    size, chosen = first_step_and_gradients(odeint, method, {})
+    _, given = first_step_and_gradients(odeint, method, {"first_step": size})
+    assert all(map(torch.equal, chosen, given))
+
+
+def test_of_torchdiffeq_one_does():
+    size, chosen = first_step_and_gradients(torchdiffeq.odeint, "dopri5", {})
+    _, given = first_step_and_gradients(torchdiffeq.odeint, "dopri5", {"first_step": size})
+    assert not torch.allclose(chosen[0], given[0], rtol=1e-9, atol=0)

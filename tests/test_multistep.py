@@ -142,6 +142,16 @@ def test_below_order_4_they_are_rk4_and_say_so(method, max_order):
         assert torch.allclose(y, pyode.odeint(van_der_pol, Y0, t, method="rk4"), rtol=1e-14)
 
 
+def test_an_implicit_method_may_be_made_explicit():
+    t = torch.linspace(0, 1, 12, dtype=torch.float64)
+    (ours, a), (theirs, b) = both(van_der_pol, Y0, t, method="implicit_adams", options={"implicit": False}, **LOOSE)
+    assert torch.allclose(ours, theirs, rtol=1e-10)
+    assert len(a) == len(b)
+    with torch.no_grad():
+        explicit = pyode.odeint(van_der_pol, Y0, t, method="explicit_adams", **LOOSE)
+    assert torch.allclose(ours, explicit, rtol=1e-14)
+
+
 def test_options_out_of_range():
     t = tensor(0.0, 1.0)
     for module in (pyode, torchdiffeq):
@@ -266,10 +276,30 @@ def test_complex_states(method):
 @METHODS
 def test_in_float32_it_is_torchdiffeqs_to_rounding(method):
     t = torch.linspace(0, 1, 12)
-    (ours, a), (theirs, b) = both(van_der_pol, Y0.float(), t, method=method, **LOOSE)
+    (ours, a), (theirs, b) = both(van_der_pol, Y0.float(), t, method=method, options={"max_order": 10}, **LOOSE)
     assert ours.dtype == torch.float32
     assert len(a) == len(b)
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@METHODS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_in_float32_rounding_does_not_grow_by_default(method, dtype):
+    t = torch.linspace(0, 4, 401)
+    exact = torch.exp(1j * t.double())
+    y0 = torch.tensor([1.0, 0.0]) if dtype == torch.float32 else torch.tensor([1.0 + 0j])
+
+    def turn(t, y):
+        return 1j * y if y.is_complex() else torch.stack([-y[1], y[0]])
+
+    def error(**options) -> float:
+        with torch.no_grad():
+            y = pyode.odeint(turn, y0, t, rtol=1e-5, atol=1e-5, method=method, options=options)
+        return float((y[:, 0].real - exact.real).abs().max())
+
+    assert error() < 1e-4  # 400 steps, each of a few roundings, times what order 9 makes of them
+    if method == "explicit_adams":  # order 11, torchdiffeq's default
+        assert error(max_order=12) > 1
 
 
 @METHODS

@@ -103,9 +103,19 @@ class Policy:
     cautious: bool = False
 
 
+def clock_device(device: torch.device) -> torch.device:
+    """Where times and step sizes live, which are float64: with CUDA states on their device, with others on the host."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """What sums and tolerances are in: float64 where the compiled ops work; not every other device has it."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+
+
 @dataclass
 class Grid:
-    """The times that a solve has to meet, float64, on the state's device: outputs in the direction of integration, the
+    """The times that a solve has to meet, float64, on the `clock_device`: outputs in the direction of integration, the
     others sorted in either.
 
     Args:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy, RightHandSide, largest
+from .contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy, RightHandSide, largest, wide_dtype
 
 __all__ = [
     "AdamsTable",
@@ -264,7 +264,7 @@ def mean_square_errors(
 def _means(layout: Layout, ratio: Tensor) -> list[list[float]]:
     """The mean squares over each segment, of every sample; 0 over an empty one."""
     flat = ratio.detach().abs().reshape(layout.samples, layout.size)
-    flat = flat.to(_wide_float(flat)).square()
+    flat = flat.to(wide_dtype(flat.device)).square()
     return [
         flat[:, begin:end].mean(1).tolist() if end > begin and layout.samples else [0.0] * layout.samples
         for begin, end in zip(layout.segments, layout.segments[1:])
@@ -362,7 +362,7 @@ class Controller:
 
     def put_norm(self, norm: Tensor | float, slot: int = 0) -> None:
         """See native.Controller.put_norm."""
-        self._means[slot] = torch.as_tensor(norm).double().square().reshape(-1).tolist()
+        self._means[slot] = torch.as_tensor(norm).detach().to("cpu", torch.float64).square().reshape(-1).tolist()
 
     def finish(self, which: Tensor, status: int) -> None:
         """See native.Controller.finish."""
@@ -523,11 +523,6 @@ class Controller:
             if reached and sign * (s.t1 - stop) >= 0:
                 s.t1, s.dt = stop, stop - s.t
         s.on_jump = int(s.t1 == jump_t)
-
-
-def _wide_float(x: Tensor) -> torch.dtype:
-    """Norms are summed in float64 where the device has it."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 class Interpolant:

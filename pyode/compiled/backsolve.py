@@ -12,12 +12,13 @@ from ..gradients.backsolve import BacksolveConfig, backwards
 from ..methods import Tableau
 from ..solution import Stats
 from ..state import Form
+from .arguments import WithArgs
 from .dynamics import CompiledDynamics
 from .solve import error_of
 
 
 def backsolve_compiled(
-    compiled: CompiledDynamics,
+    compiled: CompiledDynamics | WithArgs,
     form: Form,
     times: Times,
     config: BacksolveConfig,
@@ -59,7 +60,7 @@ def backsolve_compiled(
     wanted = tuple(places[id(p)] for p in params if id(p) in places)
     # What was computed from parameters outside of func leads to them by its graph only.
     direct = all(x.is_leaf or i in wanted for i, x in enumerate(entry.inputs) if x.requires_grad)
-    if not direct or any(entry.inputs[i].dtype != ys.dtype for i in wanted):
+    if not direct or len(places) < len(entry.inputs) or any(entry.inputs[i].dtype != ys.dtype for i in wanted):
         return None
     library = compiled.backsolving(entry, wanted)
     if library is None:

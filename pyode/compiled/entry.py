@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import copy
 from threading import RLock
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import CompileError
 from ..methods import Tableau
@@ -30,7 +32,7 @@ class Entry:
 
     Attributes:
         rows: whether rows are computed side by side; otherwise the state is one row.
-        inputs: the tensors that func has closed over, read at every solve.
+        origin: the entry of which this is a copy with other tensors in `args`, or itself.
         source: the C++.
         seconds: how long it took to trace and to compile.
         operators: the names of the ATen operators.
@@ -58,12 +60,13 @@ class Entry:
                     raise
                 lowered = self._lower(func, shapes, is_tuple, dtype, rows=False)
         self._method, self._shapes, self._dtype = method, shapes, dtype
-        self.inputs = lowered.inputs
-        self._forms = [(x.dtype, x.shape) for x in self.inputs]
+        self._inputs, self._given = lowered.inputs, dict[int, Tensor]()
+        self.origin = self
+        self._forms = [(x.dtype, x.shape) for x in self._inputs]
         self._dynamics = Dynamics(lowered.outputs, dtype, self.rows, own_times=per_sample)
         self._check_stack(self._dynamics)
         self.source = solver_source(self._dynamics, method, per_sample=per_sample)
-        self.library = Library(self.source)
+        self._plain: list[Library] = []  # none or one
         self._trained: dict[tuple[int, ...], Library] = {}
         self._backsolving: dict[tuple[int, ...], Library] = {}
         self._adjoints: dict[tuple[int, ...], Dynamics] = {}
@@ -81,20 +84,53 @@ class Entry:
         ]
         return Lowering(traced, dtype, rows, own_times=self._per_sample)
 
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that func uses, read at every solve."""
+        return [self._given.get(id(x), x) for x in self._inputs] if self._given else self._inputs
+
+    def given(self, tensors: dict[int, Tensor]) -> Entry:
+        """The same for other tensors in `args`, by the ids of those that were traced in their places."""
+        other = copy(self)
+        other._given = tensors
+        return other
+
+    @property
+    def library(self) -> Library:
+        """A library that solves: the last one with a gradient, if there is one."""
+        if self._trained:
+            return next(reversed(self._trained.values()))
+        if not self._plain:
+            with _tracing:
+                self._plain.append(self._build(self.source))
+        return self._plain[0]
+
+    @property
+    def libraries(self) -> list[Library]:
+        """All that there are."""
+        return [*self._plain, *self._trained.values(), *self._backsolving.values()]
+
+    def _build(self, source: str, gradient: bool = False) -> Library:
+        began = time.perf_counter()
+        library = Library(source, gradient)
+        self.origin.source = source
+        self.origin.seconds += time.perf_counter() - began
+        return library
+
     def trained(self, wanted: tuple[int, ...]) -> Library:
         """The library that has the gradient too, with respect to the state and to some of the inputs."""
         if wanted not in self._trained:
             with _tracing:
-                self.source = solver_source(self._dynamics, self._method, self._adjoint(wanted), self._per_sample)
-                self._trained[wanted] = Library(self.source, gradient=True)
+                source = solver_source(self._dynamics, self._method, self._adjoint(wanted), self._per_sample)
+                self._trained[wanted] = self._build(source, gradient=True)
         return self._trained[wanted]
 
     def backsolving(self, wanted: tuple[int, ...]) -> Library:
         """The library of the continuous adjoint's backward solve, likewise."""
         if wanted not in self._backsolving:
             with _tracing:
-                self.source = backsolve_source(self._dynamics, self._method, self._adjoint(wanted))
-                self._backsolving[wanted] = Library(self.source)
+                source = backsolve_source(self._dynamics, self._method, self._adjoint(wanted))
+                self._backsolving[wanted] = self._build(source)
         return self._backsolving[wanted]
 
     def _check_stack(self, *dynamics: Dynamics) -> None:
@@ -107,9 +143,9 @@ class Entry:
     def _adjoint(self, wanted: tuple[int, ...]) -> Dynamics:
         """The vector-Jacobian product."""
         if wanted not in self._adjoints:
-            inputs, times = [self.inputs[i] for i in wanted], self._per_sample
+            inputs, times = [self._inputs[i] for i in wanted], self._per_sample
             traced = trace_vjp(self._traced, self._shapes, self._dtype, self.rows, inputs, times)
-            lowered = Lowering(traced, self._dtype, self.rows, totals=True, inputs=self.inputs, own_times=times)
+            lowered = Lowering(traced, self._dtype, self.rows, totals=True, inputs=self._inputs, own_times=times)
             adjoint = Dynamics(lowered.outputs, self._dtype, self.rows, lowered.gradients, times)
             self._check_stack(self._dynamics, adjoint)
             self._adjoints[wanted] = adjoint
@@ -117,7 +153,7 @@ class Entry:
 
     def fits(self) -> bool:
         """Whether the inputs are still of their shapes and dtypes."""
-        return all(x.dtype is dtype and x.shape == shape for x, (dtype, shape) in zip(self.inputs, self._forms))
+        return all(x.dtype is dtype and x.shape == shape for x, (dtype, shape) in zip(self._inputs, self._forms))
 
     def rows_of(self, shape: torch.Size) -> int:
         """How many rows a state has whose first part has this shape."""

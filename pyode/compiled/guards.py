@@ -17,15 +17,37 @@ class Guards:
 
     Looked at are the identity of parameters, buffers and all tensors in attributes and closures; modules' and other
     objects' plain attributes, training flags among them; the contents of closure cells; and what these refer to. Global
-    variables are not.
+    variables are not, nor are counters: integers in attributes that func itself has changed while it was traced.
+
+    Args:
+        func: the user's, as it is after it was called.
+        before: guards made before it was called.
     """
 
-    def __init__(self, func: Any) -> None:
+    def __init__(self, func: Any, before: Guards | None = None) -> None:
         self._attributes: list[tuple[Any, Any]] = []  # containers and copies of them
+        self._counters: dict[int, set[Any]] = {}  # by the container's id, the keys
+        self._counting: set[int] = set()  # ids of closure cells that count
         self._items: list[tuple[Any, Any, Any]] = []  # a container, a key, the very object that is to be there
         self._cells: list[tuple[types.CellType, Any]] = []
         self._seen: set[int] = set()
         self._visit(func, _DEEPEST)
+        if before is not None:
+            self._find_counters(before)
+
+    def _find_counters(self, before: Guards) -> None:
+        known = {id(container): copy for container, copy in before._attributes}
+        for container, now in self._attributes:
+            then = _entries(known.get(id(container)))
+            keys = {key for key, value in _entries(now).items() if _is_counted(then.get(key), value)}
+            keys |= before._counters.get(id(container), set())
+            if keys:
+                self._counters[id(container)] = keys
+        values = {id(cell): value for cell, value in before._cells}
+        self._counting = before._counting | {
+            id(cell) for cell, value in self._cells if _is_counted(values.get(id(cell)), value)
+        }
+        self._cells = [(cell, value) for cell, value in self._cells if id(cell) not in self._counting]
 
     def hold(self) -> bool:
         """Whether nothing has changed."""
@@ -37,11 +59,17 @@ class Guards:
                 if cell.cell_contents is not value:
                     return False
             for now, before in self._attributes:
-                if now != before:
+                if now != before and not self._only_counted(now, before):
                     return False
         except (KeyError, IndexError, RuntimeError, ValueError):  # gone, or a comparison of tensors
             return False
         return True
+
+    def _only_counted(self, now: Any, before: Any) -> bool:
+        """Whether nothing but counters differs."""
+        keys = self._counters.get(id(now), ())
+        blank = dict.fromkeys(keys)
+        return bool(keys) and {**_entries(now), **blank} == {**_entries(before), **blank}
 
     def _visit(self, value: Any, depth: int) -> None:
         if depth == 0 or id(value) in self._seen or isinstance(value, (Tensor, type, str, bytes, int, float)):
@@ -77,3 +105,14 @@ class Guards:
             self._attributes.append((value, value.copy()))
         for _, item in items:
             self._visit(item, depth - 1)
+
+
+def _entries(container: Any) -> dict[Any, Any]:
+    """What a dict or list holds, by key or place."""
+    return (
+        container if isinstance(container, dict) else dict(enumerate(container)) if isinstance(container, list) else {}
+    )
+
+
+def _is_counted(then: Any, now: Any) -> bool:
+    return type(then) is int and type(now) is int and then != now

@@ -16,6 +16,7 @@ from ..errors import SolveError, Status
 from ..methods import Method, Tableau
 from ..solution import SampleStats, Stats
 from ..state import Form
+from .arguments import WithArgs
 from .dynamics import CompiledDynamics
 from .native import Plan, RowStates, Solve, Tape
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def sample_loop(
-    compiled: CompiledDynamics,
+    compiled: CompiledDynamics | WithArgs,
     form: Form,
     y0: Tensor,
     times: Times,
@@ -55,7 +56,7 @@ def sample_loop(
     if entry is None or (torch.is_grad_enabled() and times.tensor.requires_grad):
         return None
     recorded = torch.is_grad_enabled() and (y0.requires_grad or any(x.requires_grad for x in entry.inputs))
-    library = compiled.trained(entry) if recorded else entry.library
+    library = compiled.library(entry, recorded)
     if library is None:
         return None
 
@@ -71,6 +72,11 @@ class CompiledSamples:
     last_step = None
     _solve: Solve | None = None  # as it has ended
     _states: RowStates
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that func uses."""
+        return self._entry.inputs
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from ..solution import Stats
 from ..state import Form
 from ..stepping.course import stage_times
 from ..stepping.fixed_grid import grid_of
+from .arguments import WithArgs
 from .dynamics import CompiledDynamics
 from .native import Plan, Solve, Tape
 
@@ -72,7 +73,7 @@ def solve_again(
         return None
     entry, plan = last.entry, last.plan
     if _is_recorded(y0, t, entry):
-        if t.requires_grad or plan.library is not compiled.trained(entry):
+        if t.requires_grad or plan.library is not compiled.library(entry, True):
             return None
         ys, solve = _recorded(plan, last.rows, entry, eagerly, y0)
     elif plan.library is entry.library:
@@ -92,8 +93,8 @@ def _is_recorded(y0: Tensor, t: Tensor, entry: Entry) -> bool:
     )
 
 
-def solve_compiled(
-    compiled: CompiledDynamics,
+def compiled_loop(
+    compiled: CompiledDynamics | WithArgs,
     form: Form,
     y0: Tensor,
     times: Times,
@@ -102,12 +103,11 @@ def solve_compiled(
     atol: float | Tensor,
     policy: Policy,
     grid: Grid,
-    first_step: float | None,
     options: dict[str, Any],
     fail: Callable[[SolveError], None],
     eagerly: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, float | None] | None:
-    """The states at the output times, [T, *y0.shape], and the size of the last step; None if a loop has to do it.
+) -> CompiledLoop | None:
+    """The solve, about to be done; None if a loop has to do it.
 
     That is where a norm is the user's, a method is not an explicit Runge-Kutta method, gradients of times are wanted,
     the state is not on the CPU or empty, or func can't be compiled. Where gradients are wanted, the states are one node
@@ -115,6 +115,7 @@ def solve_compiled(
     """
     if (
         not isinstance(method, Tableau)
+        or not (form.is_tensor or form.is_tuple)
         or options.get("norm") is not None
         or y0.device.type != "cpu"
         or y0.numel() == 0
@@ -125,7 +126,7 @@ def solve_compiled(
     if entry is None or (torch.is_grad_enabled() and times.tensor.requires_grad):
         return None
     recorded = _is_recorded(y0, times.tensor, entry)
-    library = compiled.trained(entry) if recorded else entry.library
+    library = compiled.library(entry, recorded)
     if library is None:
         return None
     steps = None
@@ -135,25 +136,65 @@ def solve_compiled(
         times_of_stages = stage_times(ends, abscissae, y0.dtype, times.sign, bool(options.get("perturb", False)))
         steps = ends, torch.cat([times_of_stages, ends[1:, None].to(y0.dtype)], 1)
     rows = entry.rows_of(form.shapes[0])
-    plan = library.plan(
-        y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, steps, options.get("interp") == "cubic"
-    )
-    if recorded:
-        ys, solve = _recorded(plan, rows, entry, eagerly, y0)
-    else:
-        ys, solve = plan.run(y0, entry.inputs)
+    cubic = options.get("interp") == "cubic"
+
+    def plan(first_step: float | None) -> Plan:
+        return library.plan(y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, steps, cubic)
+
+    key = None
     if not (form.is_tuple or options or steps) and type(rtol) is float and type(atol) is float:
         key = (y0.shape, y0.dtype, rtol, atol, None if method.name == DEFAULT else method.name)
-        compiled.last = Prepared(key, times.tensor, times.tensor._version, rows, entry, plan)
-    sample = solve.sample
-    stats: Stats | None = options.get("stats")
-    if stats is not None:
-        stats.n_f_evals += solve.evaluations
-        stats.n_accepted += sample.n_accepted
-        stats.n_rejected += sample.n_rejected
-    if sample.status != _SUCCESS:
-        fail(error_of(solve))
-    return ys, abs(sample.dt_prev) if method.adaptive else None
+    return CompiledLoop(compiled, plan, entry, rows, times.tensor, method, key, recorded, fail, eagerly)
+
+
+class CompiledLoop:
+    """A loop for a whole state that takes one step at a time: one native call."""
+
+    last_step: float | None = None
+    _solve: Solve | None = None  # as it has ended
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that func uses."""
+        return self._entry.inputs
+
+    def __init__(
+        self,
+        compiled: CompiledDynamics | WithArgs,
+        plan: Callable[[float | None], Plan],
+        entry: Entry,
+        rows: int,
+        t: Tensor,
+        method: Tableau,
+        key: tuple[Any, ...] | None,
+        recorded: bool,
+        fail: Callable[[SolveError], None],
+        eagerly: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._compiled, self._plan, self._entry, self._rows, self._t = compiled, plan, entry, rows, t
+        self._method, self._key, self._recorded, self._fail, self._eagerly = method, key, recorded, fail, eagerly
+
+    def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
+        """Returns the states at the output times, [T, *y0.shape]."""
+        plan, entry = self._plan(first_step), self._entry
+        if self._recorded:
+            ys, self._solve = _recorded(plan, self._rows, entry, self._eagerly, y0)
+        else:
+            ys, self._solve = plan.run(y0, entry.inputs)
+        if self._key is not None:
+            self._compiled.last = Prepared(self._key, self._t, self._t._version, self._rows, entry, plan)
+        sample = self._solve.sample
+        self.last_step = abs(sample.dt_prev) if self._method.adaptive else None
+        if sample.status != _SUCCESS:
+            self._fail(error_of(self._solve))
+        return ys
+
+    def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
+        """Adds the solve's counts."""
+        if stats is not None and self._solve is not None:
+            stats.n_f_evals += self._solve.evaluations
+            stats.n_accepted += self._solve.sample.n_accepted
+            stats.n_rejected += self._solve.sample.n_rejected
 
 
 def _recorded(

@@ -22,7 +22,7 @@ from torch import Tensor
 from .._ops import backend_for
 from .._ops.autograd import plain
 from .._ops.contract import Policy
-from ..control import Times, grid_from
+from ..control import Times, grid_from, numbers_of
 from ..methods import Method
 from ..solution import Stats
 from ..state import Dynamics, Form, Func
@@ -72,12 +72,11 @@ def backwards(times: Times, options: dict[str, Any]) -> tuple[Times, dict[str, A
     ends = Times(times.tensor.detach()[[-1, 0]], [values[-1], values[0]])
     options = dict(options)
     jumps = options.get("jump_t")
-    jumps = [] if jumps is None else torch.as_tensor(jumps, dtype=torch.float64).reshape(-1).tolist()
+    jumps = [] if jumps is None else numbers_of(jumps)
     options["jump_t"] = [*jumps, *(v for v in values[1:-1] if v not in jumps)]
     stops = options.get("step_t")
     if stops is not None:
-        stops = torch.as_tensor(stops, dtype=torch.float64).reshape(-1).tolist()
-        options["step_t"] = [v for v in stops if v not in values]
+        options["step_t"] = [v for v in numbers_of(stops) if v not in values]
     return ends, options
 
 

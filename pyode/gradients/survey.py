@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from ..errors import warn
 
@@ -33,19 +34,14 @@ class Survey:
             k: what func returned.
             inputs: what it was given.
         """
-        known = {id(x) for x in (*self.listed, *inputs)}
-        stops = {x.grad_fn for x in (*self.listed, *inputs) if x.grad_fn is not None}
-        sizes, leaves = {x.data_ptr(): x.nbytes for x in inputs}, {x.data_ptr() for x in self.listed}
+        known = {get_gradient_edge(x).node for x in (*self.listed, *inputs) if x.requires_grad}
+        sizes = {x.data_ptr(): x.nbytes for x in inputs}
         suspects: list[Tensor] = []
-        for node in _nodes(k, stops):
-            variable = getattr(node, "variable", None)
-            if variable is None:
+        for node in _nodes(k, known):
+            if hasattr(node, "variable"):
+                suspects.append(node.variable)
+            else:
                 sizes.update((x.data_ptr(), x.untyped_storage().nbytes()) for x in _saved(node))
-                continue
-            if not any(variable is x for x in inputs):
-                leaves.add(variable.data_ptr())
-            if id(variable) not in known:
-                suspects.append(variable)
         before, self._suspects = self._suspects, suspects
         if suspects and self.warns:
             if before is None:
@@ -58,7 +54,8 @@ class Survey:
                         "func, pass it in args, or name it in params. If its gradient is not wanted, detach it."
                     )
                     break
-        return sum(size for address, size in sizes.items() if address not in leaves)
+        there = {x.data_ptr() for x in (*self.listed, *suspects)}
+        return sum(size for address, size in sizes.items() if address not in there)
 
 
 def _nodes(k: Tensor, stops: set[Any]) -> Iterator[Any]:

@@ -6,6 +6,7 @@ The loops that carry out the kinds of methods are in `stepping/`.
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from typing import Protocol
 
 from ..errors import InvalidValue
@@ -72,10 +73,18 @@ METHODS: dict[str, Method] = {
     "adams": variable_adams,
     "explicit_adams": explicit_adams,
     "implicit_adams": implicit_adams,
-    "fixed_adams": implicit_adams,  # its old name
+    "fixed_adams": replace(implicit_adams, name="fixed_adams"),  # its old name
     "scipy_solver": scipy_solver,
 }
 DEFAULT = dopri5.name
+# What torchdiffeq calls their solvers in a warning, which programs may filter by its beginning.
+NAMES_IN_WARNINGS = {
+    "dopri8": "Dopri8Solver", "dopri5": "Dopri5Solver", "tsit5": "Tsit5Solver", "bosh3": "Bosh3Solver",
+    "fehlberg2": "Fehlberg2", "adaptive_heun": "AdaptiveHeunSolver", "euler": "Euler", "midpoint": "Midpoint",
+    "heun2": "Heun2", "heun3": "Heun3", "rk4": "RK4", "explicit_adams": "AdamsBashforth",
+    "implicit_adams": "AdamsBashforthMoulton", "fixed_adams": "AdamsBashforthMoulton",
+    "scipy_solver": "ScipyWrapperODESolver",
+}  # fmt: skip
 
 
 def find(name: str | None, argument: str = "method") -> Method:
@@ -93,4 +102,14 @@ def find(name: str | None, argument: str = "method") -> Method:
     raise InvalidValue(f"{argument} must be one of {', '.join(METHODS)}, not {name!r}{hint}")
 
 
-__all__ = ["DEFAULT", "IMPLICIT", "METHODS", "TABLEAUS", "ImplicitTableau", "Method", "Tableau", "find"]
+__all__ = [
+    "DEFAULT",
+    "IMPLICIT",
+    "METHODS",
+    "NAMES_IN_WARNINGS",
+    "TABLEAUS",
+    "ImplicitTableau",
+    "Method",
+    "Tableau",
+    "find",
+]

@@ -8,6 +8,7 @@ from functools import cache
 
 LOWEST_ORDER = 4  # below, steps are those of rk4
 HIGHEST_ORDER = 12
+HIGHEST_EXPLICIT_IN_FLOAT32 = 10  # by default: above, rounding errors grow from step to step, however short these are
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class FixedAdams:
     order: int = HIGHEST_ORDER
     adaptive: bool = False
     one_step: bool = False
-    options: frozenset[str] = frozenset(["max_order", "max_iters"])
+    options: frozenset[str] = frozenset(["max_order", "max_iters", "implicit"])
 
 
 @cache

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._ops import autograd, backend_of, reference
-from .._ops.contract import Grid, Layout, Policy, RightHandSide
+from .._ops.contract import Grid, Layout, Policy, RightHandSide, clock_device
 from ..control import Times
 from ..errors import SolveError, Status
 from ..methods.adams import Row, VariableAdams, Weights
@@ -64,7 +64,7 @@ class AdamsLoop:
             step_t.append(times.values[-1])
         # In the direction of time, each with whether it is a discontinuity.
         self._stops = sorted((times.sign * t, is_jump) for ts, is_jump in ((step_t, False), (jump_t, True)) for t in ts)
-        self._unit = torch.ones(1, dtype=torch.float64, device=layout.device)
+        self._unit = torch.ones(1, dtype=torch.float64, device=clock_device(layout.device))
         self.t = times.values[0]
         self._status = Status.RUNNING
         self.n_accepted = self.n_rejected = self.n_steps = 0  # the last since the last output
@@ -160,7 +160,7 @@ class AdamsLoop:
         if hooks.step is not None:
             hooks.step(self.t, y, abs(size))
         formulas = self.method.formulas(tuple([h / size for h in self._sizes[:k]]), k)
-        dt = torch.full((1,), size, dtype=torch.float64, device=self.layout.device)
+        dt = torch.full((1,), size, dtype=torch.float64, device=self._unit.device)
         step = AdamsSegment(self.layout, self.t, self._t1, size, y, [], dt, formulas, self._shift)
         time = self._end_of(step)
         predicted = self._combine(step.formulas.predictor, y, fs, step.dt)

@@ -65,7 +65,7 @@ class Course:
 
     Attributes:
         dynamics, layout, ops, quadrature: as AdaptiveLoop's.
-        grid: [N] float64 times of the steps' ends, on the state's device; with a graph where times carry a gradient.
+        grid: [N] float64 times of the steps' ends, on the `clock_device`; with a graph where times carry a gradient.
         sign: +1 where time runs forwards, -1 where backwards.
         perturb: whether func sees a step's start just behind it and its end just before it.
         options: the user's.
@@ -111,7 +111,8 @@ class Course:
 
     def stage_times(self, abscissae: tuple[float, ...]) -> Tensor:
         """See `stage_times`."""
-        return stage_times(self.grid, abscissae, self.layout.real_dtype, self.sign, self.perturb)
+        times = stage_times(self.grid, abscissae, self.layout.real_dtype, self.sign, self.perturb)
+        return times.to(self.layout.device)
 
     def combine(self, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
         """Returns y + dt sum_j w_j k_j, with a graph behind it where gradients are enabled."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._ops import backend_of, reference
-from .._ops.contract import Layout, RightHandSide
+from .._ops.contract import Layout, RightHandSide, clock_device
 from ..control import ENDLESS, Times, number_from
 from ..errors import InvalidType, InvalidValue, SolveError, Status
 from ..methods import ImplicitTableau, Method, Tableau
@@ -185,7 +185,7 @@ class FixedGridLoop:
 
     def _course(self, y0: Tensor, moving: bool) -> Course:
         grid = self.grid if moving else self.grid.detach()
-        grid = grid.to(y0.device, torch.float64)
+        grid = grid.to(clock_device(y0.device)).double()
         return Course(
             self.dynamics,
             self.layout,

@@ -106,7 +106,7 @@ class ImplicitSteps:
     def _size(self, y: Tensor, dt: Tensor, x: Tensor) -> Tensor:
         """What an error of x is measured by: the largest number of y, or of dt k, in the same part, over dt."""
         moved = x.view(-1, sum(self.parts)).abs().amax(0)
-        sizes = torch.maximum(self._vector([y]).abs() / dt.abs().to(self.dtype), moved)
+        sizes = torch.maximum(self._vector([y]).abs() / dt.abs().to(y.device, self.dtype), moved)
         largest = [part.amax().expand_as(part) if len(part) else part for part in torch.split(sizes, self.parts)]
         return torch.cat(largest).clamp_min(torch.finfo(self.dtype).tiny).repeat(len(x) // len(sizes))
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._ops import reference
 from ..control import number_from
 from ..methods import TABLEAUS
-from ..methods.multistep import HIGHEST_ORDER, LOWEST_ORDER, FixedAdams, bashforth, moulton
+from ..methods.multistep import (
+    HIGHEST_EXPLICIT_IN_FLOAT32,
+    HIGHEST_ORDER,
+    LOWEST_ORDER,
+    FixedAdams,
+    bashforth,
+    moulton,
+)
 from .course import Course, ExplicitSteps, Increment, Taken
 
 
@@ -20,15 +28,18 @@ class AdamsSteps:
     def __init__(self, method: FixedAdams, course: Course) -> None:
         self.course = course
         self.start = ExplicitSteps(TABLEAUS["rk4"], course)
-        max_order = int(number_from(course.options, "max_order", HIGHEST_ORDER, 1, HIGHEST_ORDER))
+        implicit = method.implicit and bool(course.options.get("implicit", True))
+        exact = implicit or course.layout.real_dtype is torch.float64
+        default = HIGHEST_ORDER if exact else HIGHEST_EXPLICIT_IN_FLOAT32
+        max_order = int(number_from(course.options, "max_order", default, 1, HIGHEST_ORDER))
         if max_order < LOWEST_ORDER:
             warnings.warn(f"max_order is below {LOWEST_ORDER}, so the solver reduces to `rk4`.", stacklevel=2)
         self.most = max_order - 1
-        self.grid_steps = course.grid_steps(course.stage_times((0.0, 1.0)), method.implicit)
+        self.grid_steps = course.grid_steps(course.stage_times((0.0, 1.0)), implicit)
         orders = range(1, self.most + 1)
         # Over f at a step's end and the values of f before it.
         self.predictors = tuple((0.0, *bashforth(n)) for n in orders)
-        self.correctors = tuple(moulton(n + 1) for n in orders) if method.implicit else ()
+        self.correctors = tuple(moulton(n + 1) for n in orders) if implicit else ()
         max_iters = int(number_from(course.options, "max_iters", 4, 1))
         table = reference.AdamsTable if isinstance(self.grid_steps, reference.GridSteps) else course.ops.AdamsTable
         self.table = table(self.predictors, self.correctors, max_iters)

@@ -172,7 +172,7 @@ class AdamsSegment:
 def weighted(layout: Layout, weights: Tensor, y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
     """Returns y + dt sum_j w_j k_j for weights [..., n], with their gradients and dt's: [..., *state]."""
     each = (dt.to(weights) * weights).to(y.device, layout.real_dtype).unbind(-1)
-    return sum((w.reshape(*w.shape, *[1] * y.dim()) * k for w, k in zip(each, ks)), y)
+    return sum((w.reshape((*w.shape, *[1] * y.dim())) * k for w, k in zip(each, ks)), y)
 
 
 def unmoved(y: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:

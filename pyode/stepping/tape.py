@@ -107,8 +107,9 @@ class Tape:
         if n % self._stride == 0:
             self.states[n] = y
         if self.recorder is not None:
+            at_end = len(self.recorder.recent) > self.n_stages
             step.evaluations.extend(self.recorder.take(self.n_stages))
-            self.last = self.recorder.recent[:]
+            self.last = self.recorder.recent[:] if at_end else []
         self.steps.append(step)
         self.end = y1
 
