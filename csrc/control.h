@@ -1,4 +1,5 @@
-// A control op for one sample: what cpu/control.cpp loops over and cuda/control.cu gives to a thread.
+// A control op for one sample, or for the samples in a vector's lanes: what cpu/control.cpp loops over and
+// cuda/control.cu gives to a thread.
 #pragma once
 
 #include "ops.h"
@@ -6,43 +7,89 @@
 namespace pyode {
 inline namespace PYODE_LEVEL {
 
-/// The largest root mean square of the segments for sample b; `means` as error_norm left them.
-PYODE_HD double norm_of(const Control& op, const double* means, int64_t b) {
-  double largest = 0;
+/// The largest root mean square of the segments for the samples from b on; `means` as error_norm left them.
+template <class R>
+PYODE_HD R norm_of(const Control& op, const double* means, int64_t b) {
+  R largest = {};
   for (int64_t s = 0; s < op.n_segments; ++s) {
-    double mean = 0;
-    for (int64_t p = 0; p < op.parts; ++p) mean += means[(s * op.parts + p) * op.state.samples + b];
+    R mean = {};
+    for (int64_t p = 0; p < op.parts; ++p) {
+      R part;
+      memcpy(&part, &means[(s * op.parts + p) * op.state.samples + b], sizeof part);
+      mean += part;
+    }
     largest = larger(mean, largest);
   }
-  return sqrt(largest);
+  return math::sqrt(largest);
+}
+
+/// The times of the stages of the steps planned, each [B], for the samples from b on.
+template <class T, class R>
+PYODE_HD void write_stage_times(const Control& op, const Samples<R>& s, int64_t b) {
+  T* out = static_cast<T*>(op.stage_times) + b;
+  for (int i = 0; i < op.n_times; ++i, out += op.state.samples) {
+    if constexpr (!is_vector<R>) {
+      *out = stage_time<T>(s, op.c[i]);
+#if defined(PYODE_VECTORS)
+    } else if constexpr (std::is_floating_point<T>::value) {
+      const auto times = stage_time<Vector<T, sizeof(T) * lanes<R>>>(s, op.c[i]);
+      memcpy(out, &times, sizeof times);
+#endif
+    } else {
+      for (int l = 0; l < lanes<R>; ++l) {
+        Sample one = {};
+        one.t = s.t[l], one.t1 = s.t1[l], one.dt = s.dt[l];
+        out[l] = stage_time<T>(one, op.c[i]);
+      }
+    }
+  }
+}
+
+/// Judges the step just tried by the samples from b on, plans the next one, and returns their flags.
+template <class T, class R>
+PYODE_HD counts_t<R> control_step(const Control& op, int64_t b) {
+  counts_t<R> samples = spread_count<R>(b);
+  for (int l = 1; l < lanes<R>; ++l) math::set_lane(samples, l, b + l);
+  Samples<R> s = load_sample<R>(op.state, b);
+  const flags_t<R> was_on_jump = s.on_jump != 0;
+  judge_step(s, op.policy, op.grid, samples, norm_of<R>(op, op.means, b));
+  plan_step(s, op.policy, op.grid, samples);
+  write_stage_times<T>(op, s, b);
+  store_sample(op.state, b, s);
+  return flags_of(s, was_on_jump);
+}
+
+/// Carries out one of the phases of the first step for sample b and returns its flags.
+template <class T>
+PYODE_HD int64_t control_first_step(const Control& op, int64_t b) {
+  const int64_t B = op.state.samples;
+  Sample s = load_sample(op.state, b);
+  const double norm = norm_of<double>(op, op.means, b);
+  const double given = s.dt;  // for each sample, where first_step is nan
+  const bool was_on_jump = s.on_jump != 0;
+  const int64_t half = op.n_segments * op.parts * B;
+  if (op.phase == Phase::choose_first) {
+    choose_first_step(s, op.policy, op.grid, b, norm);
+  } else {
+    s = start_sample(op.grid, b);
+    try_first_step(s, op.policy, op.grid, b, norm, norm_of<double>(op, op.means + half, b));
+  }
+  if (op.phase == Phase::try_first) {
+    static_cast<T*>(op.stage_times)[b] = round_and_nudge<T>(s.t + s.dt, 0);
+    store_sample(op.state, b, s);
+    return kAnyRunning;
+  }
+  if (op.phase == Phase::given_first) s.dt = is_finite(op.first_step) ? op.first_step : given;
+  plan_step(s, op.policy, op.grid, b);
+  write_stage_times<T>(op, s, b);
+  store_sample(op.state, b, s);
+  return flags_of(s, was_on_jump);
 }
 
 /// Carries out op.phase for sample b and returns its flags.
 template <class T>
 PYODE_HD int64_t control_sample(const Control& op, int64_t b) {
-  const int64_t B = op.state.samples;
-  T* const stage_times = static_cast<T*>(op.stage_times);
-  Sample s = load_sample(op.state, b);
-  const double norm = norm_of(op, op.means, b);
-  const bool was_on_jump = s.on_jump != 0;
-  const double given = s.dt;  // for each sample, where first_step is nan
-  const int64_t half = op.n_segments * op.parts * B;
-  if (op.phase == Phase::try_first || op.phase == Phase::given_first) {
-    s = start_sample(op.grid, b);
-    try_first_step(s, op.policy, op.grid, b, norm, norm_of(op, op.means + half, b));
-  }
-  if (op.phase == Phase::try_first) {
-    stage_times[b] = round_and_nudge<T>(s.t + s.dt, 0);
-    store_sample(op.state, b, s);
-    return kAnyRunning;
-  }
-  if (op.phase == Phase::given_first) s.dt = is_finite(op.first_step) ? op.first_step : given;
-  if (op.phase == Phase::choose_first) choose_first_step(s, op.policy, op.grid, b, norm);
-  if (op.phase == Phase::judge) judge_step(s, op.policy, op.grid, b, norm);
-  plan_step(s, op.policy, op.grid, b);
-  for (int i = 0; i < op.n_times; ++i) stage_times[i * B + b] = stage_time<T>(s, op.c[i]);
-  store_sample(op.state, b, s);
-  return flags_of(s, was_on_jump);
+  return op.phase == Phase::judge ? control_step<T, double>(op, b) : control_first_step<T>(op, b);
 }
 
 }  // namespace PYODE_LEVEL

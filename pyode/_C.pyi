@@ -47,6 +47,7 @@ class Controller:
         layout: Layout,
         time_scalar: int,
         state: Any,
+        stride: int,
         flags: Any,
         abscissae: tuple[float, ...],
         times: Any,
@@ -95,6 +96,7 @@ class Controller:
 
 class Interpolant:
     def __init__(self, coefficients: tuple[tuple[float, ...], ...], end: tuple[float, ...], /) -> None: ...
+    def weights_at(self, x: float, /) -> tuple[float, ...]: ...
 
 class GridTimes:
     def __init__(

@@ -16,12 +16,17 @@ from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidType, InvalidValue, warn
 from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
+from .gradients.backsolve_samples import SampleBacksolveConfig
+from .gradients.samples import SampleAdjoint, SolvedSamples
 from .gradients.twice import backsolve_with_graph
 from .gradients.vjp import Circumstances
 from .odeint import Problem, odeint, pose, solve
 from .parameters import find_parameters, lost_gradient, reachable
+from .samples import Samples
 from .state import Dynamics, Form, Func, State
+from .stepping.adaptive import AdaptiveLoop
 from .stepping.fixed_grid import check_interp
+from .vmapped import no_second_solve, under_vmap
 
 NOT_INHERITED = frozenset({"norm", "stats"})
 
@@ -46,6 +51,7 @@ def odeint_adjoint(
 ) -> Any:
     """Solves dy/dt = func(t, y) as `odeint` does; gradients come from a second solve, backwards in time.
 
+    With options={"control": "per_sample"} every sample has steps of its own in both solves; once differentiable.
     The memory of a backward pass does not grow with the number of steps; its gradients are as accurate as the backward
     solve's tolerances. With create_graph=True they can be differentiated once more; that backward solve is recorded.
 
@@ -74,6 +80,8 @@ def odeint_adjoint(
         Chen, Rubanova, Bettencourt, Duvenaud, Neural ordinary differential equations, 2018; seminorm: Kidger, Chen,
         Lyons, "Hey, that's not an ODE", 2021.
     """
+    if under_vmap(method):
+        no_second_solve("adjoint")
     found, warned = listed_parameters(func, adjoint_params, args)
     if adjoint_options is not None:
         check_dict(adjoint_options, "adjoint_options")
@@ -85,15 +93,15 @@ def odeint_adjoint(
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn, args)
     params = [param for param in found if param.requires_grad]
     inherited = {name: value for name, value in problem.options.items() if name not in NOT_INHERITED}
-    config = _configure(
-        func,
-        problem,
+    backward = (
         methods.find(method) if adjoint_method is None else methods.find(adjoint_method, "adjoint_method"),
         problem.rtol if adjoint_rtol is None else adjoint_rtol,
         problem.atol if adjoint_atol is None else adjoint_atol,
         inherited if adjoint_options is None else dict(adjoint_options),
-        warns=not warned and adjoint_params != (),
     )
+    if problem.form.per_sample:
+        return _solve_samples(problem, params, t, _configure_samples(problem, *backward))
+    config = _configure(func, problem, *backward, warns=not warned and adjoint_params != ())
     if len(params) < len(found) and callable((adjoint_options or {}).get("norm")):
         warn(
             "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from "
@@ -158,6 +166,50 @@ def _configure(
         callbacks=callbacks_of(func, method, problem.times.tensor, lambda z: z, "_adjoint"),
         warns=warns,
     )
+
+
+def _configure_samples(
+    problem: Problem, method: methods.Method, rtol: Any, atol: Any, options: dict[str, Any]
+) -> SampleBacksolveConfig:
+    if not isinstance(method, methods.Tableau) or not method.adaptive:
+        raise InvalidValue(
+            f"adjoint_method must be explicit and choose its steps where control='per_sample'; {method.name!r} does not"
+        )
+    norm = options.pop("norm", None)
+    if options.pop("restart", False) or norm not in (None, "seminorm"):  # parameters have no share in a sample's norm
+        raise InvalidValue(
+            "adjoint_options cannot have restart, or norm as a function, where control='per_sample': each sample's "
+            "norm is that of its state and adjoint"
+        )
+    check_options(options, method)
+    rtol, atol = (
+        check_tolerance(tolerance, name, problem.form, problem.y0[0])
+        for tolerance, name in ((rtol, "adjoint_rtol"), (atol, "adjoint_atol"))
+    )
+    policy = policy_from(options, method, clip=True, resume=True)
+    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid.step_t, options.get("stats"))
+
+
+def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: SampleBacksolveConfig) -> State:
+    """The same for samples with steps of their own."""
+    samples = Samples(problem.form, problem.y0, t)
+    quiet = replace(problem, y0=problem.y0.detach(), times=replace(problem.times, tensor=t.detach()))
+    with torch.no_grad():
+        solved = solve(quiet)
+    loop, flat = solved.loop, solved.ys.reshape(len(solved.ys), *samples.y0.shape)
+    if loop is None:  # there is only one time
+        return samples.of_user(samples.y0[None])
+    assert isinstance(loop, AdaptiveLoop)
+    left = loop.left()
+    reached = ~(left if left.dim() == 2 else left[:, None])
+    failed = ~reached[-1]  # from there on the last state stands for the rest
+    end_t = torch.where(failed, loop.controller.field("t").to(flat.device), torch.nan)
+    solution = SolvedSamples(
+        samples.func(problem), config, problem.form.segments, samples.times_of(t), reached, flat, end_t,
+        torch.where(failed[:, None], flat[-1], torch.nan), loop.stats_of_samples().last_dt.to(flat.device),
+    )  # fmt: skip
+    flat, end_y = SampleAdjoint.apply(solution, t, samples.y0, *params)  # type: ignore[no-untyped-call]
+    return samples.of_user(torch.where(reached.unsqueeze(-1), flat, end_y) if bool(failed.any()) else flat)
 
 
 def _norm_of(form: Form, state_norm: Any, norm: Any) -> AdjointNorm:

@@ -30,6 +30,7 @@ ADAPTIVE_OPTIONS = frozenset(
         "norm",
         "step_t",
         "jump_t",
+        "check_every",
     ]
 )
 FIXED_STEP_OPTIONS = frozenset(["step_size", "grid_constructor", "interp", "perturb", "norm"])

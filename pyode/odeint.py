@@ -44,10 +44,11 @@ from .solution import Stats
 from .state import Dynamics, Form, Func, State, check_y0, with_args
 from .stepping.event import EventSearch
 from .stepping.fixed_grid import check_interp, grid_of
-from .stepping.hooks import NO_HOOKS, Callback, Hooks
+from .stepping.hooks import NO_HOOKS, Callback, Hooks, raise_it
 from .stepping.loops import Loop, loop_for
 from .stepping.segment import RungeKuttaSegment, Segment
 from .stepping.tape import Passed, Step, Tape
+from .vmapped import odeint_vmapped, under_vmap
 
 GRADIENTS = ("direct", "adjoint", "checkpoint")
 PER_SAMPLE = {"control": "per_sample"}
@@ -93,7 +94,8 @@ def odeint(
             "scipy_solver" is the method of SciPy's solve_ivp that the option solver names, without gradients.
         options: for methods that choose their steps: first_step, min_step, max_step, safety (0.9), ifactor (10),
             dfactor (0.2), max_num_steps (between two output times), norm (of the scaled error, a function of the
-            state), step_t and jump_t (times at which steps end, and at which func is discontinuous), dtype (accepted;
+            state), step_t and jump_t (times at which steps end, and at which func is discontinuous), check_every (1;
+            after how many steps of samples is asked whether they are done: on CUDA only these wait), dtype (accepted;
             time is always float64). For the others: step_size or grid_constructor(func, y0, t), interp ("linear" or
             "cubic"), perturb; for Adams methods max_order (12) and max_iters (4), for implicit ones max_iters (100) and
             newton_tol. For all: stats, a `pyode.Stats` that counts are added to; on_failure, "raise" (default)
@@ -125,6 +127,10 @@ def odeint(
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, sections II.1 to II.6; the interface is
         torchdiffeq's.
     """
+    if under_vmap(method):
+        return odeint_vmapped(
+            odeint, func, y0, t, options, args, event_fn, rtol=rtol, atol=atol, method=method
+        )  # fmt: skip
     if type(options) is dict and len(options) == 1 and "compile" in options:
         func, options = compiled_by(options["compile"], func) or func, None
     if type(func) is CompiledDynamics and not options and event_fn is None and not args:

@@ -41,6 +41,7 @@ from .stepping.hooks import Hooks
 from .stepping.loops import Loop, SampleLoop
 from .stepping.segment import BatchSegment
 from .stepping.tape import Tape
+from .vmapped import solve_ivp_vmapped, under_vmap
 
 if TYPE_CHECKING:
     from .compiled.samples import CompiledSamples
@@ -127,6 +128,12 @@ def solve_ivp(
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, section II.4; Soderlind, Digital filters in
         adaptive time-stepping, 2003; Lienen, Gunnemann, torchode, 2022, for one controller a sample.
     """
+    if under_vmap(method):
+        return solve_ivp_vmapped(
+            solve_ivp, func, y0, t, control=control, args=args, event_fn=event_fn, gradient=gradient, compact=compact,
+            dense_output=dense_output, options=options, method=method, rtol=rtol, atol=atol, controller=controller,
+            first_step=first_step, max_num_steps=max_num_steps, throw=throw, progress=progress,
+        )  # fmt: skip
     key = None
     if (
         type(func) is CompiledDynamics

@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
-from factories import BACKENDS, controller_for, layout_for
+from factories import BACKENDS, ROUNDOFF, controller_for, layout_for
 from hypothesis import given, settings
 
 from pyode._ops import native, reference
@@ -18,6 +18,7 @@ from pyode.errors import Status
 
 CONTROLLER_H = Path(__file__).parents[1] / "csrc" / "core" / "controller.h"
 NAMES = pytest.mark.parametrize("ops", BACKENDS, ids=lambda ops: ops.__name__.rsplit(".")[-1])
+F64 = torch.float64
 TIMES = (0.0, 0.5, 0.625, 2.0)
 
 # The reference keeps no index of prescribed times: it looks for the next one.
@@ -75,10 +76,11 @@ class Pair:
         return Flag(flags[0])
 
     def agree(self, actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-        # On a GPU pow() may differ in the last place; the decisions here keep clear of that.
-        same = torch.allclose(actual, expected, rtol=1e-13, atol=0, equal_nan=True)
-        exact = torch.equal(actual.nan_to_num(), expected.nan_to_num())
-        assert exact if self.y.device.type == "cpu" else same, (name, actual, expected)
+        # The core's pow() and libm's may differ in the last place, in every one of up to 25 steps: by 25 * 2^-52. All
+        # else is the same; the decisions here keep clear of so little.
+        exact = {torch.int64: 0.0, F64: 1e-13}  # and in the dtype of func's times one place
+        tolerance = exact[actual.dtype] if actual.dtype in exact else 2 * ROUNDOFF[actual.dtype]
+        assert torch.allclose(actual, expected, rtol=tolerance, atol=0, equal_nan=True), (name, actual, expected)
 
     def field(self, name: str) -> list[float]:
         return self.both[0].field(name).tolist()

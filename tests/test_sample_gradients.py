@@ -7,6 +7,7 @@ import torch
 from ensembles import oscillators, van_der_pol
 from torch import Tensor
 
+import pyode
 from pyode import Status, solve_ivp
 
 F64 = torch.float64
@@ -71,6 +72,31 @@ def test_steps_of_others_that_came_to_nan_do_not_spoil_shared_gradients(fails):
     assert solution.stats.n_rejected[2] > 0
     for apart, together in zip(*found):
         assert torch.allclose(apart, together, rtol=1e-12)
+
+
+@pytest.mark.parametrize("t", [SHARED, OWN], ids=["shared", "own"])
+def test_the_twin_in_plain_torch_has_the_same_gradients(t):
+    found = []
+    for backend in ("auto", "reference"):
+        y0, times = Y0.clone().requires_grad_(), t.clone().requires_grad_()
+        a = torch.tensor([[-0.5, 1.0], [-2.0, 0.1]], dtype=F64, requires_grad=True)
+        with pyode.backend(backend):
+            ys = solve_ivp(field, y0, times, args=(a,)).ys
+        weights = torch.linspace(-1, 2, ys.numel(), dtype=F64).reshape(ys.shape)
+        found.append(torch.autograd.grad((weights * ys).sum(), (y0, times, a)))
+    for native, twin in zip(*found):
+        assert torch.allclose(native, twin, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("times_grad", [False, True])
+@pytest.mark.parametrize("control", ["per_sample", "joint"])
+def test_the_graph_of_one_sample_changes_no_bits(control, times_grad):
+    y0 = oscillators(1, stiffest=8.0)
+    t = torch.linspace(0, 3, 40, dtype=F64)
+    with torch.no_grad():
+        without = solve_ivp(van_der_pol, y0, t, control=control)
+    recorded = solve_ivp(van_der_pol, y0.requires_grad_(), t.clone().requires_grad_(times_grad), control=control)
+    assert torch.equal(without.ys, recorded.ys)
 
 
 def test_the_graph_changes_no_bits():

@@ -3,6 +3,7 @@
 
 #include <array>
 
+#include "../core/step.h"
 #include "layout.h"
 
 namespace pyode {
@@ -17,7 +18,7 @@ class Controller {
   /// Args:
   ///   times, trial_times: what the times of a step's stages, and that of a first step's trial, are like.
   ///   make_times, make_trial_times, storage_uses: see Supply.
-  Controller(const OwnedLayout& layout, Scalar time_scalar, py::handle state, py::handle flags,
+  Controller(const OwnedLayout& layout, Scalar time_scalar, py::handle state, int64_t stride, py::handle flags,
              const py::tuple& abscissae, py::object times, py::object trial_times, py::object make_times,
              py::object make_trial_times, const py::object& storage_uses)
       : where(layout),
@@ -25,7 +26,7 @@ class Controller {
         trial_times_like_(std::move(trial_times)),
         times_(std::move(make_times), storage_uses),
         trial_times_(std::move(make_trial_times), storage_uses) {
-    op.state = {address<double>(state), layout.layout.samples};
+    op.state = {address<double>(state), layout.layout.samples, stride};
     op.flags = address<int64_t>(flags);
     op.time_scalar = time_scalar;
     if (abscissae.size() > kMaxStages) throw py::value_error("abscissae: there are more than stages");
@@ -85,7 +86,7 @@ class Controller {
     return *planned_;
   }
 
-  const double* dt() const { return op.state.words + op.state.samples; }
+  const double* dt() const { return op.state.words + op.state.stride; }
   double* means() const { return means_; }
 
  private:
@@ -97,10 +98,11 @@ class Controller {
 
 /// A tableau's interpolant: for each stage the coefficients of x, x^2, ... and the weight at x = 1.
 struct Interpolant {
+  size_t n_stages;
   std::vector<int> stages;
   Interpolate op = {};
 
-  Interpolant(const py::tuple& coefficients, const py::tuple& end) {
+  Interpolant(const py::tuple& coefficients, const py::tuple& end) : n_stages(coefficients.size()) {
     for (size_t j = 0; j < coefficients.size(); ++j) {
       const auto row = coefficients[j].cast<py::tuple>();
       if (row.size() > kMaxDegree || coefficients.size() > kMaxStages || end.size() != coefficients.size())
@@ -113,6 +115,16 @@ struct Interpolant {
       op.degree = static_cast<int>(row.size());
       stages.push_back(static_cast<int>(j));
     }
+  }
+
+  /// The weights of all stages at position x of a step, to the bit those of interpolate.
+  py::tuple weights_at(double x) const {
+    py::tuple weights(n_stages);
+    for (size_t j = 0; j < n_stages; ++j) weights[j] = 0.0;
+    for (int j = 0; j < op.terms; ++j)
+      weights[static_cast<size_t>(stages[static_cast<size_t>(j)])] =
+          x == 1 ? op.end[j] : interpolant_weight(op.c[j], op.degree, x);
+    return weights;
   }
 };
 

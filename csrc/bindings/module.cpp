@@ -105,12 +105,12 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("error_parts", &OwnedLayout::error_parts);
   py::class_<Table>(m, "Table").def(py::init<const py::tuple&, const py::tuple&, const py::tuple&>());
   py::class_<Controller>(m, "Controller")
-      .def(py::init([](const OwnedLayout& layout, int time_scalar, py::handle state, py::handle flags,
+      .def(py::init([](const OwnedLayout& layout, int time_scalar, py::handle state, int64_t stride, py::handle flags,
                        const py::tuple& abscissae, py::object times, py::object trial_times, py::object make_times,
                        py::object make_trial_times, const py::object& storage_uses) {
-             return new Controller(layout, static_cast<Scalar>(time_scalar), state, flags, abscissae, std::move(times),
-                                   std::move(trial_times), std::move(make_times), std::move(make_trial_times),
-                                   storage_uses);
+             return new Controller(layout, static_cast<Scalar>(time_scalar), state, stride, flags, abscissae,
+                                   std::move(times), std::move(trial_times), std::move(make_times),
+                                   std::move(make_trial_times), storage_uses);
            }),
            py::keep_alive<1, 2>())
       .def("set_policy", &Controller::set_policy)
@@ -120,7 +120,9 @@ PYBIND11_MODULE(_C, m) {
                      double first_step) { return self.run(static_cast<Phase>(phase), first_step); })
       .def_property_readonly("stage_times", [](const Controller& self) { return self.planned().whole(); })
       .def_property_readonly("turn", [](const Controller& self) { return self.op.turn; });
-  py::class_<Interpolant>(m, "Interpolant").def(py::init<const py::tuple&, const py::tuple&>());
+  py::class_<Interpolant>(m, "Interpolant")
+      .def(py::init<const py::tuple&, const py::tuple&>())
+      .def("weights_at", &Interpolant::weights_at);
   py::class_<GridTimes>(m, "GridTimes")
       .def(py::init<const OwnedLayout&, py::object, py::object, int64_t, py::object, py::object, py::object>(),
            py::keep_alive<1, 2>());

@@ -83,7 +83,7 @@ class SampleReversal : SideBySide<F>, Blocks<F, kPartsOfSums<G>> {
   }
 
   /// How many outputs a row has reached.
-  int64_t reached(int64_t row) const { return load_sample({solve.states, solve.rows}, row).output_end; }
+  int64_t reached(int64_t row) const { return load_sample({solve.states, solve.rows, solve.rows}, row).output_end; }
 
   int64_t last_step(int64_t row) const {
     int64_t n;

@@ -397,7 +397,7 @@ class SampleSolve : SideBySide<F> {
       const int64_t row = x.row[l];
       bool finite = true;
       for (int d = 0; d < D; ++d) finite = finite && is_finite(x.y[d][l]) && is_finite(x.k[0][d][l]);
-      store_sample({solve.states, solve.rows}, row, s);
+      store_sample<double>({solve.states, solve.rows, solve.rows}, row, s);
       const int64_t more[] = {x.jumps[l], x.last[l], finite};
       for (int i = 0; i < kRowWords - kWords; ++i) memcpy(&solve.states[(kWords + i) * solve.rows + row], &more[i], 8);
       for (int64_t i = s.output_end; i < solve.grid.n_times; ++i) this->get_row(x.y, l, output(i, row));

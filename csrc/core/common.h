@@ -6,6 +6,7 @@
 
 #if !defined(__CUDACC_RTC__)
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #endif
@@ -136,7 +137,6 @@ PYODE_HD auto is_finite(R x) {
 // What vector.h has for vectors too.
 PYODE_HD bool any(bool flag) { return flag; }
 PYODE_HD double magnitude(double x) { return fabs(x); }
-PYODE_HD double power(double x, double y) { return pow(x, y); }
 template <class R>
 PYODE_HD R read_at(const double* from, int64_t i) {
   return from[i];

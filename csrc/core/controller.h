@@ -2,10 +2,10 @@
 // it passed, and when and how the solve ends.
 //
 // R is double, or a SIMD vector of double for several samples side by side, each with a decision of its own: hence
-// `flags ? a : b` in place of branches. For vectors, side_by_side.h is to be included before.
+// `flags ? a : b` in place of branches. One's bits are those of a sample alone.
 #pragma once
 
-#include "common.h"
+#include "side_by_side.h"
 
 namespace pyode {
 
@@ -72,6 +72,7 @@ static_assert(sizeof(Sample) == 8 * 23, "Sample is a row of 8-byte words");
 struct StepState {
   double* words;
   int64_t samples;
+  int64_t stride;  // from row to row: B or more
 };
 
 /// The step-size controller's constants (Hairer, Norsett, Wanner I, II.4, eq. 4.13; torchdiffeq's names), a digital
@@ -106,18 +107,30 @@ constexpr double kLeastError = 1e-10;               // smaller ones count as thi
 
 inline namespace PYODE_LEVEL {
 
-PYODE_HD Sample load_sample(const StepState& state, int64_t b) {
-  double words[kWords];
-  for (int i = 0; i < kWords; ++i) memcpy(&words[i], &state.words[i * state.samples + b], 8);
-  Sample sample;
+/// Sample b, or for a vector those from b on.
+template <class R = double>
+PYODE_HD Samples<R> load_sample(const StepState& state, int64_t b) {
+  R words[kWords];
+  for (int i = 0; i < kWords; ++i) memcpy(&words[i], &state.words[i * state.stride + b], sizeof words[i]);
+  Samples<R> sample;
   memcpy(&sample, words, sizeof sample);
   return sample;
 }
 
-PYODE_HD void store_sample(const StepState& state, int64_t b, const Sample& sample) {
-  double words[kWords];
+template <class R>
+PYODE_HD void store_sample(const StepState& state, int64_t b, const Samples<R>& sample) {
+  R words[kWords];
   memcpy(words, &sample, sizeof sample);
-  for (int i = 0; i < kWords; ++i) memcpy(&state.words[i * state.samples + b], &words[i], 8);
+  for (int i = 0; i < kWords; ++i) memcpy(&state.words[i * state.stride + b], &words[i], sizeof words[i]);
+}
+
+/// Whether sample b's last step has passed an output; of the whole sample two words are read.
+PYODE_HD bool passes_outputs(const StepState& state, int64_t b) {
+  constexpr int64_t row = offsetof(Sample, output_begin) / 8;
+  int64_t begin, end;
+  memcpy(&begin, &state.words[row * state.stride + b], 8);
+  memcpy(&end, &state.words[(row + 1) * state.stride + b], 8);
+  return end > begin;
 }
 
 /// x for every sample.
@@ -279,9 +292,8 @@ PYODE_HD R step_factor(const Samples<R>& s, const Policy& policy, R error) {
     // Elementary control never shrinks a step that was accurate enough.
     const R least = error < 1 ? spread<R>(integrating ? 1 : policy.dfactor) : spread<R>(policy.dfactor);
     const double exponent = 1 / policy.order;
-    const R root = beta[0] == 1
-                       ? power(error, exponent)
-                       : power(error, accepted ? spread<R>(beta[0] / policy.order) : spread<R>(exponent));
+    const R root = beta[0] == 1 ? root_power(error, exponent)
+                                : power(error, accepted ? spread<R>(beta[0] / policy.order) : spread<R>(exponent));
     factor = smaller(most, larger(policy.safety / root, least));
   }
   if (!integrating && any(accepted)) {
@@ -340,10 +352,13 @@ PYODE_HD void judge_step(Samples<R>& s, const Policy& policy, const Grid& grid, 
 }
 
 /// What sample b adds to the word of flags, after judge_step and plan_step; `was_on_jump` as before the latter.
-PYODE_HD int64_t flags_of(const Sample& s, bool was_on_jump) {
-  return (s.status == kRunning ? kAnyRunning : 0) | (s.accepted ? kAnyAccepted : kAnyStayed) |
-         (s.output_end > s.output_begin ? kAnyOutput : 0) | (s.accepted && was_on_jump ? kAnyJump : 0) |
-         (s.status > kRunning ? kAnyFailed : 0);
+template <class R>
+PYODE_HD counts_t<R> flags_of(const Samples<R>& s, flags_t<R> was_on_jump) {
+  const auto flag = [](flags_t<R> set, int64_t bit) { return set ? spread_count<R>(bit) : counts_t<R>{}; };
+  const flags_t<R> accepted = s.accepted != 0;
+  return flag(is_running(s), kAnyRunning) | flag(accepted, kAnyAccepted) | flag(!accepted, kAnyStayed) |
+         flag(s.output_end > s.output_begin, kAnyOutput) | flag(accepted & was_on_jump, kAnyJump) |
+         flag(s.status > int64_t{kRunning}, kAnyFailed);
 }
 
 /// The time of a stage with abscissa c of the step to take, rounded to T. At c = 1 it is the neighbour of t1 towards t:

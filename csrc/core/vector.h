@@ -16,6 +16,8 @@
 namespace pyode {
 inline namespace PYODE_LEVEL {
 
+#if defined(__GNUC__)
+#define PYODE_VECTORS
 template <class T, int Bytes>
 struct VectorOf {
   typedef T type __attribute__((vector_size(Bytes)));
@@ -23,6 +25,7 @@ struct VectorOf {
 /// As many T as fit into a register of so many bytes: 16 (SSE, Neon), 32 (AVX), 64 (AVX-512).
 template <class T, int Bytes>
 using Vector = typename VectorOf<T, Bytes>::type;
+#endif
 
 template <class R, class = void>
 struct LanesOf {  // a vector's comparisons are integers: 0 or -1
@@ -96,6 +99,7 @@ PYODE_HD R fused_multiply_add(R a, R b, R c) {
 #endif
 }
 
+#if defined(PYODE_VECTORS)
 /// Whether it holds in any lane.
 template <class M, class = std::enable_if_t<is_vector<M>>>
 PYODE_HD bool any(M mask) {
@@ -109,6 +113,7 @@ PYODE_HD bool any(M mask) {
     return (half[0] | half[1]) != 0;
   }
 }
+#endif
 
 namespace math {
 

@@ -85,6 +85,18 @@ double mean(double sum, int64_t n) {
   return n == 0 ? 0.0 : sum / static_cast<double>(kComplex ? n / 2 : n);
 }
 
+// The means of rows of kSize ratios each, summed in the same order.
+template <int64_t kSize>
+void mean_rows(const double* ratios, int64_t rows, double* means) {
+  for (int64_t b = 0; b < rows; ++b) {
+    double row[kSize];
+    for (int64_t i = 0; i < kSize; ++i) row[i] = ratios[b * kSize + i];
+    for (int64_t half = kLanes / 2; half > 0; half /= 2)
+      for (int64_t l = 0; l < half && l + half < kSize; ++l) row[l] += row[l + half];
+    means[b] = row[0] / static_cast<double>(kSize);
+  }
+}
+
 template <class T, bool kComplex>
 void error_norm_of(const Layout& layout, const ErrorNorm& op) {
   const auto terms_of = [&](int64_t b) {
@@ -114,31 +126,38 @@ void error_norm_of(const Layout& layout, const ErrorNorm& op) {
     }
     return;
   }
-  const int64_t together = layout.size < kChunk ? kChunk / (layout.size + 1) + 1 : 1;
-  if (layout.size > 0 && layout.size < kSmallRow && op.terms > 0 && !op.rtol_each && !op.atol_each) {
-    // One loop over the numbers of many rows, then one over the rows.
+  if (rows_are_small(layout) && op.terms > 0 && !op.rtol_each && !op.atol_each) {
     using A = arithmetic_t<T>;
     constexpr int64_t kWidth = kComplex ? 2 : 1;
-    const int64_t rows = kBlock / layout.size;
-    parallel_for((layout.samples + together - 1) / together, threads_for(layout), [&](int64_t task) {
-      const int64_t last = (task + 1) * together < layout.samples ? (task + 1) * together : layout.samples;
-      A steps[kBlock];
+    const int64_t size = layout.size / kWidth;  // ratios in a row
+    for_small_rows<A>(layout, op.dt, [&](int64_t first, int64_t begin, int64_t end, const A* steps) {
       double ratios[kBlock];
-      for (int64_t first = task * together; first < last; first += rows) {
-        const int64_t stop = first + rows < last ? first + rows : last, n = (stop - first) * layout.size;
-        fill_steps(layout.size, op.dt + first, 0, n, steps);
-        square_ratios<T, kComplex>(op, terms_of(first), [&](int64_t i) { return steps[i]; }, 0, n, ratios);
-        for (int64_t b = first; b < stop; ++b) {
-          const double* const row = ratios + (b - first) * layout.size / kWidth;
-          for (int64_t s = 0; s < layout.n_segments; ++s) {
-            const int64_t begin = layout.segments[s], count = layout.segments[s + 1] - begin;
-            op.means[s * layout.samples + b] = mean<kComplex>(sum_row(row + begin / kWidth, count / kWidth), count);
-          }
+      square_ratios<T, kComplex>(op, terms_of(first), [&](int64_t i) { return steps[i]; }, 0, end - begin, ratios);
+      const int64_t rows = (end - begin) / layout.size;
+      if (layout.n_segments == 1) {
+        switch (size) {
+          case 1:
+            return mean_rows<1>(ratios, rows, op.means + first);
+          case 2:
+            return mean_rows<2>(ratios, rows, op.means + first);
+          case 3:
+            return mean_rows<3>(ratios, rows, op.means + first);
+          case 4:
+            return mean_rows<4>(ratios, rows, op.means + first);
+          default:
+            break;
         }
       }
+      for (int64_t b = 0; b < rows; ++b)
+        for (int64_t s = 0; s < layout.n_segments; ++s) {
+          const int64_t from = layout.segments[s], count = layout.segments[s + 1] - from;
+          const double* const row = ratios + b * size + from / kWidth;
+          op.means[s * layout.samples + first + b] = mean<kComplex>(sum_row(row, count / kWidth), count);
+        }
     });
     return;
   }
+  const int64_t together = layout.size < kChunk ? kChunk / (layout.size + 1) + 1 : 1;
   parallel_for((layout.samples + together - 1) / together, threads_for(layout), [&](int64_t task) {
     const int64_t last = (task + 1) * together < layout.samples ? (task + 1) * together : layout.samples;
     for (int64_t b = task * together; b < last; ++b) {

@@ -16,6 +16,7 @@ void interpolate(const Layout& layout, const Interpolate& op) {
       const int64_t last = first + together < layout.samples ? first + together : layout.samples;
       const int64_t end = begin + kChunk < layout.size ? begin + kChunk : layout.size;
       for (int64_t b = first; b < last; ++b) {
+        if (!passes_outputs(op.state, b)) continue;
         const Sample s = load_sample(op.state, b);
         for (int64_t i = s.output_begin; i < s.output_end; ++i) {
           const double x = output_position(s, output_time(op.grid, i, b));

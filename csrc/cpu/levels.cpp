@@ -12,9 +12,13 @@ struct Level {
   decltype(&generic::stage_vjp) stage_vjp;
   decltype(&generic::error_norm) error_norm;
   decltype(&generic::interpolate) interpolate;
+  decltype(&generic::select_rows) select_rows;
+  decltype(&generic::control) control;
 };
 
-#define PYODE_LOOPS_OF(level) {#level, level::stage_combine, level::stage_vjp, level::error_norm, level::interpolate}
+#define PYODE_LOOPS_OF(level)                                                                                        \
+  {#level,        level::stage_combine, level::stage_vjp, level::error_norm, level::interpolate, level::select_rows, \
+   level::control}
 
 // PYODE_SIMD=generic|avx2 asks for less than the machine can do, so that the levels can be compared.
 Level choose() {
@@ -39,6 +43,8 @@ void stage_combine(const Layout& layout, const StageCombine& op) { level.stage_c
 void stage_vjp(const Layout& layout, const StageVjp& op) { level.stage_vjp(layout, op); }
 void error_norm(const Layout& layout, const ErrorNorm& op) { level.error_norm(layout, op); }
 void interpolate(const Layout& layout, const Interpolate& op) { level.interpolate(layout, op); }
+void select_rows(const Layout& layout, const SelectRows& op) { level.select_rows(layout, op); }
+void control(const Layout& layout, const Control& op) { level.control(layout, op); }
 const char* simd_level() { return level.name; }
 
 }  // namespace pyode::cpu

@@ -9,6 +9,8 @@
   void stage_vjp(const Layout&, const StageVjp&);         \
   void error_norm(const Layout&, const ErrorNorm&);       \
   void interpolate(const Layout&, const Interpolate&);    \
+  void select_rows(const Layout&, const SelectRows&);     \
+  void control(const Layout&, const Control&);            \
   }
 
 PYODE_DECLARE_LOOPS(generic)

@@ -134,12 +134,64 @@ void for_each_row(int64_t begin, int64_t end, int64_t size, Body body) {
   }
 }
 
-/// The step size of the sample of every number in [begin, end).
-template <class A>
-void fill_steps(int64_t size, const double* dt, int64_t begin, int64_t end, A* steps) {
-  for_each_row(begin, end, size, [&](int64_t b, int64_t i, int64_t stop) {
-    const A step = static_cast<A>(dt[b]);
-    for (; i < stop; ++i) steps[i - begin] = step;
+/// Calls body(b, begin, end) for chunks of samples, shared among threads.
+template <class Body>
+void for_each_chunk(const Layout& layout, Body body) {
+  const int64_t total = layout.samples * layout.size;
+  cpu::parallel_for((total + kChunk - 1) / kChunk, threads_for(layout), [&](int64_t chunk) {
+    const int64_t begin = chunk * kChunk, end = begin + kChunk < total ? begin + kChunk : total;
+    for_each_row(begin, end, layout.size, body);
+  });
+}
+
+/// Whether a loop is to run over the numbers of many samples.
+inline bool rows_are_small(const Layout& layout) {
+  return layout.samples > 1 && layout.size > 0 && layout.size < kSmallRow;
+}
+
+template <int64_t kSize, class A, class Word>
+void repeat(const Word* words, int64_t rows, A* out) {
+  for (int64_t b = 0; b < rows; ++b)
+    for (int64_t i = 0; i < kSize; ++i) out[b * kSize + i] = static_cast<A>(words[b]);
+}
+
+/// Every word `size` times.
+template <class A, class Word>
+void repeat_any(int64_t size, const Word* words, int64_t rows, A* out) {
+  switch (size) {
+    case 1:
+      return repeat<1>(words, rows, out);
+    case 2:
+      return repeat<2>(words, rows, out);
+    case 3:
+      return repeat<3>(words, rows, out);
+    case 4:
+      return repeat<4>(words, rows, out);
+    case 6:
+      return repeat<6>(words, rows, out);
+    case 8:
+      return repeat<8>(words, rows, out);
+    default:
+      for (int64_t b = 0; b < rows; ++b)
+        for (int64_t i = 0; i < size; ++i) out[b * size + i] = static_cast<A>(words[b]);
+  }
+}
+
+/// Calls body(first, begin, end, each) for blocks of small rows, from row `first` on, numbers [begin, end): each[i] is
+/// the sample's word for number begin + i. A block has at most kBlock numbers.
+template <class A, class Word, class Body>
+void for_small_rows(const Layout& layout, const Word* words, Body body) {
+  const int64_t size = layout.size, most = kBlock / size;
+  const int64_t rows = most >= 16 ? most / 16 * 16 : most;  // so that vectors fill a block
+  const int64_t together = kChunk / size / rows * rows;
+  cpu::parallel_for((layout.samples + together - 1) / together, threads_for(layout), [&](int64_t task) {
+    const int64_t last = (task + 1) * together < layout.samples ? (task + 1) * together : layout.samples;
+    A each[kBlock];
+    for (int64_t first = task * together; first < last; first += rows) {
+      const int64_t n = first + rows < last ? rows : last - first;
+      repeat_any(size, words + first, n, each);
+      body(first, first * size, (first + n) * size, each);
+    }
   });
 }
 
@@ -147,21 +199,14 @@ void fill_steps(int64_t size, const double* dt, int64_t begin, int64_t end, A* s
 template <class T>
 void sum_rows(const Layout& layout, int n, const Terms<T>& terms, const double* dt) {
   using A = arithmetic_t<T>;
-  const int64_t total = layout.samples * layout.size;
-  cpu::parallel_for((total + kChunk - 1) / kChunk, threads_for(layout), [&](int64_t chunk) {
-    const int64_t begin = chunk * kChunk, end = begin + kChunk < total ? begin + kChunk : total;
-    if (layout.samples == 1 || layout.size >= kSmallRow || n == 0) {
-      for_each_row(begin, end, layout.size,
-                   [&](int64_t b, int64_t from, int64_t to) { sum_row(n, terms, from, to, n == 0 ? 0 : dt[b]); });
-      return;
-    }
-    A steps[kBlock];
-    for (int64_t from = begin; from < end; from += kBlock) {
-      const int64_t to = from + kBlock < end ? from + kBlock : end;
-      fill_steps(layout.size, dt, from, to, steps);
-      sum_terms_any<T>(n, terms, from, to, [&](int64_t i) { return steps[i - from]; });
-    }
-  });
+  if (n > 0 && rows_are_small(layout)) {
+    for_small_rows<A>(layout, dt, [&](int64_t, int64_t begin, int64_t end, const A* steps) {
+      sum_terms_any<T>(n, terms, begin, end, [&](int64_t i) { return steps[i - begin]; });
+    });
+    return;
+  }
+  for_each_chunk(layout,
+                 [&](int64_t b, int64_t begin, int64_t end) { sum_row(n, terms, begin, end, n == 0 ? 0 : dt[b]); });
 }
 
 }  // namespace PYODE_LEVEL

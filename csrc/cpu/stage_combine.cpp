@@ -20,32 +20,25 @@ void stage_vjp(const Layout& layout, const StageVjp& op) {
     using T = decltype(kind);
     using A = arithmetic_t<T>;
     const T* g = static_cast<const T*>(op.g);
-    const int64_t total = layout.samples * layout.size;
-    parallel_for((total + kChunk - 1) / kChunk, threads_for(layout), [&](int64_t chunk) {
-      const int64_t begin = chunk * kChunk, end = begin + kChunk < total ? begin + kChunk : total;
-      if (layout.samples > 1 && layout.size < kSmallRow) {
-        A steps[kBlock];
-        for (int64_t from = begin; from < end; from += kBlock) {
-          const int64_t to = from + kBlock < end ? from + kBlock : end;
-          fill_steps(layout.size, op.dt, from, to, steps);
-          for (int j = 0; j < op.terms; ++j) {
-            T* out = static_cast<T*>(op.out[j]);
-            const A w = static_cast<A>(op.w[j]);
-            PYODE_INDEPENDENT
-            for (int64_t i = from; i < to; ++i) out[i] = store<T>(steps[i - from] * w * load(g[i]));
-          }
-        }
-        return;
-      }
-      for_each_row(begin, end, layout.size, [&](int64_t b, int64_t from, int64_t to) {
-        const A dt = static_cast<A>(op.dt[b]);
+    if (rows_are_small(layout)) {
+      for_small_rows<A>(layout, op.dt, [&](int64_t, int64_t begin, int64_t end, const A* steps) {
         for (int j = 0; j < op.terms; ++j) {
           T* out = static_cast<T*>(op.out[j]);
-          const A factor = dt * static_cast<A>(op.w[j]);
+          const A w = static_cast<A>(op.w[j]);
           PYODE_INDEPENDENT
-          for (int64_t i = from; i < to; ++i) out[i] = store<T>(factor * load(g[i]));
+          for (int64_t i = begin; i < end; ++i) out[i] = store<T>(steps[i - begin] * w * load(g[i]));
         }
       });
+      return;
+    }
+    for_each_chunk(layout, [&](int64_t b, int64_t begin, int64_t end) {
+      const A dt = static_cast<A>(op.dt[b]);
+      for (int j = 0; j < op.terms; ++j) {
+        T* out = static_cast<T*>(op.out[j]);
+        const A factor = dt * static_cast<A>(op.w[j]);
+        PYODE_INDEPENDENT
+        for (int64_t i = begin; i < end; ++i) out[i] = store<T>(factor * load(g[i]));
+      }
     });
   });
 }

@@ -19,6 +19,10 @@ from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy
 class Interpolant(_C.Interpolant):
     """For each stage the coefficients of x, x^2, ... in its weight, and the weights at x = 1."""
 
+    def __init__(self, coefficients: tuple[tuple[float, ...], ...], end: tuple[float, ...]) -> None:
+        super().__init__(coefficients, end)
+        self.coefficients, self.end = coefficients, end
+
 
 _SCALARS = {
     torch.float32: 0,
@@ -301,15 +305,18 @@ class Controller:
         slots = sum(layout.n_segments for layout in layouts)
         self._slot = 8 * parts * B  # bytes of means for one segment
         self._n_segments, self._parts = slots, parts
-        # One allocation: the state's words, two of flags, the means of a first step or of any other.
-        words = torch.zeros((N_FIELDS + 2 * slots * parts) * B + 2, dtype=torch.float64, device=device)
+        # One allocation: the rows of the state's words, two of flags, the means of a first step or of any other. Long
+        # rows begin an odd number of cache lines apart, for a power of two has them all in the same few places.
+        self._stride = stride = B if B < 64 else 8 * (-(-B // 8) | 1)
+        self._flags = N_FIELDS * stride
+        words = torch.zeros(self._flags + 2 + 2 * slots * parts * B, dtype=torch.float64, device=device)
         self._words = words
         base = words.data_ptr()
-        self._means = base + 8 * (N_FIELDS * B + 2)
-        self.dt, self.one = words[B : 2 * B], _one(B, device)
+        self._means = base + 8 * (self._flags + 2)
+        self.dt, self.one = words[stride : stride + B], _one(B, device)
         shape = (len(abscissae),) if B == 1 else (len(abscissae), B)
         self.handle = handle = _C.Controller(
-            state.handle, _SCALARS[state.real_dtype], words, base + 8 * N_FIELDS * B, abscissae,
+            state.handle, _SCALARS[state.real_dtype], words, stride, base + 8 * self._flags, abscissae,
             _like(shape, state.real_dtype, device), _like(shape[1:], state.real_dtype, device),
             _with_views, torch.empty_like, state.storage_uses,
         )  # fmt: skip
@@ -345,19 +352,19 @@ class Controller:
     def put_norm(self, norm: Tensor | float, slot: int = 0) -> None:
         """Notes a norm that someone else has computed: a number, or for several samples [B]."""
         B = self.layouts[0].samples
-        i = N_FIELDS * B + 2 + slot * self._slot // 8
+        i = self._flags + 2 + slot * self._slot // 8
         self._words[i : i + B] = norm * norm
 
-    def run(self, phase: Phase, first_step: float = 0.0) -> int:
-        """Carries out a phase for all samples; returns the flags. On CUDA this waits for the device."""
+    def run(self, phase: Phase, first_step: float = 0.0, unseen: int = 0) -> int:
+        """Carries out a phase for all samples; returns the flags. On CUDA this waits for the device, but for `unseen`
+        flags, which are returned instead."""
         flags: int = self.handle.run(phase, first_step)
-        return flags if phase is Phase.TRY_FIRST else self.read(flags)
+        return unseen or (flags if phase is Phase.TRY_FIRST else self.read(flags))
 
     def read(self, flags: int) -> int:
         """The flags that a call of the handle returned, or those on the device, for which this waits."""
         if flags < 0:
-            first = N_FIELDS * self.layouts[0].samples
-            flags = self._words[first : first + 2].view(torch.int64).tolist()[self.handle.turn]
+            flags = self._words[self._flags : self._flags + 2].view(torch.int64).tolist()[self.handle.turn]
         return flags
 
     @property
@@ -373,9 +380,8 @@ class Controller:
 
     def field(self, name: str) -> Tensor:
         """A field of the step state, [B]: a view."""
-        B = self.layouts[0].samples
-        i = (REAL_FIELDS + INTEGER_FIELDS).index(name)
-        row = self._words[i * B : (i + 1) * B]
+        start = (REAL_FIELDS + INTEGER_FIELDS).index(name) * self._stride
+        row = self._words[start : start + self.layouts[0].samples]
         return row if name in REAL_FIELDS else row.view(torch.int64)
 
 

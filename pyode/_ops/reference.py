@@ -376,7 +376,7 @@ class Controller:
         dtype = torch.float64 if name in REAL_FIELDS else torch.int64
         return torch.tensor([getattr(sample, name) for sample in self._samples], dtype=dtype)
 
-    def run(self, phase: Phase, first_step: float = 0.0) -> int:
+    def run(self, phase: Phase, first_step: float = 0.0, unseen: int = 0) -> int:
         """See native.Controller.run."""
         flags = Flag(0)
         first = len(self._means) // 2
@@ -407,7 +407,11 @@ class Controller:
             flags |= Flag.FAILED if sample.status > _RUNNING else 0
         self.dt = torch.tensor([sample.dt for sample in self._samples], dtype=torch.float64)
         self.stage_times = self._times_of(phase)
-        return int(flags)
+        return unseen or (int(flags) if phase is Phase.TRY_FIRST else self.read(int(flags)))
+
+    def read(self, flags: int) -> int:
+        """See native.Controller.read."""
+        return flags
 
     def _times_of(self, phase: Phase) -> Tensor:
         """The times that func will see: of the trial step, or [stages, B] of the step planned."""

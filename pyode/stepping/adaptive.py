@@ -77,6 +77,9 @@ class AdaptiveLoop:
         at_jump: called at each discontinuity with the samples' times, [B], which of them are there, [B], and the state;
             returns the state behind it.
         hooks: what else is called.
+        check_every: after how many steps of several samples is asked whether they are done. Between, none waits for the
+            device: they go on as if some samples had moved and others not, which is right whatever they did. Where
+            steps have to be looked at one by one, for gradients, hooks or discontinuities, they are.
     """
 
     def __init__(
@@ -93,7 +96,9 @@ class AdaptiveLoop:
         quadrature: Quadrature | None = None,
         at_jump: AtJump | None = None,
         hooks: Hooks = NO_HOOKS,
+        check_every: int = 1,
     ) -> None:
+        self.check_every = check_every
         self.dynamics, self.tableau, self.layout = dynamics, tableau, layout
         self.rtol, self.atol, self.grid, self.times = rtol, atol, grid, times
         self.norm, self.quadrature, self.at_jump, self.hooks = norm, quadrature, at_jump, hooks
@@ -117,6 +122,8 @@ class AdaptiveLoop:
         lasting = recording or tape is not None or hooks.after_step  # dt is needed when the next one is planned
         shift = self._shift() if recording else None
         stages = partial(autograd.stages, self.ops) if recording else self.ops.stages
+        unseen = self.check_every if plain and layout.samples > 1 and self.grid.jump_t is None else 1
+        steps = 0
         begins = plain and first_step is None and self.grid.times.dim() == 1 and layout.samples == 1
         recorded = RecordedOutput if layout.samples == 1 else RecordedBatchOutput
         output = recorded(self, y0) if recording else Output(self, y0, begun=not begins)
@@ -139,7 +146,12 @@ class AdaptiveLoop:
             if hooks.step is not None:
                 hooks.step(self._field("t"), y, abs(self._field("dt_whole")))
             dt = controller.dt.clone() if lasting else controller.dt
-            if plain:
+            steps += 1
+            if steps % unseen:
+                y1 = stages(layout, table, y, ks, dt, controller.stage_times.unbind(), dynamics)
+                self._measure(y, y1, ks)
+                flags = controller.run(Phase.JUDGE, unseen=_RUNNING | _ACCEPTED | _STAYED | _OUTPUT)
+            elif plain and unseen == 1:
                 assert isinstance(output, Output)
                 y, y1, flags = self.ops.take_steps(
                     layout, table, self.interpolant, y, ks, controller, dynamics, self.rtol, self.atol, output.out,
@@ -479,7 +491,7 @@ class RecordedOutput:
     def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
         """Adds the outputs which the step just accepted has passed."""
         loop, t, values = self.loop, self.loop.times.tensor, self.loop.times.values
-        segment = loop.segment(interpolant_of(reference, loop.tableau), y, ks, dt, shift)
+        segment = loop.segment(loop.interpolant, y, ks, dt, shift)
         for i in range(*(int(loop.controller.field(name)) for name in ("output_begin", "output_end"))):
             self.rows.append(segment.at(values[i], t[i] - t[i].detach() if t.requires_grad else None))
 

@@ -84,6 +84,7 @@ def loop_for(
         solver = options.get("solver", "LSODA")
         return ScipyLoop(dynamics, layout, times, rtol, atol, policy, solver, hooks)
     assert isinstance(method, Tableau)
+    every = int(number_from(options, "check_every", 1, 1))
     return AdaptiveLoop(
-        dynamics, method, layout, rtol, atol, policy, prescribed, times, norm, quadrature, at_jump, hooks
+        dynamics, method, layout, rtol, atol, policy, prescribed, times, norm, quadrature, at_jump, hooks, every
     )

@@ -100,7 +100,7 @@ void outputs_beyond_two_to_the_31() {
   s.dt_prev = 2;
   s.output_begin = i;
   s.output_end = i + 1;
-  const StepState state = {words, 1};
+  const StepState state = {words, 1, 1};
   store_sample(state, 0, s);
   Interpolate op = {};
   op.y = y;

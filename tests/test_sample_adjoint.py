@@ -1,0 +1,121 @@
+"""odeint_adjoint with a step size for each sample: exact for each of them, in any company."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ensembles import blow_up, oscillators, van_der_pol
+from torch import Tensor, nn
+
+import pyode
+from pyode import InvalidValue, odeint, odeint_adjoint
+
+F64 = torch.float64
+SAMPLES = {"control": "per_sample"}
+TIGHT = {"rtol": 1e-9, "atol": 1e-11}
+T = torch.tensor([0.0, 0.4, 0.5, 1.3], dtype=F64)
+OWN = torch.tensor([[0.0, 0.3, 1.0], [0.4, -0.4, 1.2], [1.3, -1.0, 2.2], [1.3, -1.0, 2.5]], dtype=F64)
+Y0 = torch.tensor([[1.0, -2.0], [0.5, 0.3], [2.0, 1.0]], dtype=F64)
+
+
+class Field(nn.Module):
+    """Nonlinear, dependent on time, with parameters for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([[-0.5, 1.0], [-2.0, 0.1]], dtype=F64))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(y @ self.a) * (1 + torch.sin(t))[:, None]
+
+
+def gradients(solver, t: Tensor, **kwargs) -> list[Tensor]:
+    field, y0, t = Field(), Y0.clone().requires_grad_(), t.clone().requires_grad_()
+    ys = solver(field, y0, t, options=dict(SAMPLES), **TIGHT, **kwargs)
+    weights = torch.linspace(-1, 2, ys.numel(), dtype=F64).reshape(ys.shape)
+    return list(torch.autograd.grad((weights * ys).sum(), (y0, t, field.a)))
+
+
+@pytest.mark.parametrize("t", [T, OWN], ids=["shared", "own"])
+@pytest.mark.parametrize("options", [None, {}, {"norm": "seminorm"}])
+def test_gradients_are_those_of_direct_mode(t, options):
+    found = gradients(odeint_adjoint, t, adjoint_options=options)
+    # The direct gradient of an output's time is the slope of dense output, which is an order less accurate.
+    for ours, direct, tolerance in zip(found, gradients(odeint, t), (1e-6, 1e-4, 1e-6)):
+        assert torch.allclose(ours, direct, rtol=tolerance, atol=1e-2 * tolerance)
+
+
+def test_odeints_option_is_the_same():
+    def by_option(func, y0, t, options, **kwargs):
+        return odeint(func, y0, t, options={**options, "gradient": "adjoint"}, **kwargs)
+
+    for ours, theirs in zip(gradients(by_option, T), gradients(odeint_adjoint, T)):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_forward_solve_is_odeints_and_a_sample_does_not_depend_on_the_others():
+    y0 = oscillators(5, stiffest=8.0).requires_grad_()
+    ys = odeint_adjoint(van_der_pol, y0, T, options=SAMPLES, adjoint_params=())
+    assert torch.equal(ys, odeint(van_der_pol, y0, T, options=SAMPLES))
+    (together,) = torch.autograd.grad(ys.sum(), y0)
+    for b in range(5):
+        row = y0.detach()[b : b + 1].requires_grad_()
+        alone = odeint_adjoint(van_der_pol, row, T, options=SAMPLES, adjoint_params=())
+        assert torch.allclose(torch.autograd.grad(alone.sum(), row)[0][0], together[b], rtol=1e-6)
+
+
+def test_nested_states_methods_tolerances_and_a_single_time():
+    y0 = {"a": Y0.clone().requires_grad_(), "b": (torch.ones(3, dtype=F64),)}
+    f = lambda t, y: {"a": -y["a"] * y["b"][0][:, None], "b": (0 * y["b"][0],)}  # noqa: E731
+    backward = {"adjoint_rtol": 1e-8, "adjoint_atol": 1e-8, "adjoint_method": "tsit5", "adjoint_options": {}}
+    ys = odeint_adjoint(f, y0, T, options=SAMPLES, adjoint_params=(), **TIGHT, **backward)
+    (found,) = torch.autograd.grad(ys["a"][-1].sum(), y0["a"])
+    assert torch.allclose(found, torch.exp(-T[-1]).expand(3, 2), rtol=1e-6)
+    start = odeint_adjoint(f, y0, T[:1], options=SAMPLES, adjoint_params=())
+    assert torch.equal(start["a"][0], y0["a"])
+    assert start["a"].requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:the solve failed")
+def test_behind_a_failure_gradients_are_those_of_the_last_state():
+    y0 = torch.tensor([[0.1], [2.0]], dtype=F64, requires_grad=True)
+    t = torch.tensor([0.0, 0.25, 1.0], dtype=F64)
+    options = {**SAMPLES, "on_failure": "return", "max_num_steps": 40}
+    found = []
+    for solver in (odeint, odeint_adjoint):
+        kwargs = {} if solver is odeint else {"adjoint_params": (), "adjoint_options": {}}
+        ys = solver(blow_up, y0, t, options=options, **TIGHT, **kwargs)
+        found.append((ys, torch.autograd.grad(ys[:, 0].sum() + ys[1].sum(), y0)[0]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-5)
+    # The last state, too: y(t) = y0 / (1 - y0 t) at a fixed time.
+    ys = odeint_adjoint(blow_up, y0, t, options=options, adjoint_params=(), adjoint_options={}, **TIGHT)
+    (by_last,) = torch.autograd.grad(ys[2, 1].log().sum(), y0)
+    last = float(ys[2, 1].detach())
+    assert float(by_last[1]) == pytest.approx(last / 4, rel=1e-4)  # d log y / d y0 = y / y0^2
+
+
+def test_stats_count_both_solves():
+    stats, backward = pyode.Stats(), pyode.Stats()
+    y0 = oscillators(4, stiffest=2.0).requires_grad_()
+    options = {**SAMPLES, "stats": stats}
+    ys = odeint_adjoint(
+        van_der_pol, y0, T, options=options, adjoint_params=(), adjoint_options={**SAMPLES, "stats": backward}
+    )
+    forward = stats.n_f_evals
+    ys.sum().backward()
+    assert stats.n_f_evals == forward > 0
+    assert backward.n_f_evals > 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"adjoint_method": "rk4", "adjoint_options": {}},
+        {"adjoint_options": {"norm": lambda whole: whole[1].abs().max()}},
+        {"adjoint_options": {"restart": True}},
+    ],
+)
+def test_what_is_not_for_samples_is_told(wrong):
+    with pytest.raises(InvalidValue, match="per_sample"):
+        odeint_adjoint(van_der_pol, oscillators(2), T, options=SAMPLES, adjoint_params=(), **wrong)
