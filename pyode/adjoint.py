@@ -20,8 +20,9 @@ from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.samples import SampleAdjoint, SolvedSamples
 from .gradients.twice import backsolve_with_graph
 from .gradients.vjp import Circumstances
-from .odeint import Problem, odeint, pose, solve
+from .odeint import odeint, solve
 from .parameters import find_parameters, lost_gradient, reachable
+from .problem import Problem, pose
 from .samples import Samples
 from .state import Dynamics, Form, Func, State
 from .stepping.adaptive import AdaptiveLoop
@@ -248,7 +249,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         ctx.problem, ctx.config, ctx.end, ctx.n_reached = problem, config, solved.end, solved.n_reached
         ctx.adjoint_options = {**config.options, "norm": config.norm}  # where torchdiffeq's users find and replace it
         ctx.save_for_backward(t, solved.ys, *params)
-        return problem.event_time(solved), solved.ys  # the time's gradient is 0, as in torchdiffeq
+        return problem.event_time(solved.end), solved.ys  # the time's gradient is 0, as in torchdiffeq
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:

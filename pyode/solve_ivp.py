@@ -23,14 +23,13 @@ from .methods import Tableau
 from .methods.external import ScipySolver
 from .odeint import (
     GRADIENTS,
-    Problem,
     compiled_loop,
     loop_of,
     on_device_of,
     parameters_of,
-    pose,
     solve_checkpointed,
 )
+from .problem import Problem, pose
 from .progress import Progress
 from .samples import RunningRows, SampleDenseOutput, Samples
 from .solution import SampleStats, Solution, Stats

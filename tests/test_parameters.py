@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import pyode
 from pyode import InvalidType, InvalidValue
-from pyode.odeint import pose
 from pyode.parameters import find_parameters, reachable
+from pyode.problem import pose
 
 Y0, T = tensor(0.5, -1.0), tensor(0.0, 0.4, 1.0)
 SOLVERS = pytest.mark.parametrize("solve", [pyode.odeint, pyode.odeint_adjoint], ids=lambda f: f.__name__)

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache, partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from ..methods import Tableau
 from ..solution import SampleStats, Stats
 from .course import table_of
 from .hooks import NO_HOOKS, Hooks
+from .outputs import Output, RecordedBatchOutput, RecordedOutput, column, interpolant_of
 from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment, unmoved
 from .tape import Passed, Step, passed_by_samples
@@ -208,7 +208,7 @@ class AdaptiveLoop:
             hooks.fail(self._error(y, ks[0]))
         if flags & _FAILED or hooks.watch_batch is not None:  # some outputs may not have been reached
             if shift is not None:
-                shift = shift.reshape(()) if layout.samples == 1 else _column(shift, y)
+                shift = shift.reshape(()) if layout.samples == 1 else column(shift, y)
             if tape is not None:
                 tape.left = self.left()
             output.repeat(unmoved(y, ks[0], shift))
@@ -236,7 +236,7 @@ class AdaptiveLoop:
     def _select(self, moved: Tensor, stayed: Tensor, rows: Tensor) -> Tensor:
         """Rows of `moved` where `rows` is not 0, of `stayed` elsewhere."""
         if moved.requires_grad or stayed.requires_grad:
-            selected: Tensor = torch.where(_column(rows.to(moved.device) != 0, moved), moved, stayed)
+            selected: Tensor = torch.where(column(rows.to(moved.device) != 0, moved), moved, stayed)
         else:
             selected = self.ops.select_rows(self.layout, moved, stayed, rows)
         return selected
@@ -443,110 +443,5 @@ class AdaptiveLoop:
 
 
 @lru_cache(maxsize=64)
-def interpolant_of(ops: ModuleType, tableau: Tableau) -> Any:
-    """A tableau's dense output, as a backend takes it."""
-    return ops.Interpolant(tableau.interpolant, tableau.end)
-
-
-@lru_cache(maxsize=64)
 def _dense_output_of(tableau: Tableau) -> reference.Interpolant:
     return reference.Interpolant(tableau.dense, tableau.end)
-
-
-class Output:
-    """The states at the output times, written in place as steps pass them."""
-
-    def __init__(self, loop: AdaptiveLoop, y0: Tensor, begun: bool = True) -> None:
-        self.loop = loop
-        self.out = y0.new_empty((len(loop.times.values), *y0.shape))
-        if not begun:
-            return
-        if loop.grid.times.dim() == 1:
-            loop.ops.copy(loop.layout, y0, self.out)
-        else:  # a sample may be given its start several times, and nothing else
-            self.out[:] = y0
-
-    def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
-        """Adds the outputs which the step just accepted has passed."""
-        loop = self.loop
-        loop.ops.interpolate(loop.layout, loop.interpolant, loop.controller, y, ks, self.out)
-
-    def repeat(self, y: Tensor) -> None:
-        """Writes a state to all the places that are left."""
-        left = self.loop.left()
-        self.out = torch.where(_column(left, self.out), y, self.out)
-
-    def collect(self, y0: Tensor) -> Tensor:
-        """All of them, [T, ...]."""
-        return self.out
-
-
-class RecordedOutput:
-    """The same with a graph behind it: every output is a node of its own."""
-
-    def __init__(self, loop: AdaptiveLoop, y0: Tensor) -> None:
-        self.loop = loop
-        self.rows: list[Tensor] = []
-
-    def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
-        """Adds the outputs which the step just accepted has passed."""
-        loop, t, values = self.loop, self.loop.times.tensor, self.loop.times.values
-        segment = loop.segment(loop.interpolant, y, ks, dt, shift)
-        for i in range(*(int(loop.controller.field(name)) for name in ("output_begin", "output_end"))):
-            self.rows.append(segment.at(values[i], t[i] - t[i].detach() if t.requires_grad else None))
-
-    def repeat(self, y: Tensor) -> None:
-        """Puts a state in all the places that are left."""
-        self.rows += [y] * (len(self.loop.times.values) - 1 - len(self.rows))
-
-    def collect(self, y0: Tensor) -> Tensor:
-        """All of them, [T, ...]; the start where a sample has no way to go, or has ended at its event."""
-        missing = len(self.loop.times.values) - 1 - len(self.rows)
-        return torch.stack([y0, *self.rows, *[y0] * missing])
-
-
-class RecordedBatchOutput:
-    """The same for several samples, each of which passes other output times in a step.
-
-    The numbers are those of Output, to the bit; the graph is that of plain torch.
-    """
-
-    def __init__(self, loop: AdaptiveLoop, y0: Tensor) -> None:
-        self.loop, self.output = loop, Output(loop, y0.detach())
-        self.rows: list[Tensor] = []
-        self.places: list[tuple[Tensor, Tensor]] = []
-        self.last: Tensor | None = None
-
-    def add(self, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None) -> None:
-        """Adds the outputs which the step just accepted has passed."""
-        loop, t = self.loop, self.loop.times.tensor
-        with torch.no_grad():  # the twin's ops would record
-            self.output.add(y, ks, dt, shift)
-        segment = loop.batch_segment(interpolant_of(reference, loop.tableau), y, ks, dt, shift)
-        begin, end = (loop.controller.field(name).to(y.device) for name in ("output_begin", "output_end"))
-        samples = torch.arange(loop.layout.samples, device=y.device)
-        for j in range(int((end - begin).max())):
-            some = samples[begin + j < end]
-            which = torch.where(begin + j < end, begin + j, begin.clamp(max=len(t) - 1))
-            when = t.to(y.device)[which] if t.dim() == 1 else t.to(y.device)[which, samples]
-            row = segment.at(when.double(), some).reshape(len(some), *y.shape[1:])
-            place = which[some], some
-            self.rows.append(self.output.out[place] + (row - row.detach()))
-            self.places.append(place)
-
-    def repeat(self, y: Tensor) -> None:
-        """Puts a state in all the places that are left."""
-        self.last = y
-
-    def collect(self, y0: Tensor) -> Tensor:
-        """All of them, [T, ...]."""
-        out = y0.expand(len(self.loop.times.values), *y0.shape)
-        if self.rows:
-            i, b = (torch.cat(parts) for parts in zip(*self.places))
-            out = out.index_put((i, b), torch.cat(self.rows))
-        return out if self.last is None else torch.where(_column(self.loop.left(), out), self.last, out)
-
-
-def _column(rows: Tensor, like: Tensor) -> Tensor:
-    """[..., B] as a mask for [..., B, *]; for the only sample's state, which has no axis for it, [..., 1] likewise."""
-    return rows.reshape(*rows.shape, *[1] * (like.dim() - rows.dim()))
