@@ -2,7 +2,8 @@
 
 diffrax runs jitted, with vmap where every sample has steps of its own; in training it is given each of its adjoints,
 and the fastest counts. It is left out where jax is missing. Times to compile are reported on their own. A turn lasts
-some milliseconds, as in a loop that trains: after a single call of another solver caches are cold.
+some milliseconds, as in a loop that trains; the last columns have turns of a single call, which finds caches cold and
+threads asleep after the others'.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ COLUMNS = {
     "to_torchdiffeq": "torchdiffeq / compiled",
     "to_diffrax": "diffrax / compiled",
     "adjoint": "diffrax's adjoint",
+    "cold_us": "pyode, single calls [us]",
+    "cold_to_torchdiffeq": "torchdiffeq / compiled, single calls",
+    "cold_to_diffrax": "diffrax / compiled, single calls",
     "seconds_to_compile": "to compile [s]",
 }
 PER_SAMPLE = ("vdp256", "lorenz1024")
@@ -112,6 +116,10 @@ def measure(seconds: float = 20.0) -> list[dict[str, Any]]:
             for peer in ("torchdiffeq", "diffrax"):
                 value = row[f"{peer}_us"]
                 row[f"to_{peer}"] = None if value is None else value / row["compiled_us"]
+            cold = interleaved(timed, rounds=100, seconds=seconds / 4)
+            row["cold_us"] = 1e6 * cold["compiled"]
+            for peer, name in (("torchdiffeq", "torchdiffeq"), ("diffrax", fastest)):
+                row[f"cold_to_{peer}"] = cold[name] / cold["compiled"] if name in cold else None
             rows.append(row)
     return rows
 

@@ -26,7 +26,8 @@ def test_every_method(method):
     arguments = {"method": method, **({"rtol": 1e-5, "atol": 1e-7} if TABLEAUS[method].adaptive else {})}
     options = {} if TABLEAUS[method].adaptive else {"options": {"step_size": 0.15}}
     found = [gradients(solve, time=False, **arguments, **options) for solve in (compiled(pyode.odeint), pyode.odeint)]
-    assert_close(*found, 1e-11)
+    # dopri8's error estimate is a millionth of its terms, and the sizes of its steps are as exact as that.
+    assert_close(*found, 1e-10 if method == "dopri8" else 1e-11)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -138,14 +138,29 @@ class AdamsTable:
     max_iters: int
 
 
-@dataclass(frozen=True)
 class GridSteps:
     """See native.GridSteps; `combine` makes the states."""
 
-    layout: Layout
-    times: Tensor
-    sizes: Tensor
-    combine: Callable[..., Tensor] = stage_combine
+    CHUNK = 64  # steps whose times and sizes are taken apart together: a view for each on its own takes twice as long
+
+    def __init__(
+        self, layout: Layout, times: Tensor, sizes: Tensor, combine: Callable[..., Tensor] = stage_combine
+    ) -> None:
+        self.layout, self.combine = layout, combine
+        self._chunks = times.split(self.CHUNK), sizes.split(self.CHUNK)  # type: ignore[no-untyped-call]
+        self._chunk = -1
+        self._times: list[tuple[Tensor, ...]] = []
+        self._sizes: tuple[Tensor, ...] = ()
+
+    def _step(self, n: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The times of step n's stages, each 0-dim, and its size, [1]."""
+        chunk, i = divmod(n, self.CHUNK)
+        if chunk != self._chunk:
+            times, sizes = (chunks[chunk] for chunks in self._chunks)
+            views, stages = times.reshape(-1).unbind(), times.shape[1]
+            self._times = [views[j : j + stages] for j in range(0, len(views), stages)]
+            self._sizes, self._chunk = sizes.unsqueeze(1).unbind(), chunk
+        return self._times[i], self._sizes[i]
 
     def take(
         self,
@@ -164,9 +179,9 @@ class GridSteps:
                 y = y1
                 if out is not None:
                     out[n] = y
-            (first, *times), dt = self.times[n].unbind(), self.sizes[n : n + 1]
-            ks[0] = dynamics(first, y)
-            stages(self.layout, table, y, ks, dt, tuple(times), dynamics, self.combine)
+            times, dt = self._step(n)
+            ks[0] = dynamics(times[0], y)
+            stages(self.layout, table, y, ks, dt, times[1:], dynamics, self.combine)
             y1 = self.combine(self.layout, table.weights, y, ks, dt)
         return y, y1
 
@@ -184,8 +199,7 @@ class GridSteps:
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, int, int, bool]:
         """See native.GridSteps.take_adams; takes one."""
-        layout, dt = self.layout, self.sizes[begin : begin + 1]
-        first, last = self.times[begin].unbind()
+        layout, ((first, last), dt) = self.layout, self._step(begin)
         m = min(m + 1, len(table.predictors))
         ks[1 : m + 1] = [dynamics(first, y), *ks[1:m]]
         weights, solved, zero = table.predictors[m - 1], True, torch.zeros_like(y)
