@@ -27,17 +27,20 @@ _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _READS = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage)
 # Operators that only move numbers are kept, where torch would compute with indices or masks.
 _KEPT = ("select_scatter", "slice_scatter", "roll", "flip", "stack", "unbind", "split", "repeat")
-_EXAMPLE_ROWS = 8  # any number that torch does not take for a special case, as it does 0 and 1
+# And some are taken apart that torch keeps.
+_TAKEN_APART = (torch.ops.aten.native_batch_norm, torch.ops.aten.addmv)
+_EXAMPLE_ROWS = 8  # instead of a single one, which torch takes for a special case
 
 
 @cache
 def _decompositions() -> dict[Any, Any]:
     """Torch's own formulas for what is composed of simpler operators."""
-    from torch._decomp import core_aten_decompositions
+    from torch._decomp import core_aten_decompositions, get_decompositions
 
     table: Any = core_aten_decompositions()
     kept = {op: formula for op, formula in table.items() if op.name().split("::")[1].split(".")[0] not in _KEPT}
-    return kept | {torch.ops.aten.constant_pad_nd.default: _pad}
+    ours = {torch.ops.aten.constant_pad_nd.default: _pad, torch.ops.aten.copy.default: _copy}
+    return kept | get_decompositions(_TAKEN_APART) | ours
 
 
 def _pad(x: Tensor, pads: list[int], value: float = 0) -> Tensor:
@@ -53,6 +56,11 @@ def _pad(x: Tensor, pads: list[int], value: float = 0) -> Tensor:
             else x
         )
     return x
+
+
+def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What is written into a tensor; torch's own has no derivative."""
+    return source.to(to.dtype).expand(to.shape).clone()
 
 
 def user_line() -> str:
@@ -126,7 +134,8 @@ def trace(
             return [torch.clone(part) for part in (out if is_tuple else (out,))]
 
     with torch.no_grad():
-        return _graph_of(torch.func.functionalize(call), shapes, dtype, rows, own_times)
+        graph = _graph_of(torch.func.functionalize(call), shapes, dtype, rows, own_times)
+        return _without_writes(graph, shapes, dtype, rows, own_times)
 
 
 def trace_vjp(
@@ -151,14 +160,28 @@ def trace_vjp(
     def pull_back(t: Tensor, *parts: Tensor) -> list[Tensor]:
         n = len(shapes)
         ys = [part.detach().requires_grad_() for part in parts[:n]]
-        out = traced(t, *ys)
-        found = torch.autograd.grad(out, [*ys, *wanted], parts[n:], allow_unused=True)
-        return [torch.zeros_like(x) if g is None else torch.clone(g) for g, x in zip(found, [*ys, *wanted])]
+        inputs, found = [*ys, *wanted], [None] * (n + len(wanted))
+        depending = [(out, g) for out, g in zip(traced(t, *ys), parts[n:]) if out.requires_grad]
+        if depending:
+            outs, vectors = zip(*depending)
+            found = torch.autograd.grad(outs, inputs, vectors, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else torch.clone(g) for g, x in zip(found, inputs)]
 
     with torch.enable_grad():
         graph = _graph_of(pull_back, shapes * 2, dtype, rows, own_times)
-    with torch.no_grad():  # torch's derivatives of slices write into new tensors
-        return _graph_of(torch.func.functionalize(graph), shapes * 2, dtype, rows, own_times)
+    with torch.no_grad():
+        return _without_writes(graph, shapes * 2, dtype, rows, own_times)
+
+
+def _without_writes(
+    graph: GraphModule, shapes: list[torch.Size], dtype: torch.dtype, rows: bool, own_times: bool
+) -> GraphModule:
+    """The same graph where torch's own formulas write into tensors that they have made, without that."""
+    if not any(getattr(node.target, "_schema", None) and node.target._schema.is_mutable for node in graph.graph.nodes):
+        return graph
+    made = _graph_of(torch.func.functionalize(graph), shapes, dtype, rows, own_times)
+    made.meta["conditions"] |= graph.meta["conditions"]
+    return made
 
 
 def _graph_of(
@@ -171,7 +194,8 @@ def _graph_of(
 
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-    example = torch.empty((_EXAMPLE_ROWS, *shapes[0][1:]) if rows else shapes[0], dtype=dtype)
+    single = rows and shapes[0][0] == 1
+    example = torch.empty((_EXAMPLE_ROWS, *shapes[0][1:]) if single else shapes[0], dtype=dtype)
     dynamic = [DimDynamic.DYNAMIC if rows and i == 0 else DimDynamic.STATIC for i in range(example.dim())]
     context: Any = StatelessSymbolicContext(dynamic)
     first = mode.from_tensor(example, source=ConstantSource("state"), symbolic_context=context)
@@ -181,7 +205,9 @@ def _graph_of(
             time = torch.empty(first.shape[0], dtype=dtype)
         parts = [torch.empty((first.shape[0], *shape[1:]) if rows else shape, dtype=dtype) for shape in shapes[1:]]
     try:
-        with warnings.catch_warnings():  # torch looks at the .grad of closed-over tensors that have a graph
+        # einsum's search for the best order of its operands would depend on the number of rows.
+        with warnings.catch_warnings(), torch.backends.opt_einsum.flags(enabled=False):
+            # Torch looks at the .grad of closed-over tensors that have a graph.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             graph: GraphModule = make_fx(call, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)(
                 time, first, *parts
@@ -190,9 +216,20 @@ def _graph_of(
         if "data-dependent" in str(error) or "DataDependent" in type(error).__name__:
             raise CompileError(f"a tensor's value decides what is done at {_line_of(error)}") from error
         raise
-    if env.guards or env.replacements:
+    if env.replacements:
         raise CompileError("func depends on the number of rows")
+    graph.meta["conditions"] = {guard.expr for guard in env.guards}
     return graph
+
+
+def serves(graph: GraphModule, rows: int) -> bool:
+    """Whether a graph for any number of rows is also what func does with so many, 2 or more."""
+    return all(expr.subs(dict.fromkeys(expr.free_symbols, rows)) for expr in graph.meta["conditions"])
+
+
+def same_operators(graph: GraphModule, other: GraphModule) -> bool:
+    """Whether two graphs call the same operators."""
+    return [node.target for node in graph.graph.nodes] == [node.target for node in other.graph.nodes]
 
 
 def _line_of(error: BaseException) -> str:
