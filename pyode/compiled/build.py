@@ -168,5 +168,7 @@ def _compile(source: str, folder: Path, name: str) -> Path:
             check=False,
         )
     if done.returncode != 0 or not library.exists():
-        raise CompileError(f"{command[0]} failed with status {done.returncode}:\n{done.stderr[:2000]}")
+        said = done.stderr.splitlines()
+        first = next((line.partition("error: ")[2] for line in said if "error: " in line), "".join(said[:1]))
+        raise CompileError(f"{command[0]} failed with status {done.returncode}: {first}\n{done.stderr[:2000]}")
     return library

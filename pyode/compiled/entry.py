@@ -17,7 +17,7 @@ from .emit import Dynamics
 from .lowering import Lowering
 from .native import Library
 from .source import backsolve_source, solver_source
-from .trace import same_operators, serves, trace, trace_vjp
+from .trace import holds, same_operators, taken_apart, trace, trace_vjp
 
 LARGEST_ROW = 4096  # numbers in a state that is one row because its rows are mixed
 MOST_STACK = 1 << 21  # bytes that a block of rows may take of it; threads have 8 MB, as a rule
@@ -82,7 +82,9 @@ class Entry:
     ) -> Lowering:
         self.rows = rows
         self._func, self._shapes, self._is_tuple, self._dtype = func, shapes, is_tuple, dtype
-        self._traced = traced = trace(func, shapes, is_tuple, dtype, rows, self._per_sample)
+        self._traced = trace(func, shapes, is_tuple, dtype, rows, self._per_sample)
+        traced = taken_apart(self._traced, shapes, dtype, rows, self._per_sample)
+        self._conditions = traced.meta["conditions"]
         self.operators = [
             node.target.overloadpacket.__name__
             for node in traced.graph.nodes
@@ -93,7 +95,7 @@ class Entry:
     def serves(self, rows: int) -> bool:
         """Whether func does the same for so many rows; one is to torch a special case, and traced to see."""
         if rows != 1 or not self.rows:
-            return serves(self._traced, rows)
+            return all(holds(condition, rows) for condition in self._conditions)
         if self._single is None:
             shapes = [torch.Size((1, *shape[1:])) for shape in self._shapes]
             single = trace(self._func, shapes, self._is_tuple, self._dtype, False, self._per_sample)
@@ -161,7 +163,7 @@ class Entry:
         if wanted not in self._adjoints:
             inputs, times = [self._inputs[i] for i in wanted], self._per_sample
             traced = trace_vjp(self._traced, self._shapes, self._dtype, self.rows, inputs, times)
-            if traced.meta["conditions"] - self._traced.meta["conditions"]:
+            if traced.meta["conditions"] - self._conditions:
                 raise CompileError("the gradient depends on the number of rows")
             lowered = Lowering(traced, self._dtype, self.rows, totals=True, inputs=self._inputs, own_times=times)
             adjoint = Dynamics(lowered.outputs, self._dtype, self.rows, lowered.gradients, times)

@@ -127,7 +127,8 @@ class Lowering:
 
     def _counts_rows(self, name: str, traced: Any, args: Any) -> bool:
         """Whether the number of rows is among an operator's arguments, but as the end of a slice of all rows."""
-        if name == "slice" and isinstance(args[0], Node) and args[1] == args[0].rows:
+        axis = {"slice": 1, "slice_scatter": 2}.get(name)
+        if axis and isinstance(args[0], Node) and args[axis] == args[0].rows:
             return False
         if name in SIZED:  # a number that fills, and no size
             traced = traced[1:] if name == "full" else traced[2:] if name == "new_full" else ()
@@ -145,7 +146,7 @@ class Lowering:
 
     def _call(self, node: TracedNode) -> Any:
         value: Any = node.meta.get("val")
-        if isinstance(value, (torch.SymInt, int)):
+        if isinstance(value, (torch.SymInt, torch.SymFloat, int, float)):
             return value
         args, kwargs = self._resolve(node.args), self._resolve(tuple(node.kwargs.items()))
         options = dict(kwargs)
@@ -178,7 +179,15 @@ class Lowering:
             args = (to_node(args[0]), args[1], *to_node(args[2:]))
         else:
             args, options = to_node(args), {key: to_node(x) for key, x in options.items()}
-        return OPERATORS[name](self.graph, *args, **options)
+        out = OPERATORS[name](self.graph, *args, **options)
+        typed = [self._typed(x, item) for x, item in zip(out if many else [out], found)]
+        return typed if many else typed[0]
+
+    def _typed(self, node: Any, value: Any) -> Any:
+        """A result as truth values where torch's is."""
+        if node is None or value is None:
+            return None
+        return self.graph.truth(node) if value.dtype == torch.bool else self.graph.number(node)
 
     def _constant(self, target: Any, args: Any, options: dict[str, Any], value: Any) -> Any:
         """What does not depend on the state, time or inputs, computed now; a node if it has rows."""

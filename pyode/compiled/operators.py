@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -83,12 +83,14 @@ SIZED = (  # have sizes among their arguments
     "view", "_unsafe_view", "reshape", "expand", "repeat", "full", "zeros", "ones", "new_full", "new_zeros", "new_ones",
     "empty", "new_empty", "empty_permuted", "empty_strided", "new_empty_strided", "native_group_norm",
 )  # fmt: skip
-COUNTS = ("sum", "cumsum", "max", "min")  # may have whole numbers as results: of truth values, and places
+# May have whole numbers as results, which are exact in the state's dtype: counts of truth values, places, signs.
+COUNTS = ("sum", "cumsum", "max", "min", "where", "add", "sub", "mul", "neg")
 
-OPERATORS: dict[str, Callable[..., Node]] = {}
+OPERATORS: dict[str, Callable[..., Any]] = {}
+Operator = TypeVar("Operator", bound=Callable[..., Any])
 
 
-def _operator(function: Callable[..., Node]) -> Callable[..., Node]:
+def _operator(function: Operator) -> Operator:
     """Adds a function of the graph and an operator's arguments to the table, under its own name."""
     OPERATORS[function.__name__.removeprefix("op_")] = function
     return function
@@ -249,10 +251,7 @@ def _slices(graph: Graph, x: Node, axis: int) -> list[Node]:
     """A node's parts along an axis, of one entry each."""
     if x.rows == axis % len(x.sizes()):
         raise CompileError("mixes rows")
-    return [
-        graph.rearrange(lambda v, i=i: v.narrow(axis, i, 1), x, rows=x.rows)  # type: ignore[misc]
-        for i in range(x.sizes()[axis])
-    ]
+    return [graph.rearrange(lambda v, i=i: v.narrow(axis, i, 1), x, rows=x.rows) for i in range(x.sizes()[axis])]
 
 
 def _joined(graph: Graph, parts: list[Node], axis: int) -> Node:
@@ -309,7 +308,7 @@ def _turns(targets: Tensor) -> Tensor:
     """How many entries before each are equal to it."""
     flat = targets.reshape(-1)
     order = flat.argsort(stable=True)
-    _, counts = flat[order].unique_consecutive(return_counts=True)
+    _, counts = flat[order].unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
     turns = torch.empty_like(flat)
     turns[order] = torch.cat([torch.arange(int(n)) for n in counts]) if len(flat) else flat
     return turns.reshape(targets.shape)

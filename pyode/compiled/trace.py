@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,6 +29,8 @@ _READS = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor
 _KEPT = ("select_scatter", "slice_scatter", "roll", "flip", "stack", "unbind", "split", "repeat")
 # And some are taken apart that torch keeps.
 _TAKEN_APART = (torch.ops.aten.native_batch_norm, torch.ops.aten.addmv)
+# Derivatives of these can't be traced.
+_UNTRACEABLE = (torch.ops.aten.softshrink, torch.ops.aten.hardshrink, torch.ops.aten._weight_norm_interface)
 _EXAMPLE_ROWS = 8  # instead of a single one, which torch takes for a special case
 
 
@@ -39,8 +41,16 @@ def _decompositions() -> dict[Any, Any]:
 
     table: Any = core_aten_decompositions()
     kept = {op: formula for op, formula in table.items() if op.name().split("::")[1].split(".")[0] not in _KEPT}
+    return kept | get_decompositions(_TAKEN_APART) | _first_decompositions()
+
+
+@cache
+def _first_decompositions() -> dict[Any, Any]:
+    """Of what has to be taken apart before derivatives are formed."""
+    from torch._decomp import get_decompositions
+
     ours = {torch.ops.aten.constant_pad_nd.default: _pad, torch.ops.aten.copy.default: _copy}
-    return kept | get_decompositions(_TAKEN_APART) | ours
+    return get_decompositions(_UNTRACEABLE) | ours
 
 
 def _pad(x: Tensor, pads: list[int], value: float = 0) -> Tensor:
@@ -86,13 +96,27 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if argument.alias_info is not None and argument.alias_info.is_write and not isinstance(value, FakeTensor):
                 raise CompileError(f"{name} writes into a tensor that func has closed over at {line}")
         out = func(*args, **(kwargs or {}))
-        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+        _note_line(line)
+        return out
 
-        mode = get_proxy_mode()
-        for node in reversed(mode.tracer.graph.nodes) if mode is not None else ():
-            if "line" in node.meta:
-                break
-            node.meta["line"] = line
+
+def _note_line(line: str | None) -> None:
+    """Gives the last nodes of the graph that is being traced their line."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    for node in reversed(mode.tracer.graph.nodes) if mode is not None and line is not None else ():
+        if "line" in node.meta:
+            break
+        node.meta["line"] = line
+
+
+class _Again(Interpreter):
+    """A graph as a function to be traced again, whose nodes keep their lines."""
+
+    def run_node(self, n: Node) -> Any:
+        out = super().run_node(n)
+        _note_line(n.meta.get("line"))
         return out
 
 
@@ -134,8 +158,29 @@ def trace(
             return [torch.clone(part) for part in (out if is_tuple else (out,))]
 
     with torch.no_grad():
-        graph = _graph_of(torch.func.functionalize(call), shapes, dtype, rows, own_times)
-        return _without_writes(graph, shapes, dtype, rows, own_times)
+        return _graph_of(torch.func.functionalize(call), shapes, dtype, rows, own_times)
+
+
+def taken_apart(
+    traced: GraphModule, shapes: list[torch.Size], dtype: torch.dtype, rows: bool, own_times: bool = False
+) -> GraphModule:
+    """A graph with the formulas of what is composed of simpler operators, and without writes.
+
+    It is not what derivatives are made of: where a formula chooses between two, one of them may be inf.
+    """
+    with torch.no_grad():
+        while True:
+            again = torch.func.functionalize(_Again(traced).run)
+            made = _graph_of(again, shapes, dtype, rows, own_times, _decompositions())
+            made.meta["conditions"] |= traced.meta["conditions"]
+            # Torch's own formulas may write into tensors that they have made.
+            if not any(node.op == "call_function" and _writes(node.target) for node in made.graph.nodes):
+                return made
+            traced = made
+
+
+def _writes(operator: Any) -> bool:
+    return isinstance(operator, torch._ops.OpOverload) and operator._schema.is_mutable
 
 
 def trace_vjp(
@@ -149,7 +194,7 @@ def trace_vjp(
     """The graph of the vector-Jacobian product: of t, the state's parts and as many of the vector's.
 
     Args:
-        traced: func's graph.
+        traced: func's graph, as `trace` makes it.
         shapes, dtype, rows, own_times: as `trace`'s.
         wanted: the closed-over tensors to which gradients are wanted.
 
@@ -160,38 +205,33 @@ def trace_vjp(
     def pull_back(t: Tensor, *parts: Tensor) -> list[Tensor]:
         n = len(shapes)
         ys = [part.detach().requires_grad_() for part in parts[:n]]
-        inputs, found = [*ys, *wanted], [None] * (n + len(wanted))
-        depending = [(out, g) for out, g in zip(traced(t, *ys), parts[n:]) if out.requires_grad]
-        if depending:
-            outs, vectors = zip(*depending)
+        inputs = [*ys, *wanted]
+        pairs = [(out, g) for out, g in zip(_Again(traced).run(t, *ys), parts[n:]) if out.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(inputs)
+        if pairs:
+            outs, vectors = zip(*pairs)
             found = torch.autograd.grad(outs, inputs, vectors, allow_unused=True)
         return [torch.zeros_like(x) if g is None else torch.clone(g) for g, x in zip(found, inputs)]
 
     with torch.enable_grad():
         graph = _graph_of(pull_back, shapes * 2, dtype, rows, own_times)
-    with torch.no_grad():
-        return _without_writes(graph, shapes * 2, dtype, rows, own_times)
-
-
-def _without_writes(
-    graph: GraphModule, shapes: list[torch.Size], dtype: torch.dtype, rows: bool, own_times: bool
-) -> GraphModule:
-    """The same graph where torch's own formulas write into tensors that they have made, without that."""
-    if not any(getattr(node.target, "_schema", None) and node.target._schema.is_mutable for node in graph.graph.nodes):
-        return graph
-    made = _graph_of(torch.func.functionalize(graph), shapes, dtype, rows, own_times)
-    made.meta["conditions"] |= graph.meta["conditions"]
-    return made
+    return taken_apart(graph, shapes * 2, dtype, rows, own_times)
 
 
 def _graph_of(
-    call: Callable[..., Any], shapes: list[torch.Size], dtype: torch.dtype, rows: bool, own_times: bool
+    call: Callable[..., Any],
+    shapes: list[torch.Size],
+    dtype: torch.dtype,
+    rows: bool,
+    own_times: bool,
+    decompositions: dict[Any, Any] | None = None,
 ) -> GraphModule:
     """The graph of call(t, *parts)."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+    table = _first_decompositions() if decompositions is None else decompositions
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     single = rows and shapes[0][0] == 1
@@ -209,7 +249,7 @@ def _graph_of(
         with warnings.catch_warnings(), torch.backends.opt_einsum.flags(enabled=False):
             # Torch looks at the .grad of closed-over tensors that have a graph.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-            graph: GraphModule = make_fx(call, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)(
+            graph: GraphModule = make_fx(call, table, tracing_mode="fake", _allow_non_fake_inputs=True)(
                 time, first, *parts
             )
     except RuntimeError as error:
@@ -218,13 +258,14 @@ def _graph_of(
         raise
     if env.replacements:
         raise CompileError("func depends on the number of rows")
+    graph.graph.eliminate_dead_code()
     graph.meta["conditions"] = {guard.expr for guard in env.guards}
     return graph
 
 
-def serves(graph: GraphModule, rows: int) -> bool:
-    """Whether a graph for any number of rows is also what func does with so many, 2 or more."""
-    return all(expr.subs(dict.fromkeys(expr.free_symbols, rows)) for expr in graph.meta["conditions"])
+def holds(condition: Any, rows: int) -> bool:
+    """Whether a condition on the number of rows, under which a graph stands for func, is met; for 2 rows or more."""
+    return bool(condition.subs(dict.fromkeys(condition.free_symbols, rows)))
 
 
 def same_operators(graph: GraphModule, other: GraphModule) -> bool:
