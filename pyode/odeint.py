@@ -156,19 +156,20 @@ def odeint(
             event_fn=event_fn, args=args, adjoint_params=options.get("params"),
         )  # fmt: skip
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn, args)
-    if gradient == "direct" or not torch.is_grad_enabled():
+    params = options.get("params")
+    if gradient == "direct" or not torch.is_grad_enabled() or undone_natively(problem, choice, params):
         solved = solve(problem, key=key)
         if kind is not None:
             keep(kind, problem.form, solved.loop)
     else:
-        params = parameters_of(func, args, options.get("params"))
+        listed = parameters_of(func, args, params)
         found: list[Solved] = []
 
         def carry_out(quiet: Problem, tape: Tape) -> Tensor:
             found.append(solve(quiet, tape=tape))
             return found[0].ys
 
-        ys = solve_checkpointed(problem, params, choice, carry_out, options.get("params") != ())
+        ys = solve_checkpointed(problem, listed, choice, carry_out, params != ())
         solved = replace(found[0], ys=ys)
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved.end), ys)
@@ -178,6 +179,17 @@ def parameters_of(func: Func, args: Any, params: Iterable[Tensor] | None) -> lis
     """What func depends on beside its arguments, as far as it can be found or is told."""
     written = func.func if isinstance(func, CompiledDynamics) else func
     return [x for _, x in reachable((written, args))] if params is None else list(params)
+
+
+def undone_natively(problem: Problem, choice: dict[str, Any], params: Iterable[Tensor] | None) -> bool:
+    """Whether a compiled solve's own gradient is what "checkpoint" asks for: it undoes the steps, from every state.
+
+    Not where it is to keep fewer states, or to have gradients to some tensors only.
+    """
+    watched = problem.event is not None or bool(problem.callbacks) or len(problem.times.values) == 1
+    if problem.compiled is None or watched or params is not None or not choice.keys() <= {"gradient"}:
+        return False
+    return compiled_loop(problem, lambda _: None) is not None
 
 
 def solve_checkpointed(

@@ -234,6 +234,20 @@ class TestAuto:
         assert len(f.costs) == 4
         assert all(0 < seconds < 10 for pair in f.costs.values() for seconds in pair)
 
+    def test_chooses_in_earnest(self):
+        """Wide matrices across rows belong to a BLAS; a few numbers a row do not."""
+        mixing, t = torch.randn(64, 64) / 8, T.float()
+        for func, y0, expected in (
+            (lambda t, y: torch.tanh(mixing @ y) @ mixing - y, torch.randn(64, 64), "eager"),
+            (van_der_pol, torch.randn(20, 2), "compiled"),
+        ):
+            f = pyode.compile(func, auto=True)
+            ours = pyode.odeint(f, y0, t, rtol=1e-5, atol=1e-7)
+            ((native, eager),) = f.costs.values()
+            assert min((native, "compiled"), (eager, "eager"))[1] == expected
+            assert repr(f).endswith(f": {expected}")
+            torch.testing.assert_close(ours, pyode.odeint(func, y0, t, rtol=1e-5, atol=1e-7), rtol=1e-4, atol=1e-4)
+
     def test_what_cannot_be_compiled_is_eager(self):
         f = pyode.compile(lambda t, y: y if y.sum() > 0 else -y, auto=True)
         with pytest.warns(UserWarning, match="runs eagerly"):
