@@ -13,7 +13,7 @@ from problems import tensor, van_der_pol
 from torch import Tensor, nn
 
 import pyode
-from pyode.compiled import dynamics, trace
+from pyode.compiled import dynamics, entry
 from pyode.compiled.dynamics import CompiledDynamics
 
 T = tensor(0.0, 0.4, 1.0)
@@ -28,8 +28,8 @@ def strict(f):
 def traces(monkeypatch) -> list[int]:
     """Grows by one at every trace."""
     found: list[int] = []
-    original = trace._graph_of
-    monkeypatch.setattr(trace, "_graph_of", lambda *args: found.append(1) or original(*args))
+    original = entry.trace
+    monkeypatch.setattr(entry, "trace", lambda *args: found.append(1) or original(*args))
     return found
 
 
