@@ -31,7 +31,7 @@ class GridTimes {
   /// Those of step n, behind a whole that they are views of.
   py::tuple times_of(int64_t n) {
     if (where.cuda) {
-      const py::object row = checked(PySequence_GetItem(times_.ptr(), static_cast<Py_ssize_t>(n)));
+      const py::object row = times_[py::int_(n)];
       return py::make_tuple(row) + py::reinterpret_borrow<py::tuple>(call_method(row, PYODE_NAME(unbind)));
     }
     const Supply::Item& item = supply_.take(like_);
