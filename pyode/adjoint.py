@@ -101,6 +101,7 @@ def odeint_adjoint(
         inherited if adjoint_options is None else dict(adjoint_options),
     )
     if problem.form.per_sample:
+        callbacks_of(func, problem.method, problem.times.tensor, lambda z: z, "_adjoint", per_sample=True)  # warns
         return _solve_samples(problem, params, t, _configure_samples(problem, *backward))
     config = _configure(func, problem, *backward, warns=not warned and adjoint_params != ())
     if len(params) < len(found) and callable((adjoint_options or {}).get("norm")):
@@ -256,11 +257,12 @@ class _OdeintAdjoint(torch.autograd.Function):
         t, ys, *params = ctx.saved_tensors
         problem, config, n, end = ctx.problem, ctx.config, ctx.n_reached, ctx.end
         values, gradient = problem.times.values, gradients[1]
+        standing = None  # the gradient of a state at the last output time that does not move with it
         if n < len(values):  # an event or a failure ended the solve; all states behind are that at its end
             behind = gradient[n:].sum(0, keepdim=True)
             if end == values[n - 1]:
                 ys, gradient = ys[:n], torch.cat([gradient[: n - 1], gradient[n - 1 : n] + behind])
-                values = values[:n]
+                values, standing = values[:n], behind[0]
             else:
                 ys, gradient, values = ys[: n + 1], torch.cat([gradient[:n], behind]), [*values[:n], end]
         norm = ctx.adjoint_options["norm"]
@@ -291,5 +293,8 @@ class _OdeintAdjoint(torch.autograd.Function):
                 )
         y0_gradient, t_gradient, param_gradients = found
         if t_gradient is not None:
+            if standing is not None and n > 1:
+                f = Dynamics(problem.func, problem.form, ys[0])(t[n - 1].to(ys.device, ys.real.dtype), ys[n - 1])
+                t_gradient[n - 1] -= torch.sum((f.conj() * standing).real).to(t_gradient)
             t_gradient = torch.cat([t_gradient[:n], torch.zeros_like(t[n:])])
         return (None, None, t_gradient, y0_gradient, *param_gradients)

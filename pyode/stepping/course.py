@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._ops import autograd, reference
 from .._ops.contract import Layout, RightHandSide
+from ..errors import SolveError
 from ..methods import Tableau
 from ..solution import Stats
 from .quadrature import Quadrature
@@ -133,8 +134,8 @@ class Taken(NamedTuple):
 class Steps(Protocol):
     """What takes a method's steps."""
 
-    def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken:
-        """Takes steps from `begin` on, one or more, before `end`.
+    def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken | SolveError:
+        """Takes steps from `begin` on, one or more, before `end`; returns why, if the first of them can't be taken.
 
         The states at the ends of all of them but the last are written to `out`, if it is given: that of step n to row
         n + 1.
