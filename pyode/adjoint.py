@@ -205,10 +205,10 @@ def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: Sa
     left = loop.left()
     reached = ~(left if left.dim() == 2 else left[:, None])
     failed = ~reached[-1]  # from there on the last state stands for the rest
-    end_t = torch.where(failed, loop.controller.field("t").to(flat.device), torch.nan)
+    end_t = torch.where(failed.to(samples.clock), loop.controller.field("t").to(samples.clock), torch.nan)
     solution = SolvedSamples(
-        samples.func(problem), config, problem.form.segments, samples.times_of(t), reached, flat, end_t,
-        torch.where(failed[:, None], flat[-1], torch.nan), loop.stats_of_samples().last_dt.to(flat.device),
+        samples.func(problem), config, problem.form.segments, samples.times_of(t), reached.to(samples.clock), flat,
+        end_t, torch.where(failed[:, None], flat[-1], torch.nan), loop.stats_of_samples().last_dt.to(samples.clock),
     )  # fmt: skip
     flat, end_y = SampleAdjoint.apply(solution, t, samples.y0, *params)  # type: ignore[no-untyped-call]
     return samples.of_user(torch.where(reached.unsqueeze(-1), flat, end_y) if bool(failed.any()) else flat)

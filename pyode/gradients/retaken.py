@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._ops.autograd import plain
+from .._ops.contract import clock_device
 from ..state import Dynamics
 from .arrivals import inner
 from .reversal import Reversal
@@ -21,7 +22,7 @@ class RetakenReversal(Reversal):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         n = len(self.steps)
-        self.end_gradients = torch.zeros(n + 1, dtype=torch.float64, device=self.end.device)
+        self.end_gradients = torch.zeros(n + 1, dtype=torch.float64, device=clock_device(self.end.device))
         self.survey: Survey | None = Survey(self.params, self.recipe.warns)
         self.output_gradients = self.end_gradients.new_zeros(len(self.gradient))
 

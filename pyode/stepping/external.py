@@ -76,7 +76,8 @@ class ScipyLoop:
         values, sign = self.times.values, self.times.sign
         if y0.numel() == 0:
             return y0.expand(len(values), *y0.shape).clone()
-        t, y, outputs = values[0], _array(y0), []
+        t, y = values[0], _array(y0)
+        outputs: list[Any] = []
         with torch.no_grad():
             for solver in self._steps(y0, first_step):
                 if not np.isfinite(solver.y).all():  # LSODA goes on from nan to nan
