@@ -134,6 +134,10 @@ class Taken(NamedTuple):
 class Steps(Protocol):
     """What takes a method's steps."""
 
+    @property
+    def under_way(self) -> int:
+        """The number of the step begun last; -1 before there is one."""
+
     def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken | SolveError:
         """Takes steps from `begin` on, one or more, before `end`; returns why, if the first of them can't be taken.
 
@@ -149,6 +153,11 @@ class ExplicitSteps:
         self.tableau, self.course = tableau, course
         self.times = course.stage_times((0.0, *tableau.abscissae))
         self.grid_steps, self.table = course.grid_steps(self.times), table_of(course.ops, tableau)
+
+    @property
+    def under_way(self) -> int:
+        """See Steps."""
+        return int(self.grid_steps.under_way)
 
     def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken:
         """See Steps; where gradients are enabled, one."""

@@ -138,7 +138,11 @@ class FixedGridLoop:
                 hooks.tape.keep_none()
             if n > last:
                 last = n if one_by_one else len(ends) - 2 if on_grid else self._step_to(values[i], ends, n)
-            taken = steps.take(n, last + 1, y, outputs.out if on_grid else None)
+            try:
+                taken = steps.take(n, last + 1, y, outputs.out if on_grid else None)
+            except BaseException:
+                self.counts.n_accepted += max(steps.under_way - n, 0)
+                raise
             if isinstance(taken, SolveError):
                 failure = taken
                 break

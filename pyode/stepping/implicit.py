@@ -42,9 +42,11 @@ class ImplicitSteps:
             course.counts,
         )
         self.times = course.stage_times((0.0, *tableau.abscissae))
+        self.under_way = -1
 
     def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken | SolveError:
         """See Steps; takes one, or returns an error: NOT_CONVERGED, or NON_FINITE where f(t0, y) is not finite."""
+        self.under_way = begin
         step = self._step(begin, y)
         if isinstance(step, SolveError):
             return step

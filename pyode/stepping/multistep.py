@@ -45,6 +45,11 @@ class AdamsSteps:
         self.table = table(self.predictors, self.correctors, max_iters)
         self.slopes: list[Tensor] = []  # the newest first
 
+    @property
+    def under_way(self) -> int:
+        """See Steps."""
+        return max(self.start.under_way, int(self.grid_steps.under_way))
+
     def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken:
         """See Steps."""
         if len(self.slopes) + 1 < LOWEST_ORDER - 1 or self.most < LOWEST_ORDER - 1:
