@@ -291,10 +291,10 @@ class _OdeintAdjoint(torch.autograd.Function):
                         problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time
                     ).solve()
                 )
-        y0_gradient, t_gradient, param_gradients = found
-        if t_gradient is not None:
-            if standing is not None and n > 1:
+            y0_gradient, t_gradient, param_gradients = found
+            if t_gradient is not None and standing is not None and n > 1:
                 f = Dynamics(problem.func, problem.form, ys[0])(t[n - 1].to(ys.device, ys.real.dtype), ys[n - 1])
                 t_gradient[n - 1] -= torch.sum((f.conj() * standing).real).to(t_gradient)
+        if t_gradient is not None:
             t_gradient = torch.cat([t_gradient[:n], torch.zeros_like(t[n:])])
         return (None, None, t_gradient, y0_gradient, *param_gradients)

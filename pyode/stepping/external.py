@@ -83,7 +83,7 @@ class ScipyLoop:
                 if not np.isfinite(solver.y).all():  # LSODA goes on from nan to nan
                     self._finite = False
                     break
-                t, y = solver.t, solver.y
+                t, y = float(solver.t), solver.y
                 self.n_accepted += 1
                 begin = len(outputs)
                 end = begin + sum(sign * (value - t) <= 0 for value in values[begin:])
