@@ -188,6 +188,11 @@ class GridSteps:
             _like(times.shape[1:], times.dtype, times.device), _with_views, layout.storage_uses,
         )  # fmt: skip
 
+    @property
+    def under_way(self) -> int:
+        """The number of the step begun last; -1 before there is one."""
+        return self.handle.under_way
+
     def take(
         self,
         table: Table,
