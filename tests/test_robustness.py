@@ -244,3 +244,23 @@ def test_a_solve_may_be_started_inside_anothers_func(expected):
     with torch.no_grad():
         outer = pyode.odeint(f, tensor(2.0, 0.0), tensor(0.0, 1.0), rtol=1e-5, atol=1e-5)
         assert torch.equal(outer, pyode.odeint(van_der_pol, tensor(2.0, 0.0), tensor(0.0, 1.0), rtol=1e-5, atol=1e-5))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinities")
+def test_helpers_keep_off_the_processor_of_the_thread_that_waits_for_them():
+    mine = os.sched_getaffinity(0)
+    if len(mine) < 2:
+        pytest.skip("there is one processor")
+
+    y0, t = torch.ones(N), torch.tensor([0.0, 1.0])
+    before = set(os.listdir("/proc/self/task"))
+    torch.set_num_threads(3)  # other tests have another number, so that the pool is made anew
+    with torch.no_grad():
+        pyode.odeint(lambda t, y: y, y0, t, method="euler")  # without an op of torch, which has threads of its own
+    helpers = set(os.listdir("/proc/self/task")) - before
+    assert len(helpers) == 2
+    for helper in helpers:
+        allowed = os.sched_getaffinity(int(helper))
+        assert allowed < mine
+        assert len(allowed) == len(mine) - 1
+    assert os.sched_getaffinity(0) == mine
