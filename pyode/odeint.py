@@ -359,14 +359,15 @@ def solve(
         if search.time is not None:
             return Solved(torch.stack([y0, y0]), search.time, 1)
 
+    failures: list[float] = []  # not put into `solved` by `fail`, which the loop knows: all would live on in a cycle
+
     def fail(error: SolveError) -> None:
         if problem.event is not None and error.status is Status.TOO_MANY_STEPS:
             error = SolveError(Status.NO_EVENT, error.t, error.dt, error.n_steps)
         if options.get("on_failure", "raise") == "raise":
             raise error
         warn(f"the solve failed, and its last state stands for the rest: {error}")
-        solved.end = error.t
-        solved.n_reached = sum(times.sign * (t - error.t) <= 0 for t in times.values)
+        failures.append(error.t)
 
     watched = problem.event is not None or watch is not None or tape is not None or bool(problem.callbacks)
     with on_device_of(y0):
@@ -384,8 +385,11 @@ def solve(
                 assert isinstance(search.segment, RungeKuttaSegment)
                 x = search.segment.position(search.time)
                 tape.add_event(len(tape.steps) - 1, Passed(1, 0, x, search.segment.polynomial, timed=False), last=True)
-        elif solved.end == times.values[-1]:
+        elif not failures:
             stats = Stats()
             loop.add_to(stats)
             fail(SolveError(Status.NO_EVENT, solved.end, loop.last_step or math.nan, stats.n_steps))
+    if failures:
+        solved.end = failures[-1]
+        solved.n_reached = sum(times.sign * (t - solved.end) <= 0 for t in times.values)
     return solved
