@@ -206,7 +206,7 @@ def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: Sa
     failed = ~reached[-1]  # from there on the last state stands for the rest
     end_t = torch.where(failed, loop.controller.field("t").to(flat.device), torch.nan)
     solution = SolvedSamples(
-        samples.func(problem), config, problem.form.segments, samples.times_of(t), reached, flat, end_t,
+        problem.func, samples.func(problem), config, problem.form.segments, samples.times_of(t), reached, flat, end_t,
         torch.where(failed[:, None], flat[-1], torch.nan), loop.stats_of_samples().last_dt.to(flat.device),
     )  # fmt: skip
     flat, end_y = SampleAdjoint.apply(solution, t, samples.y0, *params)  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._ops import reference
+from .compiling import not_compiled
 from .errors import DynamicsError, InvalidType, InvalidValue
 from .state import Dynamics, Form, Func, State, with_args
 from .stepping.segment import BatchSegment
@@ -143,6 +144,7 @@ class SampleDenseOutput:
         """How much it holds."""
         return f"SampleDenseOutput({self.samples.count} samples, {len(self.t0)} steps)"
 
+    @not_compiled
     def __call__(self, t: Tensor | float) -> State:
         """Returns the states at times [m], or [m, B] with times of its own for each sample, or at a single time.
 

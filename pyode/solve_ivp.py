@@ -15,6 +15,7 @@ from . import methods
 from ._ops.contract import Policy
 from .adjoint import listed_parameters
 from .compiled.dynamics import CompiledDynamics
+from .compiling import not_compiled
 from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
 from .errors import InvalidValue, SolveError, Status
 from .gradients.backsolve_samples import SampleBacksolveConfig
@@ -54,6 +55,7 @@ ARGUMENTS = {
 LEAST_ULPS = 10.0  # by which a step has to move t, as in SciPy
 
 
+@not_compiled
 def solve_ivp(
     func: Func,
     y0: State,
@@ -244,8 +246,8 @@ def solve_ivp(
         nan = torch.full_like(samples.y0, math.nan)
         end_t, end_y = (samples.t0 * math.nan, nan) if events is None else (events.time, events.state)
         solved = SolvedSamples(
-            samples.func(problem), backward, problem.form.segments, samples.times_of(t), reached, flat, end_t, end_y,
-            stats.last_dt.to(flat.device),
+            problem.func, samples.func(problem), backward, problem.form.segments, samples.times_of(t), reached, flat,
+            end_t, end_y, stats.last_dt.to(flat.device),
         )  # fmt: skip
         wanted = [x for x in listed if x.requires_grad]
         flat, end_y = SampleAdjoint.apply(solved, t, samples.y0, *wanted)  # type: ignore[no-untyped-call]

@@ -145,7 +145,7 @@ class SampleBacksolve:
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
         """d/dt of (y, a)."""
         y, a = z.detach().unbind(1)
-        f, (slope,) = self._products(t.reshape(-1), y, a.neg(), ())
+        f, (slope,) = self._products(t.reshape(-1), y.contiguous(), a.neg(), ())
         return torch.stack([f, torch.zeros_like(f) if slope is None else slope], 1)
 
     def _products(self, t: Tensor, y: Tensor, v: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, Any]:

@@ -349,7 +349,7 @@ class AdaptiveLoop:
 
     def _at_start(self, y0: Tensor) -> Tensor:
         start = self.times.tensor[0].to(device=y0.device, dtype=self.layout.real_dtype)
-        return start if self.layout.samples == 1 else start.expand(self.layout.samples)
+        return start if self.layout.samples == 1 else start.expand(self.layout.samples).contiguous()
 
     def _shift(self) -> Tensor | None:
         """How far the start has moved: 0, with the gradient of t[0]; None if that is not wanted."""
