@@ -26,7 +26,7 @@ from .gradients.checkpoint import checkpointed
 from .gradients.reversal import Recipe
 from .idle import idle_loops, keep, kind_of
 from .methods import ImplicitTableau, Tableau
-from .parameters import reachable
+from .parameters import named_parameters, reachable
 from .problem import Problem, pose
 from .solution import Stats
 from .state import Dynamics, Form, Func, State
@@ -176,8 +176,10 @@ def odeint(
 
 def parameters_of(func: Func, args: Any, params: Iterable[Tensor] | None) -> list[Tensor]:
     """What func depends on beside its arguments, as far as it can be found or is told."""
+    if params is not None:
+        return named_parameters(params, "params", args)
     written = func.func if isinstance(func, CompiledDynamics) else func
-    return [x for _, x in reachable((written, args))] if params is None else list(params)
+    return [x for _, x in reachable((written, args))]
 
 
 def solve_checkpointed(

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from . import methods
 from ._ops.contract import Policy
-from .adjoint import listed_parameters
 from .compiled.dynamics import CompiledDynamics
 from .compiling import not_compiled
 from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
@@ -112,7 +111,8 @@ def solve_ivp(
         compile: True to make the solve one native call (see `pyode.compile`), or "auto" to do so where it is faster;
             events, dense_output, callbacks, progress and norms of the user's take the eager path.
         params: for gradient="adjoint" and "checkpoint": the tensors to which gradients are wanted beside y0, t and
-            those in args; by default those found in func, see `odeint_adjoint`.
+            those in args; by default all that require gradient and can be found in func. One that func turns out to
+            depend on and that is not among them is told in a warning, but for params=().
         adjoint_options: of the backward solve: rtol, atol, method, and other options; rtol, atol and method are the
             forward solve's by default.
         options: further ones, as `odeint`'s: min_step, max_step, safety, ifactor, dfactor, norm, step_t, jump_t, ...
@@ -167,8 +167,7 @@ def solve_ivp(
     problem = pose(func, y0, t, rtol, atol, method, options, None, args, strict=True)
     problem = replace(problem, policy=_policy_of(problem.policy, controller))
     adjoint = gradient == "adjoint" and torch.is_grad_enabled()
-    listed = listed_parameters(func, params, args)[0] if adjoint else []
-    backward = backward_config(problem, controller, adjoint_options) if adjoint else None
+    backward = backward_config(problem, controller, adjoint_options, params != ()) if adjoint else None
     steered = isinstance(found, Tableau) and found.adaptive
     if (event_fn is not None or dense_output) and not steered:
         raise InvalidValue(
@@ -226,10 +225,9 @@ def solve_ivp(
 
     with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
         if gradient == "checkpoint" and torch.is_grad_enabled():
-            listed = parameters_of(func, args, params)
-            ys = solve_checkpointed(problem, listed, choice, carry_out, warns=params != ())
+            ys = solve_checkpointed(problem, parameters_of(func, args, params), choice, carry_out, params != ())
         else:
-            ys = carry_out(problem)
+            ys = carry_out(replace(problem, y0=problem.y0.detach()) if adjoint else problem)
     (loop,) = loops
     if failures and throw:
         raise failures[0]
@@ -249,15 +247,17 @@ def solve_ivp(
             problem.func, samples.func(problem), backward, problem.form.segments, samples.times_of(t), reached, flat,
             end_t, end_y, stats.last_dt.to(flat.device),
         )  # fmt: skip
-        wanted = [x for x in listed if x.requires_grad]
+        wanted = [x for x in parameters_of(func, args, params) if x.requires_grad]
         flat, end_y = SampleAdjoint.apply(solved, t, samples.y0, *wanted)  # type: ignore[no-untyped-call]
         if events is not None:
             events.state = end_y
     return _solution(problem, samples, t, flat, status, stats, reached, events, dense)
 
 
-def backward_config(problem: Problem, controller: Any, options: dict[str, Any] | None) -> SampleBacksolveConfig:
-    """How the backward solve is done, from a solve's adjoint_options."""
+def backward_config(
+    problem: Problem, controller: Any, options: dict[str, Any] | None, warns: bool
+) -> SampleBacksolveConfig:
+    """How the backward solve is done, from a solve's adjoint_options; whether it warns of gradients that are lost."""
     options = {} if options is None else dict(check_dict(options, "adjoint_options"))
     method = methods.find(options.pop("method", problem.method.name), "adjoint_options['method']")
     if not isinstance(method, Tableau) or not method.adaptive:
@@ -269,7 +269,7 @@ def backward_config(problem: Problem, controller: Any, options: dict[str, Any] |
     )
     check_options(options, method, strict=True)
     policy = replace(_policy_of(policy_from(options, method), controller), resume=True)
-    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid.step_t, options.get("stats"))
+    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid.step_t, options.get("stats"), warns)
 
 
 def _policy_of(policy: Policy, controller: Any) -> Policy:

@@ -23,6 +23,7 @@ from ..state import Func
 from ..stepping.adaptive import AdaptiveLoop
 from ..stepping.hooks import Hooks
 from ..stepping.segment import BatchSegment
+from .survey import Survey
 
 
 @dataclass
@@ -35,6 +36,7 @@ class SampleBacksolveConfig:
     policy: Policy
     step_t: Tensor | None
     stats: Stats | None
+    warns: bool  # of tensors that func depends on and that get no gradient
 
 
 class SampleBacksolve:
@@ -70,6 +72,7 @@ class SampleBacksolve:
         self.func, self.config, self.params, self.with_time = func, config, params, with_time
         self.times, self.ys, self.gradients, self.first_step = times, ys, gradients, first_step
         self.n_evals = 0
+        self.survey = Survey(params) if config.warns else None
         self.param_gradients: list[Tensor] = [torch.zeros_like(p) for p in params]
         self.time_gradients = torch.zeros_like(times)
         samples, size = ys.shape[1:]
@@ -154,6 +157,8 @@ class SampleBacksolve:
         with torch.enable_grad():
             y = y.requires_grad_()
             f = self.func(t, y)
+            if self.survey is not None and self.survey(f, (t, y)) is not None:
+                self.survey = None
             inputs = others or (y,)
             if not f.requires_grad:
                 return f, (None,) * len(inputs)

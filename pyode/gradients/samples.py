@@ -59,8 +59,8 @@ class SampleAdjoint(torch.autograd.Function):
         # Not once_differentiable, which only tells those who differentiate all the way back.
         if torch.is_grad_enabled():
             raise InvalidValue(
-                "the adjoint gradient of samples can't be differentiated, for which create_graph=True prepares; leave it "
-                "out, or take gradient 'direct', or odeint_adjoint with joint control"
+                "the adjoint gradient of samples can't be differentiated, for which create_graph=True prepares; leave "
+                "it out, or take gradient 'direct', or odeint_adjoint with joint control"
             )
         solved: SolvedSamples = ctx.solved
         t, *params = ctx.saved_tensors
