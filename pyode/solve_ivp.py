@@ -251,7 +251,8 @@ def solve_ivp(
         flat, end_y = SampleAdjoint.apply(solved, t, samples.y0, *wanted)  # type: ignore[no-untyped-call]
         if events is not None:
             events.state = end_y
-    return _solution(problem, samples, t, flat, status, stats, reached, events, dense)
+    moved = t[0] - t[0].detach() if t.requires_grad and backward is None else None
+    return _solution(problem, samples, t, flat, status, stats, reached, events, dense, moved)
 
 
 def backward_config(
@@ -338,13 +339,14 @@ def _solution(
     reached: Tensor,
     events: SampleEvents | None,
     dense: SampleDenseOutput | None,
+    moved: Tensor | None,
 ) -> Solution:
-    """All together; states behind a sample's failure or event are nan."""
+    """All together; states behind a sample's failure or event are nan. For `moved` see `_moved`."""
     nan = torch.full_like(samples.y0[:, :1], math.nan)
     event_t, event_index = samples.t0 * math.nan, torch.full_like(samples.t0, -1, dtype=torch.int64)
     event_y = nan.expand_as(samples.y0)
     if events is not None:
-        event_t, event_index, event_y = _moved(problem, samples, events)
+        event_t, event_index, event_y = _moved(problem, samples, events, moved)
     if not bool(reached.all()):
         flat = torch.where(reached.unsqueeze(-1), flat, nan)
     return Solution(
@@ -359,11 +361,17 @@ def _solution(
     )
 
 
-def _moved(problem: Problem, samples: Samples, events: SampleEvents) -> tuple[Tensor, Tensor, Tensor]:
+def _moved(
+    problem: Problem, samples: Samples, events: SampleEvents, start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Times, indices and states of the events, with the gradients of where they lie by the implicit function theorem.
 
     Where an event function is shifted by e, the event moves by -e / (its derivative along the solution); where that is
     0, its time has no gradient.
+
+    Args:
+        start: [] or [B], how far the starts have moved: 0, with a gradient. At a fixed time the state of a sample that
+            starts on its event moves with it; others carry that already. None where there is no gradient, or all do.
     """
     time, index, state = events.time, events.index, events.state
     met = index >= 0
@@ -374,6 +382,10 @@ def _moved(problem: Problem, samples: Samples, events: SampleEvents) -> tuple[Te
     flat = torch.where(met[:, None], state, samples.y0)
     with torch.no_grad():
         slope = samples.func(problem)(here, flat)
+    if start is not None and bool(events.begun.any()):
+        began = events.begun[:, None]
+        start = start.to(flat.device, slope.real.dtype).expand(len(flat))
+        flat = torch.where(began, flat - torch.where(began, slope, 0.0) * start[:, None], flat)
     leaves = here.clone().requires_grad_(), flat.detach().requires_grad_()
     value = events.event(*leaves).gather(1, which).sum()
     rates = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else (None, None)
