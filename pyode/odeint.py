@@ -116,9 +116,11 @@ def odeint(
         torchdiffeq's.
     """
     if under_vmap(method):
-        return odeint_vmapped(
-            odeint, func, y0, t, options, args, event_fn, rtol=rtol, atol=atol, method=method
-        )  # fmt: skip
+        found = odeint_vmapped(
+            odeint, take_steps, func, y0, t, options, args, event_fn, rtol=rtol, atol=atol, method=method
+        )
+        if found is not None:
+            return found
     if type(options) is dict and len(options) == 1 and "compile" in options:
         func, options = compiled_by(options["compile"], func) or func, None
     if type(func) is CompiledDynamics and not options and event_fn is None and not args:
@@ -162,16 +164,24 @@ def odeint(
             keep(kind, problem.form, solved.loop)
     else:
         params = parameters_of(func, args, options.get("params"))
-        found: list[Solved] = []
+        done: list[Solved] = []
 
         def carry_out(quiet: Problem, tape: Tape) -> Tensor:
-            found.append(solve(quiet, tape=tape))
-            return found[0].ys
+            done.append(solve(quiet, tape=tape))
+            return done[0].ys
 
         ys = solve_checkpointed(problem, params, choice, carry_out, options.get("params") != ())
-        solved = replace(found[0], ys=ys)
+        solved = replace(done[0], ys=ys)
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved.end), ys)
+
+
+def take_steps(func: Func, y0: State, t: Tensor, rtol: Any, atol: Any, method: Any, options: dict[str, Any]) -> Tape:
+    """Solves as `odeint` does, for the steps' sake."""
+    problem = pose(func, y0, t, rtol, atol, method, options)
+    tape = Tape(problem.y0, most=1)
+    solve(problem, tape=tape)
+    return tape
 
 
 def parameters_of(func: Func, args: Any, params: Iterable[Tensor] | None) -> list[Tensor]:

@@ -130,11 +130,13 @@ def solve_ivp(
         adaptive time-stepping, 2003; Lienen, Gunnemann, torchode, 2022, for one controller a sample.
     """
     if under_vmap(method):
-        return solve_ivp_vmapped(
+        found_by_elements = solve_ivp_vmapped(
             solve_ivp, func, y0, t, control=control, args=args, event_fn=event_fn, gradient=gradient, compact=compact,
             dense_output=dense_output, options=options, method=method, rtol=rtol, atol=atol, controller=controller,
             first_step=first_step, max_num_steps=max_num_steps, throw=throw, progress=progress,
         )  # fmt: skip
+        if found_by_elements is not None:
+            return found_by_elements
     key = None
     if (
         type(func) is CompiledDynamics
