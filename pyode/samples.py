@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._ops import reference
 from ._ops.contract import clock_device, wide_dtype
+from .compiling import not_compiled
 from .errors import DynamicsError, InvalidType, InvalidValue
 from .state import Dynamics, Form, Func, State, with_args
 from .stepping.segment import BatchSegment
@@ -154,6 +155,7 @@ class SampleDenseOutput:
         """How much it holds."""
         return f"SampleDenseOutput({self.samples.count} samples, {len(self.t0)} steps)"
 
+    @not_compiled
     def __call__(self, t: Tensor | float) -> State:
         """Returns the states at times [m], or [m, B] with times of its own for each sample, or at a single time.
 

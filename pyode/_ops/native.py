@@ -292,6 +292,11 @@ def _with_views(like: Tensor) -> tuple[Tensor, ...]:
     return (whole, *whole.unbind())
 
 
+def _as_view(like: Tensor) -> Tensor:
+    """A trial's time, a view as those of stages are: torch.compile would compile func anew for what is none."""
+    return like.new_empty((2, *like.shape))[0]
+
+
 @lru_cache(maxsize=64)
 def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor to make others like, which is faster than to name shape, dtype and device; never written or read."""
@@ -333,7 +338,7 @@ class Controller:
         self.handle = handle = _C.Controller(
             state.handle, _SCALARS[state.real_dtype], words, stride, base + 8 * self._flags, abscissae,
             _like(shape, state.real_dtype, device), _like(shape[1:], state.real_dtype, device),
-            _with_views, torch.empty_like, state.storage_uses,
+            _with_views, _as_view, state.storage_uses,
         )  # fmt: skip
         handle.set_policy(
             policy.safety, policy.ifactor, policy.dfactor, policy.min_step, policy.max_step, policy.order,

@@ -23,6 +23,7 @@ from ..state import Func
 from ..stepping.adaptive import AdaptiveLoop
 from ..stepping.hooks import Hooks
 from ..stepping.segment import BatchSegment
+from .survey import Survey
 
 
 @dataclass
@@ -35,6 +36,7 @@ class SampleBacksolveConfig:
     policy: Policy
     step_t: Tensor | None
     stats: Stats | None
+    warns: bool  # of tensors that func depends on and that get no gradient
 
 
 class SampleBacksolve:
@@ -70,6 +72,7 @@ class SampleBacksolve:
         self.func, self.config, self.params, self.with_time = func, config, params, with_time
         self.times, self.ys, self.gradients, self.first_step = times, ys, gradients, first_step
         self.n_evals = 0
+        self.survey = Survey(params) if config.warns else None
         self.param_gradients: list[Tensor] = [torch.zeros_like(p) for p in params]
         self.time_gradients = torch.zeros_like(times)
         samples, size = ys.shape[1:]
@@ -146,7 +149,7 @@ class SampleBacksolve:
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
         """d/dt of (y, a)."""
         y, a = z.detach().unbind(1)
-        f, (slope,) = self._products(t.reshape(-1), y, a.neg(), ())
+        f, (slope,) = self._products(t.reshape(-1), y.contiguous(), a.neg(), ())
         return torch.stack([f, torch.zeros_like(f) if slope is None else slope], 1)
 
     def _products(self, t: Tensor, y: Tensor, v: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
@@ -155,6 +158,8 @@ class SampleBacksolve:
         with torch.enable_grad():
             y = y.requires_grad_()
             f = self.func(t, y)
+            if self.survey is not None and self.survey(f, (t, y)) is not None:
+                self.survey = None
             inputs = others or (y,)
             if not f.requires_grad:
                 return f, (None,) * len(inputs)

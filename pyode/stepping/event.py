@@ -95,6 +95,7 @@ class SampleEvents:
         tolerance, skip_initial: as EventSearch's.
 
     Attributes:
+        begun: [B] which samples start on theirs.
         time: [B] of each sample's event; nan as long as there is none.
         index: [B] which of the E functions it is; -1.
         state: [B, D] at the event, with a graph behind it where gradients are enabled; nan.
@@ -111,7 +112,7 @@ class SampleEvents:
         self.event, self.tolerance = event, tolerance
         with torch.no_grad():
             self.signs = torch.sign(event(t0, y0)).to(t0.device)
-        begun = (self.signs == 0).any(1) & (not skip_initial)
+        self.begun = begun = (self.signs == 0).any(1) & (not skip_initial)
         self._at_start = bool(begun.any())
         self.time = torch.where(begun, t0, torch.full_like(t0, math.nan))
         self.index = torch.where(begun, (self.signs == 0).long().argmax(1), -1)
