@@ -305,4 +305,5 @@ def test_every_sample_may_have_times_of_its_own(device):
 
 
 def test_the_reference_module_offers_what_the_native_one_does():
-    assert all(callable(getattr(native, name)) for name in reference.__all__)
+    own = {"interpolate_at", "scaled_error", "scaled_step_error"}  # what only torch's own derivatives need
+    assert all(callable(getattr(native, name)) for name in {*reference.__all__} - own)

@@ -1,0 +1,158 @@
+"""Steps: the evaluations of func with the sums and the controller between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..contract import Layout, Phase, RightHandSide
+from .controller import Controller
+from .interpolant import Interpolant
+from .norms import scaled_error
+from .sums import stage_combine
+
+
+@dataclass(frozen=True)
+class Table:
+    """See native.Table."""
+
+    rows: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+    error_weights: tuple[float, ...]
+
+
+def stages(
+    layout: Layout,
+    table: Table,
+    y: Tensor,
+    ks: list[Tensor],
+    dt: Tensor,
+    times: tuple[Tensor, ...],
+    dynamics: RightHandSide,
+    combine: Callable[..., Tensor] = stage_combine,
+) -> Tensor:
+    """See native.stages; `combine` makes the stages' states."""
+    state = y
+    for j, t in enumerate(times):
+        state = combine(layout, table.rows[j], y, ks, dt)
+        ks[j + 1] = dynamics(t, state)
+    return state
+
+
+def take_steps(
+    layout: Layout,
+    table: Table,
+    interpolant: Interpolant,
+    y: Tensor,
+    ks: list[Tensor],
+    controller: Controller,
+    dynamics: RightHandSide,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    out: Tensor,
+    t0: Tensor | None = None,
+) -> tuple[Tensor, Tensor, int]:
+    """See native.take_steps; begins or takes one step, and writes no outputs but the first."""
+    if t0 is not None:
+        out[0], ks[0] = y, dynamics(t0, y)
+        n = sum(part.n_segments for part in controller.layouts)
+        controller.error_norm((1.0,), y, y, [y], controller.one, rtol, atol, 0)
+        controller.error_norm((1.0,), y, y, [ks[0]], controller.one, rtol, atol, n)
+        controller.run(Phase.TRY_FIRST)
+        k = dynamics(controller.stage_times, stage_combine(layout, (1.0,), y, [ks[0]], controller.dt))
+        controller.error_norm((1.0, -1.0), y, y, [k, ks[0]], controller.dt, rtol, atol, 0)
+        return y, y, controller.run(Phase.CHOOSE_FIRST)
+    dt = controller.dt
+    y1 = stages(layout, table, y, ks, dt, controller.stage_times.unbind(), dynamics)
+    controller.error_norm(table.error_weights, y, y1, ks, dt, rtol, atol)
+    return y, y1, controller.run(Phase.JUDGE)
+
+
+@dataclass(frozen=True)
+class AdamsTable:
+    """See native.AdamsTable."""
+
+    predictors: tuple[tuple[float, ...], ...]
+    correctors: tuple[tuple[float, ...], ...]
+    max_iters: int
+
+
+class GridSteps:
+    """See native.GridSteps; `combine` makes the states."""
+
+    CHUNK = 64  # steps whose times and sizes are taken apart together: a view for each on its own takes twice as long
+
+    def __init__(
+        self, layout: Layout, times: Tensor, sizes: Tensor, combine: Callable[..., Tensor] = stage_combine
+    ) -> None:
+        self.layout, self.combine = layout, combine
+        self._chunks = times.split(self.CHUNK), sizes.split(self.CHUNK)  # type: ignore[no-untyped-call]
+        self._chunk = -1
+        self._times: list[tuple[Tensor, ...]] = []
+        self._sizes: tuple[Tensor, ...] = ()
+
+    def _step(self, n: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The times of step n's stages, each 0-dim, and its size, [1]."""
+        chunk, i = divmod(n, self.CHUNK)
+        if chunk != self._chunk:
+            times, sizes = (chunks[chunk] for chunks in self._chunks)
+            views, stages = times.reshape(-1).unbind(), times.shape[1]
+            self._times = [views[j : j + stages] for j in range(0, len(views), stages)]
+            self._sizes, self._chunk = sizes.unsqueeze(1).unbind(), chunk
+        return self._times[i], self._sizes[i]
+
+    def take(
+        self,
+        table: Table,
+        y: Tensor,
+        ks: list[Tensor],
+        dynamics: RightHandSide,
+        begin: int,
+        end: int,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See native.GridSteps.take."""
+        y1 = y
+        for n in range(begin, end):
+            if n > begin:
+                y = y1
+                if out is not None:
+                    out[n] = y
+            times, dt = self._step(n)
+            ks[0] = dynamics(times[0], y)
+            stages(self.layout, table, y, ks, dt, times[1:], dynamics, self.combine)
+            y1 = self.combine(self.layout, table.weights, y, ks, dt)
+        return y, y1
+
+    def take_adams(
+        self,
+        table: AdamsTable,
+        y: Tensor,
+        ks: list[Tensor],
+        m: int,
+        dynamics: RightHandSide,
+        begin: int,
+        end: int,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, int, int, bool]:
+        """See native.GridSteps.take_adams; takes one."""
+        layout, ((first, last), dt) = self.layout, self._step(begin)
+        m = min(m + 1, len(table.predictors))
+        ks[1 : m + 1] = [dynamics(first, y), *ks[1:m]]
+        weights, solved, zero = table.predictors[m - 1], True, torch.zeros_like(y)
+        if table.correctors:
+            before, solved = stage_combine(layout, weights, zero, ks, dt).detach(), False
+            for _ in range(table.max_iters):
+                ks[0] = dynamics(last, self.combine(layout, weights, y, ks, dt))
+                weights = table.correctors[m - 1]
+                after = stage_combine(layout, weights, zero, ks, dt).detach()
+                change = scaled_error(after - before, before, after, rtol, atol)
+                solved, before = bool(change.numel() == 0 or change.abs().max() < 1), after
+                if solved:
+                    break
+        return y, self.combine(layout, weights, y, ks, dt), m, begin, solved
