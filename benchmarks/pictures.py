@@ -147,7 +147,7 @@ def draw(results: dict[str, Any]) -> None:
             ax.xaxis.set_minor_locator(NullLocator())
         ax.grid(alpha=0.25)
     axes[0].set_ylabel("microseconds a solve")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(PICTURES / "scaling.png", dpi=110)
 
     figure, axes = plt.subplots(1, len(WORK), figsize=(9.5, 4), layout="constrained")
@@ -159,7 +159,7 @@ def draw(results: dict[str, Any]) -> None:
         ax.invert_xaxis()
         ax.grid(alpha=0.25)
     axes[0].set_ylabel("microseconds a solve")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(PICTURES / "work-precision.png", dpi=110)
 
 
