@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import methods
-from ._ops.contract import Policy
+from ._ops.contract import Policy, wide_dtype
 from .compiled.dynamics import CompiledDynamics
 from .compiling import not_compiled
 from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
@@ -241,13 +241,12 @@ def solve_ivp(
         met, sign = events.index >= 0, torch.sign(samples.t1 - samples.t0)
         reached = torch.where(met, sign * (samples.times_of(t) - events.time) <= 0, reached.to(met.device))
         status = torch.where(met.cpu(), int(Status.EVENT), status)
-    reached = reached.to(flat.device)
     if backward is not None:
         nan = torch.full_like(samples.y0, math.nan)
         end_t, end_y = (samples.t0 * math.nan, nan) if events is None else (events.time, events.state)
         solved = SolvedSamples(
-            problem.func, samples.func(problem), backward, problem.form.segments, samples.times_of(t), reached, flat,
-            end_t, end_y, stats.last_dt.to(flat.device),
+            problem.func, samples.func(problem), backward, problem.form.segments, samples.times_of(t),
+            reached.to(samples.clock), flat, end_t, end_y, stats.last_dt.to(samples.clock),
         )  # fmt: skip
         wanted = [x for x in parameters_of(func, args, params) if x.requires_grad]
         flat, end_y = SampleAdjoint.apply(solved, t, samples.y0, *wanted)  # type: ignore[no-untyped-call]
@@ -350,7 +349,7 @@ def _solution(
     if events is not None:
         event_t, event_index, event_y = _moved(problem, samples, events, moved)
     if not bool(reached.all()):
-        flat = torch.where(reached.unsqueeze(-1), flat, nan)
+        flat = torch.where(reached.to(flat.device).unsqueeze(-1), flat, nan)
     return Solution(
         ts=t,
         ys=samples.of_user(flat),
@@ -379,8 +378,9 @@ def _moved(
     met = index >= 0
     if not torch.is_grad_enabled() or not bool(met.any()):
         return time, index, state
-    which = index.clamp(min=0)[:, None]
+    which = index.clamp(min=0)[:, None].to(state.device)
     here = torch.where(met, time, samples.t0)
+    met, here = met.to(state.device), here.to(state.device, wide_dtype(state.device))
     flat = torch.where(met[:, None], state, samples.y0)
     with torch.no_grad():
         slope = samples.func(problem)(here, flat)
@@ -398,4 +398,5 @@ def _moved(
     along = torch.where(met & along.isfinite() & (along != 0), along, torch.full_like(along, math.inf))
     shift = (value.detach() - value) / along
     nan = torch.full_like(state, math.nan)
-    return time + shift, index, torch.where(met[:, None], flat + slope * shift[:, None].to(slope.real.dtype), nan)
+    moved = flat + slope * shift[:, None].to(slope.real.dtype)
+    return time + shift.to(time), index, torch.where(met[:, None], moved, nan)

@@ -16,7 +16,8 @@ from problems import tensor, van_der_pol
 from torch import Tensor
 
 import pyode
-from pyode import SolveError
+from pyode import SolveError, Stats
+from pyode.methods import METHODS
 
 N = 70_000  # enough numbers for the pool of threads to take part
 
@@ -73,6 +74,29 @@ def test_an_exception_in_func_passes_through_unchanged(call, n, method, expected
     assert error.__context__ is None
     assert traceback.extract_tb(error.__traceback__)[-1].name == "f"
     assert_as_good_as_new(expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("call", [0, 1, 30])
+def test_in_every_method_it_passes_through_and_what_was_done_is_counted(call, method, backend):
+    adaptive, counts = METHODS[method].adaptive, []
+    y0, t = torch.linspace(-1, 1, 5, dtype=torch.float64), tensor(0.0, 0.3, 2.0)
+    for watched in (False, True):  # many steps are one call of native code, or a call each
+        error, stats, begun = Mine("as it was"), Stats(), []
+        f, options = raising_at(call, error), {"stats": stats} if adaptive else {"stats": stats, "step_size": 0.05}
+        if watched and method != "scipy_solver":
+            f.callback_step = lambda t0, y0, dt, begun=begun: begun.append(t0)
+        with pytest.raises(Mine) as caught, pyode.backend(backend), torch.no_grad():
+            pyode.odeint(f, y0, t, 1e-4, 1e-5, method, options)
+        assert caught.value is error
+        assert error.__cause__ is None
+        assert error.__context__ is None
+        assert stats.n_f_evals == call + 1
+        counts.append(stats.n_accepted)
+        if watched and not adaptive:
+            assert stats.n_accepted == len(begun) - 1
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), MemoryError("no"), StopIteration()])
@@ -220,3 +244,23 @@ def test_a_solve_may_be_started_inside_anothers_func(expected):
     with torch.no_grad():
         outer = pyode.odeint(f, tensor(2.0, 0.0), tensor(0.0, 1.0), rtol=1e-5, atol=1e-5)
         assert torch.equal(outer, pyode.odeint(van_der_pol, tensor(2.0, 0.0), tensor(0.0, 1.0), rtol=1e-5, atol=1e-5))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinities")
+def test_helpers_keep_off_the_processor_of_the_thread_that_waits_for_them():
+    mine = os.sched_getaffinity(0)
+    if len(mine) < 2:
+        pytest.skip("there is one processor")
+
+    y0, t = torch.ones(N), torch.tensor([0.0, 1.0])
+    before = set(os.listdir("/proc/self/task"))
+    torch.set_num_threads(3)  # other tests have another number, so that the pool is made anew
+    with torch.no_grad():
+        pyode.odeint(lambda t, y: y, y0, t, method="euler")  # without an op of torch, which has threads of its own
+    helpers = set(os.listdir("/proc/self/task")) - before
+    assert len(helpers) == 2
+    for helper in helpers:
+        allowed = os.sched_getaffinity(int(helper))
+        assert allowed < mine
+        assert len(allowed) == len(mine) - 1
+    assert os.sched_getaffinity(0) == mine

@@ -16,7 +16,7 @@ void square_ratios(const ErrorNorm& op, const Terms<T>& terms, Step step, int64_
   const T* const y1 = static_cast<const T*>(op.y1) + (y0 - static_cast<const T*>(op.y0));
   using A = arithmetic_t<T>;
   A errors[kBlock];
-  accumulate(op.terms, terms, begin, end, errors);
+  accumulate_any(op.terms, terms, begin, end, errors);
   const int64_t n = end - begin;
   const auto fill = [&](auto rtol, auto atol) {
     if constexpr (kComplex) {

@@ -10,9 +10,38 @@
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 namespace pyode::cpu {
 namespace {
+
+#if defined(__linux__)
+/// Keeps threads off the processor of the one that waits for them.
+///
+/// A thread is often woken on the processor of whoever wakes it, if all are busy: and they are, for a while after an op
+/// of torch, whose OpenMP threads go on spinning. Where both then take turns on one, the other's spinning wins nothing.
+class KeepOff {
+ public:
+  void keep_off_mine(std::vector<std::thread>& threads) {
+    const int mine = sched_getcpu();
+    if (mine < 0 || mine == last_ || sched_getaffinity(0, sizeof allowed_, &allowed_) != 0) return;
+    last_ = mine;
+    if (CPU_COUNT(&allowed_) < 2 || mine >= CPU_SETSIZE) return;
+    CPU_CLR(mine, &allowed_);
+    for (std::thread& thread : threads) pthread_setaffinity_np(thread.native_handle(), sizeof allowed_, &allowed_);
+  }
+
+ private:
+  int last_ = -1;
+  cpu_set_t allowed_;
+};
+#else
+struct KeepOff {
+  void keep_off_mine(std::vector<std::thread>&) {}
+};
+#endif
 
 class Pool {
  public:
@@ -42,6 +71,7 @@ class Pool {
       next_.store(0, std::memory_order_relaxed);
       open_ = true;
     }
+    place_.keep_off_mine(threads_);
     wake_.notify_all();
     work();
     std::unique_lock<std::mutex> lock(mutex_);
@@ -73,6 +103,7 @@ class Pool {
   }
 
   std::vector<std::thread> threads_;
+  KeepOff place_;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   void (*body_)(int64_t, void*) = nullptr;

@@ -62,20 +62,43 @@ void sum_terms(const Terms<T>& terms, int64_t begin, int64_t end, Step dt) {
   }
 }
 
-/// sums[i - begin] = sum_j w_j k_j[i], for any number of terms and at most kBlock numbers: term by term, in table
-/// order.
+template <int N, class T>
+void accumulate(const Terms<T>& terms, int64_t begin, int64_t end, arithmetic_t<T>* sums) {
+  const T* k[N];
+  for (int j = 0; j < N; ++j) k[j] = terms.k[j] + begin;
+  PYODE_INDEPENDENT
+  for (int64_t i = 0; i < end - begin; ++i) sums[i] = weighted_sum<N>(N, terms.w, [&](int j) { return load(k[j][i]); });
+}
+
+/// sums[i - begin] = sum_j w_j k_j[i], for any number of terms and at most kBlock numbers, in table order.
 template <class T>
-void accumulate(int n, const Terms<T>& terms, int64_t begin, int64_t end, arithmetic_t<T>* sums) {
+void accumulate_any(int n, const Terms<T>& terms, int64_t begin, int64_t end, arithmetic_t<T>* sums) {
   using A = arithmetic_t<T>;
-  const auto add = [&](int j, auto first) {
+  switch (n) {
+    case 1:
+      return accumulate<1>(terms, begin, end, sums);
+    case 2:
+      return accumulate<2>(terms, begin, end, sums);
+    case 3:
+      return accumulate<3>(terms, begin, end, sums);
+    case 4:
+      return accumulate<4>(terms, begin, end, sums);
+    case 5:
+      return accumulate<5>(terms, begin, end, sums);
+    case 6:
+      return accumulate<6>(terms, begin, end, sums);
+    case 7:
+      return accumulate<7>(terms, begin, end, sums);
+    default:
+      break;
+  }
+  accumulate<7>(terms, begin, end, sums);
+  for (int j = 7; j < n; ++j) {
     const T* const k = terms.k[j] + begin;
     const A w = terms.w[j];
     PYODE_INDEPENDENT
-    for (int64_t i = 0; i < end - begin; ++i)
-      sums[i] = first ? w * load(k[i]) : fused_multiply_add(w, load(k[i]), sums[i]);
-  };
-  add(0, std::true_type{});
-  for (int j = 1; j < n; ++j) add(j, std::false_type{});
+    for (int64_t i = 0; i < end - begin; ++i) sums[i] = fused_multiply_add(w, load(k[i]), sums[i]);
+  }
 }
 
 // Tableaus of up to seven stages get a loop of their own for every number of terms; longer sums go block by block.
@@ -103,7 +126,7 @@ void sum_terms_any(int n, const Terms<T>& terms, int64_t begin, int64_t end, Ste
   A sums[kBlock];
   for (int64_t from = begin; from < end; from += kBlock) {
     const int64_t to = from + kBlock < end ? from + kBlock : end;
-    accumulate(n, terms, from, to, sums);
+    accumulate_any(n, terms, from, to, sums);
     PYODE_INDEPENDENT
     for (int64_t i = from; i < to; ++i) {
       const A step = dt(i), start = load(terms.y[i]);

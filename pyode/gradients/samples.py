@@ -23,7 +23,7 @@ class SolvedSamples:
         func: the same, of times [B] and packed states [B, D].
         config: of the backward solve.
         segments: of the norm of a state.
-        times: [T, B] float64, of the outputs.
+        times: [T, B] float64, of the outputs; on the `clock_device`, as end_t and last_dt.
         reached: [T, B] bool, which of them were.
         ys: [T, B, D].
         end_t, end_y: [B] and [B, D] of each sample's event; nan where it had none.
@@ -65,12 +65,13 @@ class SampleAdjoint(torch.autograd.Function):
         solved: SolvedSamples = ctx.solved
         t, *params = ctx.saved_tensors
         ended = solved.end_t.isfinite()
-        samples = torch.arange(len(ended), device=ended.device)
-        last = solved.reached.sum(0) - 1
+        last, samples = solved.reached.sum(0) - 1, torch.arange(len(ended), device=ended.device)
         end_t = torch.where(ended, solved.end_t, solved.times[last, samples])
+        device = solved.ys.device
+        ended, last, samples = ended.to(device), last.to(device), samples.to(device)
         end_y = torch.where(ended[:, None], solved.end_y, solved.ys[last, samples])
         # Outputs that were not reached are put to the end, where nothing arrives from them.
-        reached = solved.reached.unsqueeze(-1)
+        reached = solved.reached.unsqueeze(-1).to(device)
         times = torch.cat([torch.where(solved.reached, solved.times, end_t), end_t[None]])
         ys = torch.cat([torch.where(reached, solved.ys, end_y), end_y[None]])
         arriving = torch.where(reached, gradients[0], 0.0), torch.where(ended[:, None], gradients[1], 0.0)[None]
