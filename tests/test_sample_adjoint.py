@@ -8,7 +8,7 @@ from ensembles import blow_up, oscillators, van_der_pol
 from torch import Tensor, nn
 
 import pyode
-from pyode import InvalidValue, odeint, odeint_adjoint
+from pyode import InvalidValue, odeint, odeint_adjoint, solve_ivp
 
 F64 = torch.float64
 SAMPLES = {"control": "per_sample"}
@@ -106,6 +106,17 @@ def test_stats_count_both_solves():
     ys.sum().backward()
     assert stats.n_f_evals == forward > 0
     assert backward.n_f_evals > 0
+
+
+@pytest.mark.parametrize("interface", [odeint_adjoint, solve_ivp])
+def test_a_second_derivative_is_refused(interface):
+    y0 = Y0.clone().requires_grad_()
+    if interface is solve_ivp:
+        ys = solve_ivp(Field(), y0, T, gradient="adjoint").ys
+    else:
+        ys = odeint_adjoint(Field(), y0, T, options=SAMPLES)
+    with pytest.raises(InvalidValue, match="can't be differentiated"):
+        torch.autograd.grad(ys.sum(), y0, create_graph=True)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class SampleAdjoint(torch.autograd.Function):
         ctx.solved = solved
         ctx.circumstances = Circumstances(solved.written, y0.device, params)
         ctx.save_for_backward(t, *params)
-        return solved.ys, solved.end_y
+        return solved.ys.detach(), solved.end_y.detach()  # others, as what the node holds must not lead to it
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # noqa: D102
