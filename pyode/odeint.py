@@ -158,19 +158,20 @@ def odeint(
             event_fn=event_fn, args=args, adjoint_params=options.get("params"),
         )  # fmt: skip
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn, args)
-    if gradient == "direct" or not torch.is_grad_enabled():
+    params = options.get("params")
+    if gradient == "direct" or not torch.is_grad_enabled() or undone_natively(problem, choice, params):
         solved = solve(problem, key=key)
         if kind is not None:
             keep(kind, problem.form, solved.loop)
     else:
-        params = parameters_of(func, args, options.get("params"))
+        listed = parameters_of(func, args, params)
         done: list[Solved] = []
 
         def carry_out(quiet: Problem, tape: Tape) -> Tensor:
             done.append(solve(quiet, tape=tape))
             return done[0].ys
 
-        ys = solve_checkpointed(problem, params, choice, carry_out, options.get("params") != ())
+        ys = solve_checkpointed(problem, listed, choice, carry_out, params != ())
         solved = replace(done[0], ys=ys)
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved.end), ys)
@@ -190,6 +191,17 @@ def parameters_of(func: Func, args: Any, params: Iterable[Tensor] | None) -> lis
         return named_parameters(params, "params", args)
     written = func.func if isinstance(func, CompiledDynamics) else func
     return [x for _, x in reachable((written, args))]
+
+
+def undone_natively(problem: Problem, choice: dict[str, Any], params: Iterable[Tensor] | None) -> bool:
+    """Whether a compiled solve's own gradient is what "checkpoint" asks for: it undoes the steps, from every state.
+
+    Not where it is to keep fewer states, or to have gradients to some tensors only.
+    """
+    watched = problem.event is not None or bool(problem.callbacks) or len(problem.times.values) == 1
+    if problem.compiled is None or watched or params is not None or not choice.keys() <= {"gradient"}:
+        return False
+    return compiled_loop(problem, lambda _: None) is not None
 
 
 def solve_checkpointed(

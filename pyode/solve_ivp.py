@@ -28,6 +28,7 @@ from .odeint import (
     on_device_of,
     parameters_of,
     solve_checkpointed,
+    undone_natively,
 )
 from .problem import Problem, pose
 from .progress import Progress
@@ -226,7 +227,8 @@ def solve_ivp(
         return torch.cat([ys, events.state.reshape(1, *ys.shape[1:])])
 
     with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
-        if gradient == "checkpoint" and torch.is_grad_enabled():
+        taped = gradient == "checkpoint" and torch.is_grad_enabled()
+        if taped and (watched or not undone_natively(problem, choice, params)):
             ys = solve_checkpointed(problem, parameters_of(func, args, params), choice, carry_out, params != ())
         else:
             ys = carry_out(replace(problem, y0=problem.y0.detach()) if adjoint else problem)

@@ -13,7 +13,7 @@ from problems import tensor, van_der_pol
 from torch import Tensor, nn
 
 import pyode
-from pyode.compiled import dynamics, trace
+from pyode.compiled import dynamics, entry
 from pyode.compiled.dynamics import CompiledDynamics
 
 T = tensor(0.0, 0.4, 1.0)
@@ -28,8 +28,8 @@ def strict(f):
 def traces(monkeypatch) -> list[int]:
     """Grows by one at every trace."""
     found: list[int] = []
-    original = trace._graph_of
-    monkeypatch.setattr(trace, "_graph_of", lambda *args: found.append(1) or original(*args))
+    original = entry.trace
+    monkeypatch.setattr(entry, "trace", lambda *args: found.append(1) or original(*args))
     return found
 
 
@@ -233,6 +233,20 @@ class TestAuto:
             pyode.solve_ivp(f, y0, T)
         assert len(f.costs) == 4
         assert all(0 < seconds < 10 for pair in f.costs.values() for seconds in pair)
+
+    def test_chooses_in_earnest(self):
+        """Wide matrices across rows belong to a BLAS; a few numbers a row do not."""
+        mixing, t = torch.randn(64, 64) / 8, T.float()
+        for func, y0, expected in (
+            (lambda t, y: torch.tanh(mixing @ y) @ mixing - y, torch.randn(64, 64), "eager"),
+            (van_der_pol, torch.randn(20, 2), "compiled"),
+        ):
+            f = pyode.compile(func, auto=True)
+            ours = pyode.odeint(f, y0, t, rtol=1e-5, atol=1e-7)
+            ((native, eager),) = f.costs.values()
+            assert min((native, "compiled"), (eager, "eager"))[1] == expected
+            assert repr(f).endswith(f": {expected}")
+            torch.testing.assert_close(ours, pyode.odeint(func, y0, t, rtol=1e-5, atol=1e-7), rtol=1e-4, atol=1e-4)
 
     def test_what_cannot_be_compiled_is_eager(self):
         f = pyode.compile(lambda t, y: y if y.sum() > 0 else -y, auto=True)

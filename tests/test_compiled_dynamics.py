@@ -279,8 +279,9 @@ class TestRefusals:
         """One warning, the eager result, and an error if strict."""
         compiled = pyode.compile(f)
         torch.manual_seed(0)
-        with pytest.warns(UserWarning, match=reason):
+        with pytest.warns(UserWarning, match=reason) as caught:
             ours = pyode.odeint(compiled, self.y0, self.t)
+        assert caught[0].filename == __file__
         torch.manual_seed(0)
         assert torch.equal(ours, pyode.odeint(f, self.y0, self.t))
         with warnings.catch_warnings():
@@ -313,6 +314,24 @@ class TestRefusals:
 
         self.check(f, "writes into a tensor")
         assert calls > 0
+
+    def test_writing_into_the_state(self):
+        for f in (lambda t, y: y.mul_(-1), lambda t, y: (y[:, 0].add_(1), -y)[1]):
+            with pytest.raises(pyode.CompileError, match="func writes into its input"):
+                pyode.odeint(strict(f), self.y0, self.t)
+            with (
+                pytest.raises(pyode.DynamicsError, match="wrote into its input"),
+                pytest.warns(UserWarning, match="func writes into its input"),
+            ):
+                pyode.odeint(pyode.compile(f), self.y0, self.t)
+
+    def test_batch_norm_in_training(self):
+        norm = nn.BatchNorm1d(2)
+        self.check(lambda t, y: norm(y), r"add_ writes into a tensor that func has closed over at .*:\d+")
+        f = pyode.compile(lambda t, y: nn.functional.batch_norm(y, None, None, training=True) - y)
+        with pytest.warns(UserWarning, match="mixes rows"):
+            ours = pyode.solve_ivp(f, self.y0, self.t, control="per_sample")
+        assert torch.equal(ours.ys, pyode.solve_ivp(f.func, self.y0, self.t, control="per_sample").ys)
 
     def test_an_unknown_operator(self):
         self.check(lambda t, y: torch.special.i0(y) * -1, "i0 at .*is not known")

@@ -133,3 +133,25 @@ def test_the_same_bits_for_any_number_of_threads():
         loss = pyode.odeint(f, y0, t, rtol=1e-4, atol=1e-5).square().sum()
         found.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(net.parameters()))]))
     assert all(torch.equal(g, found[0]) for g in found)
+
+
+@pytest.mark.parametrize("solver", ["odeint", "joint", "per_sample"])
+def test_checkpoints_asked_for_by_name_are_a_compiled_solves_own(solver):
+    def solve(f, y0, **options):
+        if solver == "odeint":
+            return pyode.odeint(f, y0, T, **TIGHT, options={"gradient": "checkpoint", **options})
+        return pyode.solve_ivp(f, y0, T, **TIGHT, gradient="checkpoint", control=solver, options=options).ys
+
+    found, calls = [], []
+    for make, options in ((strict, {}), (strict, {"checkpoints": 3}), (lambda f: f, {})):
+        field = Field()
+        f = make(lambda t, y, field=field: field(t[:, None] if t.dim() else t, y))
+        for _ in range(2):  # func is called once to be traced
+            y0, before = Y0.clone().requires_grad_(), field.calls
+            gradients = torch.autograd.grad(loss_of(solve(f, y0, **options)), [y0, *field.trained()])
+        found.append(gradients)
+        calls.append(field.calls - before)
+    assert calls[0] == 0
+    assert calls[1] > 0  # fewer states than steps are kept: by the eager loop
+    for gradients in found[:2]:
+        assert_close(gradients, found[2], 1e-9)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from threading import RLock
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CompileError, InvalidType, InvalidValue
+from ..errors import CompileError, InvalidType, InvalidValue, warn
 from ..methods import Tableau
 from ..state import with_args
 from ..tree import Tree
@@ -194,7 +193,7 @@ class CompiledDynamics(nn.Module):
         if self.strict:
             raise CompileError(reason)
         if reason not in self._refused.values():
-            warnings.warn(f"{_name(self.func)} is not compiled and runs eagerly: {reason}", stacklevel=6)
+            warn(f"{_name(self.func)} is not compiled and runs eagerly: {reason}")
         self._refused[key] = reason
 
     def __repr__(self) -> str:
@@ -207,7 +206,10 @@ class CompiledDynamics(nn.Module):
                 f"  {'rows side by side' if entry.rows else f'the state is one row, because {entry.mixed}'}\n"
                 f"  traced and compiled in {entry.seconds:.2f} s"
             )
-            lines += [f"  {library.path.with_suffix('.cpp')}" for library in entry.libraries]
+            sources = [library.path.with_suffix(".cpp") for library in entry.libraries]
+            lines += [
+                f"  {source}" if source.exists() else "  in no file: the cache can't be written" for source in sources
+            ]
         for part in (self, *(other for other, _ in self._with_args.values())):
             lines += [f"  not compiled: {reason}" for reason in dict.fromkeys(part._refused.values())]
             for key, (native, eager) in part.costs.items():

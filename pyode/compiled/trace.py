@@ -158,7 +158,11 @@ def trace(
             return [torch.clone(part) for part in (out if is_tuple else (out,))]
 
     with torch.no_grad():
-        return _graph_of(torch.func.functionalize(call), shapes, dtype, rows, own_times)
+        graph = _graph_of(torch.func.functionalize(call), shapes, dtype, rows, own_times)
+    for node in graph.graph.nodes:
+        if _writes(node.target) and node.args[0].op == "placeholder":
+            raise CompileError("func writes into its input")
+    return graph
 
 
 def taken_apart(
@@ -169,14 +173,14 @@ def taken_apart(
     It is not what derivatives are made of: where a formula chooses between two, one of them may be inf.
     """
     with torch.no_grad():
-        while True:
+        for _ in range(2):  # torch's own formulas may write into tensors that they have made
             again = torch.func.functionalize(_Again(traced).run)
             made = _graph_of(again, shapes, dtype, rows, own_times, _decompositions())
             made.meta["conditions"] |= traced.meta["conditions"]
-            # Torch's own formulas may write into tensors that they have made.
-            if not any(node.op == "call_function" and _writes(node.target) for node in made.graph.nodes):
-                return made
             traced = made
+            if not any(_writes(node.target) for node in made.graph.nodes):
+                break
+        return made
 
 
 def _writes(operator: Any) -> bool:
