@@ -103,6 +103,12 @@ PYODE_HD R fused_multiply_add(R a, R b, R c) {
 /// Whether it holds in any lane.
 template <class M, class = std::enable_if_t<is_vector<M>>>
 PYODE_HD bool any(M mask) {
+#if defined(__AVX512F__) && !defined(__clang__)
+  if constexpr (sizeof(M) == 64) {
+    const auto all = (Vector<long long, 64>)mask;
+    return __builtin_ia32_ptestmq512(all, all, -1) != 0;
+  }
+#endif
   if constexpr (sizeof(M) > 16) {
     Vector<int64_t, sizeof(M) / 2> half[2];
     memcpy(half, &mask, sizeof mask);
