@@ -16,20 +16,6 @@ constexpr int64_t kTogether = 4096;  // samples a thread takes at a time
 #define PYODE_FLATTEN
 #endif
 
-#if defined(__AVX512F__)
-constexpr int kRegister = 64;  // bytes
-#elif defined(__AVX__)
-constexpr int kRegister = 32;
-#else
-constexpr int kRegister = 16;
-#endif
-
-#if defined(PYODE_VECTORS)
-using Side = Vector<double, kRegister>;
-#else
-using Side = double;
-#endif
-
 /// Calls body(R{}, b) for the samples in [begin, end), as many as R holds from b on.
 template <class Body>
 void for_samples(int64_t begin, int64_t end, Body body) {
