@@ -188,7 +188,7 @@ def _configure_samples(
         for tolerance, name in ((rtol, "adjoint_rtol"), (atol, "adjoint_atol"))
     )
     policy = policy_from(options, method, clip=True, resume=True)
-    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid.step_t, options.get("stats"))
+    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options.get("stats"))
 
 
 def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: SampleBacksolveConfig) -> State:

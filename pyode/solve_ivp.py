@@ -267,7 +267,7 @@ def backward_config(problem: Problem, controller: Any, options: dict[str, Any] |
     )
     check_options(options, method, strict=True)
     policy = replace(_policy_of(policy_from(options, method), controller), resume=True)
-    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid.step_t, options.get("stats"))
+    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options.get("stats"))
 
 
 def _policy_of(policy: Policy, controller: Any) -> Policy:

@@ -51,6 +51,7 @@ struct Samples {
   R error1;       // the scaled error of the step accepted last; 1 before there is one
   R error2;       // of the one before
   R next_output;  // the time of the first output not passed yet; of the last one if all are
+  R end;          // of the last output
   counts_t<R> status;
   counts_t<R> accepted;      // whether the last step was
   counts_t<R> output_begin;  // the outputs which the last step passed: [begin, end)
@@ -65,8 +66,8 @@ struct Samples {
 };
 using Sample = Samples<double>;
 constexpr int kWords = static_cast<int>(sizeof(Sample) / 8);
-constexpr int kRealWords = 12;
-static_assert(sizeof(Sample) == 8 * 23, "Sample is a row of 8-byte words");
+constexpr int kRealWords = 13;
+static_assert(sizeof(Sample) == 8 * 24, "Sample is a row of 8-byte words");
 
 /// B samples as kWords rows of B words. In host memory on the CPU, in device memory on CUDA.
 struct StepState {
@@ -108,10 +109,10 @@ constexpr double kLeastError = 1e-10;               // smaller ones count as thi
 /// Sets of words: as bits, the one whose offset in Sample is given, and those that no step changes under I control with
 /// no times prescribed but the outputs.
 constexpr int64_t word_at(size_t offset) { return int64_t{1} << (offset / 8); }
-constexpr int64_t kKeptPlainly = word_at(offsetof(Sample, slope)) | word_at(offsetof(Sample, size2)) |
-                                 word_at(offsetof(Sample, error1)) | word_at(offsetof(Sample, error2)) |
-                                 word_at(offsetof(Sample, on_jump)) | word_at(offsetof(Sample, next_step_t)) |
-                                 word_at(offsetof(Sample, next_jump_t));
+constexpr int64_t kKeptPlainly = word_at(offsetof(Sample, slope)) | word_at(offsetof(Sample, end)) |
+                                 word_at(offsetof(Sample, size2)) | word_at(offsetof(Sample, error1)) |
+                                 word_at(offsetof(Sample, error2)) | word_at(offsetof(Sample, on_jump)) |
+                                 word_at(offsetof(Sample, next_step_t)) | word_at(offsetof(Sample, next_jump_t));
 
 inline namespace PYODE_LEVEL {
 
@@ -138,13 +139,10 @@ PYODE_HD void store_sample(const StepState& state, int64_t b, const Samples<R>& 
     if (!(kBut >> i & 1)) memcpy(&state.words[i * state.stride + b], words + i * sizeof(R), sizeof(R));
 }
 
-/// Whether sample b's last step has passed an output; of the whole sample two words are read.
-PYODE_HD bool passes_outputs(const StepState& state, int64_t b) {
-  constexpr int64_t row = offsetof(Sample, output_begin) / 8;
-  int64_t begin, end;
-  memcpy(&begin, &state.words[row * state.stride + b], 8);
-  memcpy(&end, &state.words[(row + 1) * state.stride + b], 8);
-  return end > begin;
+/// 1 if sample b's last step has passed an output, else 0.
+PYODE_HD int64_t passes_outputs(const StepState& state, int64_t b) {
+  const Sample s = load_sample(state, b);
+  return s.output_end > s.output_begin;
 }
 
 /// x for every sample.
@@ -255,14 +253,10 @@ PYODE_HD void plan_step(Samples<R>& s, const Policy& policy, const Grid& grid, c
     s.on_jump = over ? spread_count<R>(1) : none;
   }
   if (policy.clip) {
-    Flags over = running & (sign * (s.t1 - s.next_output) > 0);
-    if (any(over)) {
-      const R end = last_time<R>(grid, b);
-      over = over & (sign * (s.t1 - end) > 0);
-      s.t1 = over ? end : s.t1;
-      s.dt = over ? end - s.t : s.dt;
-      s.on_jump = over ? none : s.on_jump;
-    }
+    const Flags over = running & (sign * (s.t1 - s.end) > 0);
+    s.t1 = over ? s.end : s.t1;
+    s.dt = over ? s.end - s.t : s.dt;
+    s.on_jump = over ? none : s.on_jump;
   }
 }
 
@@ -275,7 +269,8 @@ PYODE_HD Sample start_sample(const Grid& grid, int64_t b) {
   s.output_begin = s.output_end;
   s.status = s.output_end < grid.n_times ? kRunning : kSuccess;
   s.error1 = s.error2 = 1;
-  s.next_output = output_time(grid, s.output_end < grid.n_times ? s.output_end : grid.n_times - 1, b);
+  s.end = last_time(grid, b);
+  s.next_output = s.output_end < grid.n_times ? output_time(grid, s.output_end, b) : s.end;
   return s;
 }
 
@@ -292,7 +287,7 @@ PYODE_HD void try_first_step(Samples<R>& s, const Policy& policy, const Grid& gr
   const flags_t<R> wrong = is_running(s) & !(is_finite(size) & is_finite(slope));
   s.status = wrong ? spread_count<R>(kNonFinite) : s.status;
   R h0 = (size < 1e-5) | (slope < 1e-5) ? spread<R>(1e-6) : 0.01 * size / slope;
-  if (policy.clip) h0 = smaller(h0, magnitude(last_time<R>(grid, b) - s.t));
+  if (policy.clip) h0 = smaller(h0, magnitude(s.end - s.t));
   s.dt = direction<R>(grid, b) * h0;
   s.slope = slope;
 }

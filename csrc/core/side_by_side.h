@@ -66,6 +66,9 @@ PYODE_HD R inverse_root(R x, double order) {
 
 template <class R, class = std::enable_if_t<is_vector<R>>>
 PYODE_HD R read_at(const double* from, integer_t<R> i) {
+#if defined(__AVX512F__) && !defined(__clang__)
+  if constexpr (lanes<R> == 8) return __builtin_ia32_gatherdiv8df(R{}, from, (Vector<long long, 64>)i, -1, 8);
+#endif
   R numbers;
   for (int l = 0; l < lanes<R>; ++l) numbers[l] = from[i[l]];
   return numbers;

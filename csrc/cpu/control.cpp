@@ -68,10 +68,18 @@ PYODE_FLATTEN int64_t judge_range(const Control& given, int64_t begin, int64_t e
       else
         flags |= some;
     });
-    for (int c = 0; c < op.n_times; ++c)
+    int last_stage = -1;  // the stage at the step's end, whose time others share
+    for (int c = 0; c < op.n_times; ++c) {
+      if (op.c[c] == 1 && last_stage >= 0) {
+        T* const times = static_cast<T*>(op.stage_times) + b;
+        std::memcpy(times + c * op.state.samples, times + last_stage * op.state.samples, sizeof(T) * (stop - b));
+        continue;
+      }
+      if (op.c[c] == 1) last_stage = c;
       for_samples(b, stop, [&](auto kind, int64_t i) {
         write_stage_time<T>(op, c, load_sample<decltype(kind)>(op.state, i), i);
       });
+    }
   }
   for (int l = 0; l < lanes<Side>; ++l) flags |= math::lane(all, l);
   return flags;

@@ -60,25 +60,32 @@ void interpolate(const Layout& layout, const Interpolate& op) {
       const int64_t first = task / cuts * together, begin = task % cuts * kChunk;
       const int64_t last = first + together < layout.samples ? first + together : layout.samples;
       const int64_t end = begin + kChunk < layout.size ? begin + kChunk : layout.size;
-      for (int64_t b = first; b < last; ++b) {
-        if (!passes_outputs(op.state, b)) continue;
-        const Sample s = load_sample(op.state, b);
-        for (int64_t i = s.output_begin; i < s.output_end; ++i) {
-          double weights[kMaxStages];
-          interpolant.at(output_position(s, output_time(op.grid, i, b)), weights);
-          const int64_t row = b * layout.size;
-          Terms<T> terms = {
-              static_cast<T*>(op.out) + i * op.out_stride + row, static_cast<const T*>(op.y) + row, {}, {}};
-          int n = 0;
-          for (int j = 0; j < op.terms; ++j) {
-            if (weights[j] == 0) continue;
-            terms.k[n] = static_cast<const T*>(op.k[j]) + row;
-            terms.w[n++] = static_cast<arithmetic_t<T>>(weights[j]);
+      for (int64_t b = first; b < last; b += kBlock) {
+        int64_t passing[kBlock], n_passing = 0;  // without a branch for each sample, which could not be predicted
+        for (int64_t i = b; i < last && i < b + kBlock; ++i) {
+          passing[n_passing] = i;
+          n_passing += passes_outputs(op.state, i);
+        }
+        for (int64_t p = 0; p < n_passing; ++p) {
+          const int64_t sample = passing[p];
+          const Sample s = load_sample(op.state, sample);
+          for (int64_t i = s.output_begin; i < s.output_end; ++i) {
+            double weights[kMaxStages];
+            interpolant.at(output_position(s, output_time(op.grid, i, sample)), weights);
+            const int64_t row = sample * layout.size;
+            Terms<T> terms = {
+                static_cast<T*>(op.out) + i * op.out_stride + row, static_cast<const T*>(op.y) + row, {}, {}};
+            int n = 0;
+            for (int j = 0; j < op.terms; ++j) {
+              if (weights[j] == 0) continue;
+              terms.k[n] = static_cast<const T*>(op.k[j]) + row;
+              terms.w[n++] = static_cast<arithmetic_t<T>>(weights[j]);
+            }
+            if (n > 0 && layout.size < kScalarRow)
+              sum_short_row(n, terms, layout.size, s.dt_prev);
+            else
+              sum_row(n, terms, begin, end, s.dt_prev);
           }
-          if (n > 0 && layout.size < kScalarRow)
-            sum_short_row(n, terms, layout.size, s.dt_prev);
-          else
-            sum_row(n, terms, begin, end, s.dt_prev);
         }
       }
     });

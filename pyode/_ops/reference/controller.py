@@ -35,6 +35,7 @@ class Sample:
     error1: float = 1.0
     error2: float = 1.0
     next_output: float = 0.0
+    end: float = 0.0
     status: int = _RUNNING
     accepted: int = 0
     output_begin: int = 1
@@ -59,8 +60,10 @@ class _Times:
         """A sample at its start, which may be its first output times too, or all."""
         t, passed = self.sign * self.outputs[0], bisect_right(self.outputs, self.outputs[0])
         status = _RUNNING if passed < len(self.outputs) else _SUCCESS
-        following = self.output(passed)
-        return Sample(t, t1=t, t_prev=t, output_begin=passed, output_end=passed, next_output=following, status=status)
+        return Sample(
+            t, t1=t, t_prev=t, output_begin=passed, output_end=passed, status=status,
+            next_output=self.output(passed), end=self.output(len(self.outputs)),
+        )  # fmt: skip
 
     def output(self, i: int) -> float:
         """The time of the i-th output, or of the last."""
