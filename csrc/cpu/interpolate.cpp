@@ -60,6 +60,7 @@ void interpolate(const Layout& layout, const Interpolate& op) {
       const int64_t first = task / cuts * together, begin = task % cuts * kChunk;
       const int64_t last = first + together < layout.samples ? first + together : layout.samples;
       const int64_t end = begin + kChunk < layout.size ? begin + kChunk : layout.size;
+      Terms<T> terms;
       for (int64_t b = first; b < last; b += kBlock) {
         int64_t passing[kBlock], n_passing = 0;  // without a branch for each sample, which could not be predicted
         for (int64_t i = b; i < last && i < b + kBlock; ++i) {
@@ -73,8 +74,8 @@ void interpolate(const Layout& layout, const Interpolate& op) {
             double weights[kMaxStages];
             interpolant.at(output_position(s, output_time(op.grid, i, sample)), weights);
             const int64_t row = sample * layout.size;
-            Terms<T> terms = {
-                static_cast<T*>(op.out) + i * op.out_stride + row, static_cast<const T*>(op.y) + row, {}, {}};
+            terms.out = static_cast<T*>(op.out) + i * op.out_stride + row;
+            terms.y = static_cast<const T*>(op.y) + row;
             int n = 0;
             for (int j = 0; j < op.terms; ++j) {
               if (weights[j] == 0) continue;
