@@ -110,6 +110,8 @@ class GridTimes:
         storage_uses: Callable[[int], int] | None,
         /,
     ) -> None: ...
+    @property
+    def under_way(self) -> int: ...
 
 class AdamsTable:
     def __init__(

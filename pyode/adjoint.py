@@ -14,14 +14,14 @@ from .callbacks import callbacks_of
 from .compiled.dynamics import CompiledDynamics
 from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
-from .errors import InvalidType, InvalidValue, warn
+from .errors import InvalidValue, warn
 from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
 from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.samples import SampleAdjoint, SolvedSamples
 from .gradients.twice import backsolve_with_graph
 from .gradients.vjp import Circumstances
 from .odeint import odeint, solve
-from .parameters import find_parameters, lost_gradient, reachable
+from .parameters import find_parameters, lost_gradient, named_parameters
 from .problem import Problem, pose
 from .samples import Samples
 from .state import Dynamics, Form, Func, State
@@ -100,9 +100,11 @@ def odeint_adjoint(
         problem.atol if adjoint_atol is None else adjoint_atol,
         inherited if adjoint_options is None else dict(adjoint_options),
     )
+    warns = not warned and adjoint_params != ()
     if problem.form.per_sample:
-        return _solve_samples(problem, params, t, _configure_samples(problem, *backward))
-    config = _configure(func, problem, *backward, warns=not warned and adjoint_params != ())
+        callbacks_of(func, problem.method, problem.times.tensor, lambda z: z, "_adjoint", per_sample=True)  # warns
+        return _solve_samples(problem, params, t, _configure_samples(problem, *backward, warns=warns))
+    config = _configure(func, problem, *backward, warns=warns)
     if len(params) < len(found) and callable((adjoint_options or {}).get("norm")):
         warn(
             "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from "
@@ -119,12 +121,7 @@ def listed_parameters(func: Func, adjoint_params: Iterable[Tensor] | None, args:
     if isinstance(func, CompiledDynamics):
         func = func.func
     given = None if adjoint_params is None else list(adjoint_params)
-    params = find_parameters(func) if given is None else given
-    for i, param in enumerate(params):
-        if not isinstance(param, Tensor):
-            raise InvalidType(f"adjoint_params[{i}] must be a tensor, not a {type(param).__name__}")
-    known = set(map(id, params))
-    params = [*params, *(x for _, x in reachable(args, "args") if x.requires_grad and id(x) not in known)]
+    params = named_parameters(find_parameters(func) if given is None else given, "adjoint_params", args)
     is_module = isinstance(func, nn.Module)
     if given is None and not params and not is_module:
         raise InvalidValue(
@@ -170,7 +167,7 @@ def _configure(
 
 
 def _configure_samples(
-    problem: Problem, method: methods.Method, rtol: Any, atol: Any, options: dict[str, Any]
+    problem: Problem, method: methods.Method, rtol: Any, atol: Any, options: dict[str, Any], warns: bool
 ) -> SampleBacksolveConfig:
     if not isinstance(method, methods.Tableau) or not method.adaptive:
         raise InvalidValue(
@@ -188,7 +185,7 @@ def _configure_samples(
         for tolerance, name in ((rtol, "adjoint_rtol"), (atol, "adjoint_atol"))
     )
     policy = policy_from(options, method, clip=True, resume=True)
-    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid.step_t, options.get("stats"))
+    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid.step_t, options.get("stats"), warns)
 
 
 def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: SampleBacksolveConfig) -> State:
@@ -204,10 +201,11 @@ def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: Sa
     left = loop.left()
     reached = ~(left if left.dim() == 2 else left[:, None])
     failed = ~reached[-1]  # from there on the last state stands for the rest
-    end_t = torch.where(failed, loop.controller.field("t").to(flat.device), torch.nan)
+    end_t = torch.where(failed.to(samples.clock), loop.controller.field("t").to(samples.clock), torch.nan)
     solution = SolvedSamples(
-        samples.func(problem), config, problem.form.segments, samples.times_of(t), reached, flat, end_t,
-        torch.where(failed[:, None], flat[-1], torch.nan), loop.stats_of_samples().last_dt.to(flat.device),
+        problem.func, samples.func(problem), config, problem.form.segments, samples.times_of(t),
+        reached.to(samples.clock), flat, end_t, torch.where(failed[:, None], flat[-1], torch.nan),
+        loop.stats_of_samples().last_dt.to(samples.clock),
     )  # fmt: skip
     flat, end_y = SampleAdjoint.apply(solution, t, samples.y0, *params)  # type: ignore[no-untyped-call]
     return samples.of_user(torch.where(reached.unsqueeze(-1), flat, end_y) if bool(failed.any()) else flat)
@@ -256,11 +254,12 @@ class _OdeintAdjoint(torch.autograd.Function):
         t, ys, *params = ctx.saved_tensors
         problem, config, n, end = ctx.problem, ctx.config, ctx.n_reached, ctx.end
         values, gradient = problem.times.values, gradients[1]
+        standing = None  # the gradient of a state at the last output time that does not move with it
         if n < len(values):  # an event or a failure ended the solve; all states behind are that at its end
             behind = gradient[n:].sum(0, keepdim=True)
             if end == values[n - 1]:
                 ys, gradient = ys[:n], torch.cat([gradient[: n - 1], gradient[n - 1 : n] + behind])
-                values = values[:n]
+                values, standing = values[:n], behind[0]
             else:
                 ys, gradient, values = ys[: n + 1], torch.cat([gradient[:n], behind]), [*values[:n], end]
         norm = ctx.adjoint_options["norm"]
@@ -289,7 +288,10 @@ class _OdeintAdjoint(torch.autograd.Function):
                         problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time
                     ).solve()
                 )
-        y0_gradient, t_gradient, param_gradients = found
+            y0_gradient, t_gradient, param_gradients = found
+            if t_gradient is not None and standing is not None and n > 1:
+                f = Dynamics(problem.func, problem.form, ys[0])(t[n - 1].to(ys.device, ys.real.dtype), ys[n - 1])
+                t_gradient[n - 1] -= torch.sum((f.conj() * standing).real).to(t_gradient)
         if t_gradient is not None:
             t_gradient = torch.cat([t_gradient[:n], torch.zeros_like(t[n:])])
         return (None, None, t_gradient, y0_gradient, *param_gradients)

@@ -35,6 +35,7 @@ class DenseOutput:
         """Its range and number of steps."""
         return f"DenseOutput(t from {self.t0:g} to {self.t1:g}, {len(self._segments)} steps)"
 
+    @not_compiled
     def __call__(self, t: Tensor | float) -> Any:
         """Returns the states at times of any shape: [*t.shape, *y0.shape], or a tuple of such tensors.
 

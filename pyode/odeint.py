@@ -26,7 +26,7 @@ from .gradients.checkpoint import checkpointed
 from .gradients.reversal import Recipe
 from .idle import idle_loops, keep, kind_of
 from .methods import ImplicitTableau, Tableau
-from .parameters import reachable
+from .parameters import named_parameters, reachable
 from .problem import Problem, pose
 from .solution import Stats
 from .state import Dynamics, Form, Func, State
@@ -116,9 +116,11 @@ def odeint(
         torchdiffeq's.
     """
     if under_vmap(method):
-        return odeint_vmapped(
-            odeint, func, y0, t, options, args, event_fn, rtol=rtol, atol=atol, method=method
-        )  # fmt: skip
+        found = odeint_vmapped(
+            odeint, take_steps, func, y0, t, options, args, event_fn, rtol=rtol, atol=atol, method=method
+        )
+        if found is not None:
+            return found
     if type(options) is dict and len(options) == 1 and "compile" in options:
         func, options = compiled_by(options["compile"], func) or func, None
     if type(func) is CompiledDynamics and not options and event_fn is None and not args:
@@ -162,22 +164,32 @@ def odeint(
             keep(kind, problem.form, solved.loop)
     else:
         params = parameters_of(func, args, options.get("params"))
-        found: list[Solved] = []
+        done: list[Solved] = []
 
         def carry_out(quiet: Problem, tape: Tape) -> Tensor:
-            found.append(solve(quiet, tape=tape))
-            return found[0].ys
+            done.append(solve(quiet, tape=tape))
+            return done[0].ys
 
         ys = solve_checkpointed(problem, params, choice, carry_out, options.get("params") != ())
-        solved = replace(found[0], ys=ys)
+        solved = replace(done[0], ys=ys)
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved.end), ys)
 
 
+def take_steps(func: Func, y0: State, t: Tensor, rtol: Any, atol: Any, method: Any, options: dict[str, Any]) -> Tape:
+    """Solves as `odeint` does, for the steps' sake."""
+    problem = pose(func, y0, t, rtol, atol, method, options)
+    tape = Tape(problem.y0, most=1)
+    solve(problem, tape=tape)
+    return tape
+
+
 def parameters_of(func: Func, args: Any, params: Iterable[Tensor] | None) -> list[Tensor]:
     """What func depends on beside its arguments, as far as it can be found or is told."""
+    if params is not None:
+        return named_parameters(params, "params", args)
     written = func.func if isinstance(func, CompiledDynamics) else func
-    return [x for _, x in reachable((written, args))] if params is None else list(params)
+    return [x for _, x in reachable((written, args))]
 
 
 def solve_checkpointed(
@@ -359,14 +371,15 @@ def solve(
         if search.time is not None:
             return Solved(torch.stack([y0, y0]), search.time, 1)
 
+    failures: list[float] = []  # not put into `solved` by `fail`, which the loop knows: all would live on in a cycle
+
     def fail(error: SolveError) -> None:
         if problem.event is not None and error.status is Status.TOO_MANY_STEPS:
             error = SolveError(Status.NO_EVENT, error.t, error.dt, error.n_steps)
         if options.get("on_failure", "raise") == "raise":
             raise error
         warn(f"the solve failed, and its last state stands for the rest: {error}")
-        solved.end = error.t
-        solved.n_reached = sum(times.sign * (t - error.t) <= 0 for t in times.values)
+        failures.append(error.t)
 
     watched = problem.event is not None or watch is not None or tape is not None or bool(problem.callbacks)
     with on_device_of(y0):
@@ -384,8 +397,11 @@ def solve(
                 assert isinstance(search.segment, RungeKuttaSegment)
                 x = search.segment.position(search.time)
                 tape.add_event(len(tape.steps) - 1, Passed(1, 0, x, search.segment.polynomial, timed=False), last=True)
-        elif solved.end == times.values[-1]:
+        elif not failures:
             stats = Stats()
             loop.add_to(stats)
             fail(SolveError(Status.NO_EVENT, solved.end, loop.last_step or math.nan, stats.n_steps))
+    if failures:
+        solved.end = failures[-1]
+        solved.n_reached = sum(times.sign * (t - solved.end) <= 0 for t in times.values)
     return solved

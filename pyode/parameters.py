@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .errors import InvalidType
+
 # Functions and objects of these are not looked into.
 _LIBRARIES = {*sys.stdlib_module_names, "numpy", "pyode", "scipy", "torch", "torchdiffeq"}
 _COLLECTIONS = (list, tuple, set, frozenset, deque)
@@ -32,6 +34,20 @@ def find_parameters(func: Any) -> list[Tensor]:
     # A DataParallel replica's parameters are plain attributes.
     attributes = (value for part in func.modules() for value in vars(part).values())
     return [value for value in attributes if isinstance(value, Tensor) and value.requires_grad]
+
+
+def named_parameters(params: Iterable[Tensor], name: str, args: Any) -> list[Tensor]:
+    """Those that an argument of this name lists, and those in args.
+
+    Raises:
+        InvalidType: one of them is no tensor.
+    """
+    params = list(params)
+    for i, param in enumerate(params):
+        if not isinstance(param, Tensor):
+            raise InvalidType(f"{name}[{i}] must be a tensor, not a {type(param).__name__}")
+    known = set(map(id, params))
+    return [*params, *(x for _, x in reachable(args, "args") if x.requires_grad and id(x) not in known)]
 
 
 def lost_gradient(func: Any, listed: Iterable[Tensor]) -> str | None:

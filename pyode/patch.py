@@ -79,7 +79,9 @@ def _users_of_torchdiffeq() -> list[str]:
     def uses(module: Any) -> bool:
         return any(map(is_torchdiffeqs, list(getattr(module, "__dict__", {}).values())))
 
-    return sorted(name for name, module in list(sys.modules.items()) if not _belongs(name) and uses(module))
+    found = {name: module for name, module in sorted(sys.modules.items()) if not _belongs(name) and uses(module)}
+    first = {id(module): name for name, module in reversed(found.items())}  # multiprocessing has __main__ twice
+    return sorted(first.values())
 
 
 def _modules() -> dict[str, ModuleType]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,7 +134,11 @@ def is_per_sample(options: dict[str, Any], method: Method) -> bool:
 
 def _for_one_sample(func: Func, form: Form) -> Func:
     """A single sample's func is given its time as [1], like that of several."""
-    return (lambda t, y: func(t.reshape(1), y)) if form.per_sample and form.samples == 1 else func
+    return partial(_call_with_vector, func) if form.per_sample and form.samples == 1 else func
+
+
+def _call_with_vector(func: Func, t: Tensor, y: State) -> Any:
+    return func(t.reshape(1), y)
 
 
 def event_of(event_fn: Any, args: Any, form: Form, device: torch.device) -> Callable[[float, Tensor], Tensor]:

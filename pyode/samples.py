@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ._ops import reference
+from ._ops.contract import clock_device, wide_dtype
+from .compiling import not_compiled
 from .errors import DynamicsError, InvalidType, InvalidValue
 from .state import Dynamics, Form, Func, State, with_args
 from .stepping.segment import BatchSegment
@@ -21,13 +23,22 @@ class Samples:
         form: of the user's state.
         y0: packed.
         times: [T] or [T, B].
+
+    Attributes:
+        t0, t1: [B] float64, where each starts and ends; on the `clock_device`, as all times here.
+        y0: [B, D].
     """
 
     def __init__(self, form: Form, y0: Tensor, times: Tensor) -> None:
         self.form, self.shape, self.count = form, y0.shape, form.samples
-        ends = times.detach()[[0, -1]].to(y0.device, torch.float64)
-        self.t0, self.t1 = (end.expand(self.count) if end.dim() == 0 else end for end in ends)
         self.y0 = self.flat(y0)
+        ends = times.detach()[[0, -1]].to(self.clock, torch.float64)
+        self.t0, self.t1 = (end.expand(self.count) if end.dim() == 0 else end for end in ends)
+
+    @property
+    def clock(self) -> torch.device:
+        """Where times are."""
+        return clock_device(self.y0.device)
 
     def flat(self, y: Tensor) -> Tensor:
         """[B, D] from a packed state."""
@@ -42,7 +53,7 @@ class Samples:
 
     def times_of(self, t: Tensor) -> Tensor:
         """[T, B] float64 from times [T] or [T, B]."""
-        times = t.detach().to(self.y0.device, torch.float64)
+        times = t.detach().to(self.clock, torch.float64)
         return times if times.dim() == 2 else times[:, None].expand(-1, self.count)
 
     def func(self, problem: Any) -> Func:
@@ -51,7 +62,7 @@ class Samples:
         real = problem.y0.real.dtype if problem.y0.is_complex() else problem.y0.dtype
 
         def func(t: Tensor, flat: Tensor) -> Tensor:
-            time = t.to(real)
+            time = t.to(flat.device, real)
             return self.flat(dynamics(time if self.count != 1 else time[0], flat.reshape(self.shape)))
 
         return func
@@ -63,6 +74,7 @@ class Samples:
         event_fn, per_sample = with_args(event_fn, args), self.form.per_sample
 
         def event(t: Tensor, flat: Tensor) -> Tensor:
+            t = t.to(flat.device, wide_dtype(flat.device))
             value = event_fn(t if per_sample else t[0], self.of_user(flat))
             if not isinstance(value, Tensor) or (value.numel() == 0 and self.count):
                 raise DynamicsError(f"event_fn must return a tensor of numbers, not {value!r}")
@@ -143,6 +155,7 @@ class SampleDenseOutput:
         """How much it holds."""
         return f"SampleDenseOutput({self.samples.count} samples, {len(self.t0)} steps)"
 
+    @not_compiled
     def __call__(self, t: Tensor | float) -> State:
         """Returns the states at times [m], or [m, B] with times of its own for each sample, or at a single time.
 
@@ -154,7 +167,7 @@ class SampleDenseOutput:
         """
         t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
         samples, B = self.samples, self.samples.count
-        times = t.to(samples.y0.device, torch.float64)
+        times = t.to(samples.clock, torch.float64)
         times = times.reshape(-1, 1).expand(-1, B) if times.dim() < 2 else times
         low, high = torch.minimum(samples.t0, samples.t1), torch.maximum(samples.t0, samples.t1)
         if times.shape[1:] != (B,) or not bool(((times >= low) & (times <= high)).all()):
@@ -174,11 +187,12 @@ class SampleDenseOutput:
         size = self.size[steps, b]
         x = (times - self.t0[steps, b]) / torch.where(size == 0, torch.ones_like(size), size)
         real = self.y.real.dtype if self.y.is_complex() else self.y.dtype
-        x, size = (v.unsqueeze(-1).to(real) for v in (x, size))
+        x, size = (v.unsqueeze(-1).to(self.y.device, real) for v in (x, size))
+        steps, b = steps.to(self.y.device), b.to(self.y.device)
         states = reference.interpolate_at(self.polynomial, x, self.y[steps, b], [k[steps, b] for k in self.ks], size)
-        beyond = ((when - self.last) * sign > 0).unsqueeze(-1)
+        beyond = ((when - self.last) * sign > 0).unsqueeze(-1).to(self.y.device)
         states = torch.where(beyond, torch.full_like(states, torch.nan), states)
-        never = (self.t1[-1] == samples.t0).unsqueeze(-1)  # their derivatives may be nan
+        never = (self.t1[-1] == samples.t0).unsqueeze(-1).to(self.y.device)  # their derivatives may be nan
         return torch.where(never & ~beyond, samples.y0, states)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> SampleDenseOutput:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import methods
-from ._ops.contract import Policy
-from .adjoint import listed_parameters
+from ._ops.contract import Policy, wide_dtype
 from .compiled.dynamics import CompiledDynamics
+from .compiling import not_compiled
 from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
 from .errors import InvalidValue, SolveError, Status
 from .gradients.backsolve_samples import SampleBacksolveConfig
@@ -54,6 +54,7 @@ ARGUMENTS = {
 LEAST_ULPS = 10.0  # by which a step has to move t, as in SciPy
 
 
+@not_compiled
 def solve_ivp(
     func: Func,
     y0: State,
@@ -110,7 +111,8 @@ def solve_ivp(
         compile: True to make the solve one native call (see `pyode.compile`), or "auto" to do so where it is faster;
             events, dense_output, callbacks, progress and norms of the user's take the eager path.
         params: for gradient="adjoint" and "checkpoint": the tensors to which gradients are wanted beside y0, t and
-            those in args; by default those found in func, see `odeint_adjoint`.
+            those in args; by default all that require gradient and can be found in func. One that func turns out to
+            depend on and that is not among them is told in a warning, but for params=().
         adjoint_options: of the backward solve: rtol, atol, method, and other options; rtol, atol and method are the
             forward solve's by default.
         options: further ones, as `odeint`'s: min_step, max_step, safety, ifactor, dfactor, norm, step_t, jump_t, ...
@@ -128,11 +130,13 @@ def solve_ivp(
         adaptive time-stepping, 2003; Lienen, Gunnemann, torchode, 2022, for one controller a sample.
     """
     if under_vmap(method):
-        return solve_ivp_vmapped(
+        found_by_elements = solve_ivp_vmapped(
             solve_ivp, func, y0, t, control=control, args=args, event_fn=event_fn, gradient=gradient, compact=compact,
             dense_output=dense_output, options=options, method=method, rtol=rtol, atol=atol, controller=controller,
             first_step=first_step, max_num_steps=max_num_steps, throw=throw, progress=progress,
         )  # fmt: skip
+        if found_by_elements is not None:
+            return found_by_elements
     key = None
     if (
         type(func) is CompiledDynamics
@@ -165,8 +169,7 @@ def solve_ivp(
     problem = pose(func, y0, t, rtol, atol, method, options, None, args, strict=True)
     problem = replace(problem, policy=_policy_of(problem.policy, controller))
     adjoint = gradient == "adjoint" and torch.is_grad_enabled()
-    listed = listed_parameters(func, params, args)[0] if adjoint else []
-    backward = backward_config(problem, controller, adjoint_options) if adjoint else None
+    backward = backward_config(problem, controller, adjoint_options, params != ()) if adjoint else None
     steered = isinstance(found, Tableau) and found.adaptive
     if (event_fn is not None or dense_output) and not steered:
         raise InvalidValue(
@@ -224,10 +227,9 @@ def solve_ivp(
 
     with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
         if gradient == "checkpoint" and torch.is_grad_enabled():
-            listed = parameters_of(func, args, params)
-            ys = solve_checkpointed(problem, listed, choice, carry_out, warns=params != ())
+            ys = solve_checkpointed(problem, parameters_of(func, args, params), choice, carry_out, params != ())
         else:
-            ys = carry_out(problem)
+            ys = carry_out(replace(problem, y0=problem.y0.detach()) if adjoint else problem)
     (loop,) = loops
     if failures and throw:
         raise failures[0]
@@ -239,23 +241,25 @@ def solve_ivp(
         met, sign = events.index >= 0, torch.sign(samples.t1 - samples.t0)
         reached = torch.where(met, sign * (samples.times_of(t) - events.time) <= 0, reached.to(met.device))
         status = torch.where(met.cpu(), int(Status.EVENT), status)
-    reached = reached.to(flat.device)
     if backward is not None:
         nan = torch.full_like(samples.y0, math.nan)
         end_t, end_y = (samples.t0 * math.nan, nan) if events is None else (events.time, events.state)
         solved = SolvedSamples(
-            samples.func(problem), backward, problem.form.segments, samples.times_of(t), reached, flat, end_t, end_y,
-            stats.last_dt.to(flat.device),
+            problem.func, samples.func(problem), backward, problem.form.segments, samples.times_of(t),
+            reached.to(samples.clock), flat, end_t, end_y, stats.last_dt.to(samples.clock),
         )  # fmt: skip
-        wanted = [x for x in listed if x.requires_grad]
+        wanted = [x for x in parameters_of(func, args, params) if x.requires_grad]
         flat, end_y = SampleAdjoint.apply(solved, t, samples.y0, *wanted)  # type: ignore[no-untyped-call]
         if events is not None:
             events.state = end_y
-    return _solution(problem, samples, t, flat, status, stats, reached, events, dense)
+    moved = t[0] - t[0].detach() if t.requires_grad and backward is None else None
+    return _solution(problem, samples, t, flat, status, stats, reached, events, dense, moved)
 
 
-def backward_config(problem: Problem, controller: Any, options: dict[str, Any] | None) -> SampleBacksolveConfig:
-    """How the backward solve is done, from a solve's adjoint_options."""
+def backward_config(
+    problem: Problem, controller: Any, options: dict[str, Any] | None, warns: bool
+) -> SampleBacksolveConfig:
+    """How the backward solve is done, from a solve's adjoint_options; whether it warns of gradients that are lost."""
     options = {} if options is None else dict(check_dict(options, "adjoint_options"))
     method = methods.find(options.pop("method", problem.method.name), "adjoint_options['method']")
     if not isinstance(method, Tableau) or not method.adaptive:
@@ -267,7 +271,7 @@ def backward_config(problem: Problem, controller: Any, options: dict[str, Any] |
     )
     check_options(options, method, strict=True)
     policy = replace(_policy_of(policy_from(options, method), controller), resume=True)
-    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid.step_t, options.get("stats"))
+    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid.step_t, options.get("stats"), warns)
 
 
 def _policy_of(policy: Policy, controller: Any) -> Policy:
@@ -336,15 +340,16 @@ def _solution(
     reached: Tensor,
     events: SampleEvents | None,
     dense: SampleDenseOutput | None,
+    moved: Tensor | None,
 ) -> Solution:
-    """All together; states behind a sample's failure or event are nan."""
+    """All together; states behind a sample's failure or event are nan. For `moved` see `_moved`."""
     nan = torch.full_like(samples.y0[:, :1], math.nan)
     event_t, event_index = samples.t0 * math.nan, torch.full_like(samples.t0, -1, dtype=torch.int64)
     event_y = nan.expand_as(samples.y0)
     if events is not None:
-        event_t, event_index, event_y = _moved(problem, samples, events)
+        event_t, event_index, event_y = _moved(problem, samples, events, moved)
     if not bool(reached.all()):
-        flat = torch.where(reached.unsqueeze(-1), flat, nan)
+        flat = torch.where(reached.to(flat.device).unsqueeze(-1), flat, nan)
     return Solution(
         ts=t,
         ys=samples.of_user(flat),
@@ -357,21 +362,32 @@ def _solution(
     )
 
 
-def _moved(problem: Problem, samples: Samples, events: SampleEvents) -> tuple[Tensor, Tensor, Tensor]:
+def _moved(
+    problem: Problem, samples: Samples, events: SampleEvents, start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Times, indices and states of the events, with the gradients of where they lie by the implicit function theorem.
 
     Where an event function is shifted by e, the event moves by -e / (its derivative along the solution); where that is
     0, its time has no gradient.
+
+    Args:
+        start: [] or [B], how far the starts have moved: 0, with a gradient. At a fixed time the state of a sample that
+            starts on its event moves with it; others carry that already. None where there is no gradient, or all do.
     """
     time, index, state = events.time, events.index, events.state
     met = index >= 0
     if not torch.is_grad_enabled() or not bool(met.any()):
         return time, index, state
-    which = index.clamp(min=0)[:, None]
+    which = index.clamp(min=0)[:, None].to(state.device)
     here = torch.where(met, time, samples.t0)
+    met, here = met.to(state.device), here.to(state.device, wide_dtype(state.device))
     flat = torch.where(met[:, None], state, samples.y0)
     with torch.no_grad():
         slope = samples.func(problem)(here, flat)
+    if start is not None and bool(events.begun.any()):
+        began = events.begun[:, None]
+        start = start.to(flat.device, slope.real.dtype).expand(len(flat))
+        flat = torch.where(began, flat - torch.where(began, slope, 0.0) * start[:, None], flat)
     leaves = here.clone().requires_grad_(), flat.detach().requires_grad_()
     value = events.event(*leaves).gather(1, which).sum()
     rates = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else (None, None)
@@ -382,4 +398,5 @@ def _moved(problem: Problem, samples: Samples, events: SampleEvents) -> tuple[Te
     along = torch.where(met & along.isfinite() & (along != 0), along, torch.full_like(along, math.inf))
     shift = (value.detach() - value) / along
     nan = torch.full_like(state, math.nan)
-    return time + shift, index, torch.where(met[:, None], flat + slope * shift[:, None].to(slope.real.dtype), nan)
+    moved = flat + slope * shift[:, None].to(slope.real.dtype)
+    return time + shift.to(time), index, torch.where(met[:, None], moved, nan)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import reduce
+from functools import partial, reduce
 from itertools import accumulate
 from typing import Any
 
@@ -30,7 +30,11 @@ def with_args(func: Func, args: Any) -> Func:
     """
     if not isinstance(args, (tuple, list)):
         raise InvalidType(f"args must be a tuple of what func takes behind t and y, not {_kind(args)}; for one: (x,)")
-    return (lambda t, y: func(t, y, *args)) if args else func
+    return partial(_call_with, func, args) if args else func  # what a search for parameters looks into
+
+
+def _call_with(func: Func, args: Any, t: Tensor, y: State) -> Any:
+    return func(t, y, *args)
 
 
 def check_y0(y0: State) -> None:

@@ -41,6 +41,6 @@ def _quickly_compiled(tmp_path_factory: pytest.TempPathFactory):
     from pyode.compiled import build
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "FLAGS", tuple("-O1" if flag == "-O3" else flag for flag in build.FLAGS))
+        patch.setattr(build, "FLAGS", tuple("-O1" if flag == "-O2" else flag for flag in build.FLAGS))
         patch.setenv("PYODE_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         yield

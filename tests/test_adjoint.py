@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torchdiffeq
@@ -53,6 +55,34 @@ def test_both_are_the_finite_differences(sign):
             assert (moved[0] - moved[1]) / (2 * step) == pytest.approx(
                 float(gradient.reshape(-1)[i]), rel=2e-4, abs=2e-4
             )
+
+
+@SIGNS
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "adams"])
+def test_the_backward_solve_knows_of_a_discontinuity_too(method, restart, sign):
+    rate, seen = tensor(0.7).requires_grad_(), []
+
+    def func(t, y):
+        seen.append(sign * float(t.detach()))
+        return torch.where(sign * t < 0.55, rate, -3 * rate) * y
+
+    evaluations = []
+    for jump_t in ({}, {"jump_t": [sign * 0.55]}):
+        options = {"restart": restart, **jump_t}
+        y0, t = tensor(1.0).requires_grad_(), sign * tensor(0.0, 0.3, 1.0)
+        y = pyode.odeint_adjoint(
+            func, y0, t, 1e-8, 1e-8, method, jump_t, adjoint_params=(rate,), adjoint_options=options
+        )  # fmt: skip
+        seen.clear()
+        (gradient,) = torch.autograd.grad(y[-1].sum(), rate)
+        evaluations.append(len(seen))
+    grown = sign * (0.55 - 3 * 0.45)
+    assert float(gradient) == pytest.approx(grown * math.exp(0.7 * grown), rel=1e-6)
+    assert evaluations[1] < 0.8 * evaluations[0]
+    # It is met from behind, and left from before.
+    assert min(time for time in seen if time > 0.55) == pytest.approx(0.55, abs=1e-12)
+    assert max(time for time in seen if time < 0.55) == pytest.approx(0.55, abs=1e-12)
 
 
 def test_carrying_the_step_size_on_saves_evaluations_and_no_accuracy():

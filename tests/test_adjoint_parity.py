@@ -6,26 +6,11 @@ import pytest
 import torch
 import torchdiffeq
 from fields import TIGHT, Y0, Field, T, assert_close, gradients, loss_of
-from problems import tensor
+from parity_cases import ADJOINTS
 
 import pyode
 
 RESTART = {"restart": True}
-
-
-ADJOINTS = {
-    "nothing": {},
-    "other tolerances": {"adjoint_rtol": 1e-4, "adjoint_atol": 1e-5},
-    "another method": {"adjoint_method": "dopri5"},
-    "seminorm": {"adjoint_options": {"norm": "seminorm"}},
-    "an option": {"adjoint_options": {"max_step": 0.05}},
-    "a norm": {"adjoint_options": {"norm": lambda parts: torch.stack([part.abs().max() for part in parts]).max()}},
-    "no parameters": {"adjoint_params": ()},
-    "options that are inherited": {"options": {"max_step": 0.05, "first_step": 0.01}},
-    "a norm of the forward solve": {"options": {"norm": lambda e: e.abs().max()}},
-    "a jump": {"options": {"jump_t": tensor(0.45)}},
-    "a step's end": {"options": {"step_t": tensor(0.45)}},
-}
 
 
 @pytest.mark.filterwarnings("ignore:An adjoint parameter was passed:UserWarning")

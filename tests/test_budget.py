@@ -266,3 +266,32 @@ def test_nothing_is_left_of_a_solve_and_its_graph(odeint, method):
     solves()
     before = solves()
     assert solves() <= before + 3  # a leaked graph would be dozens of nodes
+
+
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "adjoint"])
+@pytest.mark.parametrize("interface", ["odeint", "solve_ivp"])
+def test_the_outputs_go_with_the_last_reference_to_them(interface, gradient, control):
+    # And their graph with them, at once: a cycle would keep both until Python looks for cycles.
+    weight, t = torch.eye(3, requires_grad=True), torch.linspace(0, 1, 4)
+
+    def func(t, y):
+        return torch.tanh(y @ weight)
+
+    def outputs():
+        if interface == "odeint":
+            return pyode.odeint(func, torch.ones(2, 3), t, options={"gradient": gradient, "control": control})
+        return pyode.solve_ivp(func, torch.ones(2, 3), t, gradient=gradient, control=control).ys
+
+    gc.collect()
+    gc.disable()
+    try:
+        for backward in (False, True):
+            ys = outputs()
+            if backward:
+                ys.sum().backward()
+            alive = weakref.ref(ys)
+            del ys
+            assert alive() is None
+    finally:
+        gc.enable()

@@ -1,4 +1,7 @@
-"""The compiler's operators against torch: each on random numbers, many in one compiled func."""
+"""The compiler's operators against torch: values and gradients on random and special numbers.
+
+Many operators are in one compiled func, each in a column of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pyode
@@ -69,11 +72,19 @@ UNARY = {
     "nan_to_num": lambda x: torch.nan_to_num(x / x),
     "remainder": lambda x: x % 0.7,
     "fmod": lambda x: torch.fmod(x, 0.7),
-    "floor_divide": lambda x: x // 0.7,
+    "floor_divide": lambda x: x.detach() // 0.7,
     "isnan": lambda x: torch.isnan(x) * x.exp(),
     "literal": lambda x: 1 - x / 3 + 2 * x,
     "rsub": lambda x: torch.rsub(x, 2.0, alpha=3.0),
     "add alpha": lambda x: torch.add(x, x, alpha=0.5),
+    "isinf": lambda x: torch.where(torch.isinf(x), 1.0, x),
+    "isfinite": lambda x: torch.where(torch.isfinite(x), x, 3.0),
+    "logical_and": lambda x: torch.logical_and(x, x > -1) * x,
+    "threshold": lambda x: F.threshold(x, 0.1, 20.0),
+    "softshrink": F.softshrink,
+    "hardshrink": F.hardshrink,
+    "remainder of a negative": lambda x: x % -0.7,
+    "negative floor_divide": lambda x: x.detach() // -0.7,
 }
 POSITIVE = {
     "sqrt": torch.sqrt,
@@ -98,7 +109,17 @@ BINARY = {
     "atan2": torch.atan2,
     "hypot": torch.hypot,
     "pow": lambda x, y: x.abs() ** y,
-    "fmax": torch.maximum,
+    "fmax": torch.fmax,
+    "fmin": torch.fmin,
+    "copysign": torch.copysign,
+    "logaddexp": torch.logaddexp,
+    "xlogy": lambda x, y: torch.xlogy(x, y.abs()),
+    "max": torch.max,
+    "min": torch.min,
+    "clip": lambda x, y: x.clip(y, y + 1),
+    "fmod": torch.fmod,
+    "remainder": torch.remainder,
+    "floor_divide": lambda x, y: torch.floor_divide(x.detach(), y.detach()),
     "eq": lambda x, y: (x == y) * x,
     "addcmul": lambda x, y: torch.addcmul(x, x, y, value=0.3),
     "lerp": lambda x, y: torch.lerp(x, y, 0.3),
@@ -107,7 +128,23 @@ BINARY = {
     "le": lambda x, y: (x <= y) * y,
 }
 
-W = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(5, 6).sin()
+W = {
+    dtype: torch.linspace(-1, 1, 30, dtype=dtype).reshape(5, 6).sin().requires_grad_()
+    for dtype in (torch.float32, torch.float64)
+}
+NORM = {dtype: nn.BatchNorm1d(5, dtype=dtype).eval() for dtype in W}
+for _norm in NORM.values():
+    _norm.running_mean.fill_(0.3)
+    _norm.running_var.fill_(1.7)
+
+
+def _constructed(y: Tensor) -> Tensor:
+    k = torch.zeros_like(y)
+    k[:, 1] = y[:, 0] * 2
+    k[:, 3:] -= y[:, 1:3]
+    return k
+
+
 ROW = {
     "sum": lambda y: y.sum(-1, keepdim=True),
     "mean": lambda y: y - y.mean(1, keepdim=True),
@@ -134,13 +171,13 @@ ROW = {
     "pad": lambda y: F.pad(y, (1, 2), value=0.5),
     "expand": lambda y: y[:, :1].expand(-1, 4),
     "tile": lambda y: torch.tile(y, (1, 2)),
-    "matrix": lambda y: y @ W.to(y),
-    "linear": lambda y: F.linear(y, W.T.to(y), W[0, :6].to(y)),
-    "mv": lambda y: (y @ W[:, 0].to(y)).unsqueeze(1),
-    "left": lambda y: (W.T.to(y) @ y.T).T,
-    "einsum": lambda y: torch.einsum("bi,ij->bj", y, W.to(y)),
+    "matrix": lambda y: y @ W[y.dtype],
+    "linear": lambda y: F.linear(y, W[y.dtype].T, W[y.dtype][0, :6]),
+    "mv": lambda y: (y @ W[y.dtype][:, 0]).unsqueeze(1),
+    "left": lambda y: (W[y.dtype].T @ y.T).T,
+    "einsum": lambda y: torch.einsum("bi,ij->bj", y, W[y.dtype]),
     "outer": lambda y: torch.einsum("bi,bj->bij", y, y).reshape(-1, 25),
-    "quadratic": lambda y: torch.einsum("bi,ij,bj->b", y, W[:, :5].to(y), y)[:, None],
+    "quadratic": lambda y: torch.einsum("bi,ij,bj->b", y, W[y.dtype][:, :5], y)[:, None],
     "bmm": lambda y: torch.bmm(y.reshape(-1, 1, 5), y.reshape(-1, 5, 1)).reshape(-1, 1),
     "per row matrix": lambda y: (y.unsqueeze(2) * y.unsqueeze(1) @ y.unsqueeze(2)).squeeze(2),
     "dot": lambda y: (y * y).sum(1, keepdim=True),
@@ -150,71 +187,136 @@ ROW = {
     "cumulative": lambda y: y @ torch.ones(5, 5).tril().to(y),
     "cross": lambda y: torch.linalg.cross(y[:, :3], y[:, 2:], dim=-1),
     "eye": lambda y: y @ torch.eye(5).to(y),
-    "three axes": lambda y: (y.reshape(-1, 1, 5) * W[:2, :5].to(y).reshape(1, 2, 5)).transpose(1, 2).sum(2),
+    "three axes": lambda y: (y.reshape(-1, 1, 5) * W[y.dtype][:2, :5].reshape(1, 2, 5)).transpose(1, 2).sum(2),
     "unbind": lambda y: torch.stack(y.unbind(1), 1),
     "masked": lambda y: y.masked_fill(y > 0, 0.25),
+    "max": lambda y: y.max(1, keepdim=True).values,
+    "min": lambda y: y.min(1).values[:, None],
+    "argmax": lambda y: y.max(1, keepdim=True).indices * y,
+    "any": lambda y: (y > 1).any(1, keepdim=True) * y,
+    "all": lambda y: (y > -1).all(1, keepdim=True) * y,
+    "cumsum": lambda y: y.cumsum(1),
+    "gather": lambda y: y.gather(1, y.min(1, keepdim=True).indices),
+    "norm 3": lambda y: y.norm(3, dim=1, keepdim=True),
+    "norm 0.5": lambda y: torch.linalg.vector_norm(y, 0.5, 1, keepdim=True),
+    "var_mean": lambda y: torch.cat(torch.var_mean(y, 1, keepdim=True), 1),
+    "batch_norm": lambda y: NORM[y.dtype](y),
+    "group_norm": lambda y: F.group_norm(
+        y[:, :4] + torch.tensor([0, 9, 0, 9]).to(y), 2, W[y.dtype][0, :4], W[y.dtype][1, :4]
+    ),
+    "rms_norm": lambda y: F.rms_norm(y, (5,)),
+    "diff": lambda y: y.diff(dim=1),
+    "trace": lambda y: y * W[y.dtype].trace(),
+    "row of a parameter": lambda y: y * W[y.dtype][[0, 0, 1, 1, 1], :5].sum(1),
+    "diagonal": lambda y: (y[:, :, None] * y[:, None]).diagonal(dim1=1, dim2=2),
+    "constructed": _constructed,
 }
 
 
-def once(f, y: Tensor) -> Tensor:
-    """y + f(y), by one step of Euler's method."""
-    return pyode.odeint(f, y, torch.tensor([0.0, 1.0], dtype=y.dtype), method="euler")
+SPECIAL = [math.inf, math.nan, 0.0, 1.0, 0.5, 2.5, 3.0, 1e-20, 0.7, 1.4, 88.0, 300.0, 1e4]
 
 
-def columns(names: dict, of) -> object:
-    """A func whose i-th column is the i-th function of the i-th one."""
+def specials(dtype: torch.dtype) -> Tensor:
+    """Where functions end, bend or are not defined, with both signs."""
+    limits = torch.finfo(dtype)
+    positive = torch.tensor([*SPECIAL, limits.max, limits.smallest_normal / 8], dtype=dtype)
+    return torch.cat([positive, -positive])
+
+
+def columns(of_one: dict, of_two: dict) -> object:
+    """A func that gives the i-th function its own columns: one, or two behind all those."""
 
     def f(t, y):
-        return torch.stack([of(function, y, i) for i, function in enumerate(names.values())], 1)
+        n = len(of_one)
+        one, two = y[:, :n].unbind(1), y[:, n:].unbind(1)
+        out = [g(x) for g, x in zip(of_one.values(), one)]
+        return torch.stack(out + [g(x, z) for g, x, z in zip(of_two.values(), two[::2], two[1::2])], 1)
 
     return f
 
 
-def assert_same(f, y: Tensor, ulps: float = 16) -> None:
-    ours, torchs = once(pyode.compile(f, strict=True), y), once(f, y)
-    scale = torch.maximum(torchs.abs(), y.abs()).clamp(min=1)
-    wrong = ((ours - torchs).abs() > ulps * torch.finfo(y.dtype).eps * scale).nonzero()
-    assert ours.shape == torchs.shape
-    assert len(wrong) == 0, (wrong[0], ours[tuple(wrong[0])], torchs[tuple(wrong[0])])
+def inputs_of(of_one: dict, of_two: dict, pairs: Tensor) -> Tensor:
+    """Pairs of numbers [B, 2] in everyone's columns; functions of one number take the first."""
+    return torch.cat([pairs[:, :1].repeat(1, len(of_one)), pairs.repeat(1, len(of_two))], 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def within_rows(t: Tensor, y: Tensor) -> Tensor:
+    """All of ROW, side by side, each of numbers of its own: y is [B, len(ROW), 5]."""
+    return torch.cat([function(x) for function, x in zip(ROW.values(), y.unbind(1))], 1)
+
+
+def found(f, y: Tensor, trained: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """f(0, y) compiled and its gradients for random vectors, then torch's: a step of Euler's method from zeros."""
+    t, expected = torch.tensor([0.0, 1.0], dtype=y.dtype), f(torch.tensor(0.0, dtype=y.dtype), y)
+    start, vector = torch.zeros_like(expected).detach(), torch.randn_like(expected).detach()
+
+    def two(t, parts):
+        return torch.zeros_like(parts[0]), f(t, parts[0])
+
+    ours = pyode.odeint(pyode.compile(two, strict=True), (y, start), t, method="euler")[1][1]
+    wanted = [y, *trained] if torch.is_grad_enabled() else []
+    gradients = [torch.autograd.grad(x, wanted, vector) if wanted else () for x in (ours, expected)]
+    return ours.detach(), gradients[0], expected.detach(), gradients[1]
+
+
+def assert_close(ours: Tensor, torchs: Tensor, roundings: float, least: float = 0.0) -> None:
+    """The same numbers, nan and inf among them, to some roundings of each, or of `least`."""
+    limits = torch.finfo(ours.dtype)
+    bound = roundings * limits.eps * torchs.abs().clamp(min=max(least, limits.tiny))
+    wrong = ~((ours == torchs) | (ours.isnan() & torchs.isnan()) | ((ours - torchs).abs() <= bound))
+    first = wrong.nonzero()[:1].tolist()
+    assert not first, (first, ours[wrong][0], torchs[wrong][0], len(wrong.nonzero()))
+
+
+def assert_columns_close(names: list[str], ours: Tensor, torchs: Tensor, *limits: float) -> None:
+    for i, name in enumerate(names):
+        try:
+            assert_close(ours[:, i], torchs[:, i], *limits)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+# Where functions have no derivative, and maxima are taken twice; and where a formula's other branch overflows.
+BENDS = (-1.0, -0.5, 0.0, 0.2, 0.8, 1.0, 2.0, 100.0, -100.0)
+
+
+@DTYPES
 class TestAgainstTorch:
-    def test_functions_of_one_number(self, dtype):
-        y = torch.randn(37, len(UNARY), dtype=dtype)
-        assert_same(columns(UNARY, lambda f, y, i: f(y[:, i])), y, 64)
+    """To 64 roundings of the value or of 1: a few of what goes in, times the functions' slopes."""
 
-    def test_functions_of_a_positive_number(self, dtype):
-        y = torch.rand(37, len(POSITIVE), dtype=dtype) * 3 + 1e-3
-        assert_same(columns(POSITIVE, lambda f, y, i: f(y[:, i])), y, 64)
-
-    def test_functions_of_two_numbers(self, dtype):
-        y = torch.randn(37, len(BINARY), dtype=dtype) + 0.1
-        assert_same(columns(BINARY, lambda f, y, i: f(y[:, i], y[:, i - 1])), y, 64)
+    @pytest.mark.parametrize("sign", ["any", "positive"])
+    def test_functions_of_numbers(self, dtype, sign):
+        of_one, of_two = (UNARY, BINARY) if sign == "any" else (POSITIVE, {})
+        pairs = torch.randn(50, 2, dtype=dtype) if sign == "any" else torch.rand(50, 2, dtype=dtype) * 3 + 1e-3
+        if sign == "any":
+            bends = torch.tensor(BENDS, dtype=dtype)
+            pairs = torch.cat([pairs, torch.cartesian_prod(bends, bends)])
+        y = inputs_of(of_one, of_two, pairs).requires_grad_()
+        ours, our_gradients, torchs, gradients = found(columns(of_one, of_two), y, [])
+        assert_columns_close([*of_one, *of_two], ours, torchs, 64, 1.0)
+        names = [*of_one, *(name for name in of_two for _ in range(2))]
+        known = [i for i, name in enumerate(names) if name != "hardsigmoid"]  # torch has 1.0f / 6 in its derivative
+        ours, torchs = our_gradients[0][:, known], gradients[0][:, known]
+        assert_columns_close([names[i] for i in known], ours, torchs, 64, 1.0)
 
     def test_operators_within_a_row(self, dtype):
-        def f(t, y):
-            return torch.cat([function(y[:, :5]) for function in ROW.values()], 1) * 0.5
+        norm, y = NORM[dtype], torch.randn(21, 1, 5, dtype=dtype)
+        y = torch.cat([y, y.round()]).repeat(1, len(ROW), 1).requires_grad_()
+        ours, our_gradients, torchs, gradients = found(within_rows, y, [W[dtype], norm.weight, norm.bias])
+        assert_close(ours, torchs, 256, 1.0)
+        assert_columns_close(list(ROW), our_gradients[0], gradients[0], 256, 1.0)
+        for a, b in zip(our_gradients[1:], gradients[1:]):  # sums over all rows
+            assert_close(a, b, 256, b.abs().max().item())
 
-        width = sum(function(torch.ones(2, 5)).shape[1] for function in ROW.values())
-        assert_same(lambda t, y: f(t, y), torch.randn(21, width, dtype=dtype), 256)
 
-
-def test_special_values_pass_as_in_torch():
-    inf, nan = math.inf, math.nan
-    y = torch.tensor([[inf, -inf, nan, 0.0, -0.0, 1e-42, 3e38, -3e38]]).T.repeat(1, 12)
-
-    def f(t, y):
-        c = y.unbind(1)
-        functions = torch.tanh, torch.sigmoid, torch.relu, torch.sign, torch.exp, F.elu, torch.abs
-        rest = [
-            c[7].clamp(-1, 1),
-            torch.maximum(c[8], c[8] * 0),
-            torch.where(c[9] > 0, c[9], -c[9]),
-            c[10] ** 2,
-            c[11] * 0,
-        ]
-        return torch.stack([g(x) for g, x in zip(functions, c)] + rest, 1)
-
-    solved = [once(g, y)[1] for g in (pyode.compile(f, strict=True), f)]
-    torch.testing.assert_close(*solved, equal_nan=True, rtol=1e-6, atol=0)
+@DTYPES
+@pytest.mark.parametrize("table", ["one", "two"])
+def test_special_values_pass_as_in_torch(dtype, table):
+    """To 64 roundings of the value itself, however small."""
+    x = specials(dtype)
+    of_one, of_two = (UNARY | POSITIVE, {}) if table == "one" else ({}, BINARY)
+    y = inputs_of(of_one, of_two, torch.cartesian_prod(x, x) if of_two else x[:, None])
+    with torch.no_grad():
+        ours, _, expected, _ = found(columns(of_one, of_two), y, [])
+    assert_columns_close([*of_one, *of_two], ours, expected, 64)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyode.methods import METHODS
+from pyode.methods import IMPLICIT, METHODS, TABLEAUS
 
 ROOT = Path(__file__).parents[1]
 CASES = {
@@ -17,12 +17,22 @@ CASES = {
     "odeint_event": [name for name in METHODS if name not in ("fixed_adams", "scipy_solver")],
     "odeint_dense": [name for name in METHODS if name not in ("fixed_adams", "scipy_solver")],
     "options": ["dopri5", "adams"],
+    "checkpoint": [*TABLEAUS, *IMPLICIT],
+    "per_sample": ["dopri5"],
+    **{
+        f"solve_ivp {control} {gradient}{events}": ["dopri5"]
+        for control in ("joint", "per_sample")
+        for gradient in ("direct", "adjoint", "checkpoint")
+        for events in ("", " events")
+    },
 }
+GROUPS = {name.partition(" ")[0]: [] for name in CASES}
+for interface, methods in CASES.items():
+    GROUPS[interface.partition(" ")[0]] += [f"{method} by {interface}" for method in methods]
 
 
-@pytest.mark.parametrize("interface", CASES)
-def test_a_device_without_float64(interface):
-    cases = [f"{method} by {interface}" for method in CASES[interface]]
-    command = [sys.executable, "-m", "tests.without_float64", *cases]
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_device_without_float64(group):
+    command = [sys.executable, "-m", "tests.without_float64", *GROUPS[group]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -129,8 +129,9 @@ def test_the_adjoints_norm_may_be_replaced_behind_the_solve():
     assert torch.allclose(gradients[pyode][1], gradients[torchdiffeq][1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("adjoint_options", [{}, {"adjoint_options": {"norm": "seminorm"}}], ids=["none", "seminorm"])
 @pytest.mark.parametrize("module", [pyode, torchdiffeq])
-def test_a_norm_of_the_forward_solve_is_not_the_adjoints(module):
+def test_a_norm_of_the_forward_solve_is_not_the_adjoints(module, adjoint_options):
     shapes = set()
 
     def norm(state: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ def test_a_norm_of_the_forward_solve_is_not_the_adjoints(module):
         return state.abs().max()
 
     y0 = Y0.clone().requires_grad_()
-    y = module.odeint_adjoint(Trained(), y0, T, options={"norm": norm}, adjoint_options={"norm": "seminorm"})
+    y = module.odeint_adjoint(Trained(), y0, T, options={"norm": norm}, **adjoint_options)
     y.sum().backward()
     assert shapes == {Y0.shape}  # it is given a state: of the forward solve, and y and adj_y each of the backward one
 

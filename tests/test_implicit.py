@@ -150,12 +150,17 @@ def test_larger_states_too(n, by):
     assert float((y[-1] - heat.steps("sdirk2", dt, 1)).abs().max()) < 1e-9 * float(heat.y0.max())
 
 
-def test_trbdf2_steps_the_heat_equation_with_100_000_unknowns():
+@pytest.mark.parametrize("gradients", [False, True])
+def test_trbdf2_steps_the_heat_equation_with_100_000_unknowns(gradients):
     heat, dt, stats = Heat(100_000), 1e-8, Stats()  # 200 times what an explicit method bears
-    with torch.no_grad():
-        y = pyode.odeint(heat, heat.y0, dt * tensor(0, 1, 2), method="trbdf2", options={"stats": stats})
-    assert float((y[-1] - heat.steps("trbdf2", dt, 2)).abs().max()) < 1e-9
+    y0 = heat.y0.clone().requires_grad_(gradients)
+    y = pyode.odeint(heat, y0, dt * tensor(0, 1, 2), method="trbdf2", options={"stats": stats})
+    exact = heat.steps("trbdf2", dt, 2)
+    assert float((y[-1].detach() - exact).abs().max()) < 1e-9
     assert 0 < stats.n_krylov / stats.n_accepted < 60
+    if gradients:  # by the steps' transpose, which for a symmetric matrix are the steps
+        (gradient,) = torch.autograd.grad((heat.y0 * y[-1]).sum(), y0)
+        assert float((gradient - exact).abs().max()) < 1e-9
 
 
 @METHODS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from fields import Y0, Field, T, assert_close, loss_of
@@ -45,13 +47,61 @@ def test_a_tensor_out_of_reach_is_told(mode, method):
     assert weight.grad is None
 
 
-def test_so_it_is_in_an_adjoint_solve():
+def by_samples(func, y0, t, **kwargs):
+    return pyode.odeint_adjoint(func, y0, t, options={"control": "per_sample"}, **kwargs)
+
+
+def by_ivp(func, y0, t, control, gradient="adjoint", **kwargs):
+    return pyode.solve_ivp(func, y0, t, gradient=gradient, control=control, **kwargs).ys
+
+
+ADJOINTS = pytest.mark.parametrize(
+    "solve",
+    [pyode.odeint_adjoint, by_samples, partial(by_ivp, control="per_sample"), partial(by_ivp, control="joint")],
+    ids=["odeint_adjoint", "odeint_adjoint by samples", "solve_ivp", "joint solve_ivp"],
+)
+
+
+@ADJOINTS
+def test_so_it_is_in_an_adjoint_solve(solve):
     weight, other = torch.eye(2, dtype=F64, requires_grad=True), torch.ones(2, dtype=F64, requires_grad=True)
     hidden = out_of_reach(weight)
-    y = pyode.odeint_adjoint(lambda t, y: other * hidden(t, y), Y0, T, **ROUGH)
+    y = solve(lambda t, y: other * hidden(t, y), Y0, T, **ROUGH)
     with pytest.warns(UserWarning, match=LOST):
         y.sum().backward()
     assert other.grad is not None
+
+
+@pytest.mark.parametrize("gradient", ["checkpoint", "adjoint"])
+@pytest.mark.parametrize("control", ["per_sample", "joint"])
+def test_solve_ivp_finds_what_checkpoint_finds_or_is_told_names(gradient, control):
+    # Tensors in a closure beside a module; or those named, and those in args.
+    net = nn.Linear(2, 2, dtype=F64)
+    scale, shift = torch.tensor(0.7, dtype=F64, requires_grad=True), torch.ones(2, dtype=F64, requires_grad=True)
+    inputs = [*net.parameters(), scale, shift]
+
+    def func(t, y, shift):
+        return torch.tanh(scale * net(y) + shift)
+
+    def found(gradient, args, **kwargs):
+        closed = func if args else lambda t, y: func(t, y, shift)
+        y = by_ivp(closed, Y0, T, control, gradient, args=args, rtol=1e-6, atol=1e-8, **kwargs)
+        return list(torch.autograd.grad(loss_of(y), inputs))
+
+    expected = found("direct", ())
+    assert_close(found(gradient, ()), expected, 1e-4)
+    assert_close(found(gradient, (shift,), params=inputs[:3]), expected, 1e-4)
+    with pytest.raises(pyode.InvalidType, match=r"params\[1\] must be a tensor, not a str"):
+        found(gradient, (), params=[shift, "scale"])
+
+
+@ADJOINTS
+def test_an_adjoint_solve_tells_nothing_where_no_gradient_is_wanted(solve):
+    weight, y0 = torch.eye(2, dtype=F64, requires_grad=True), Y0.clone().requires_grad_()
+    none = {"params" if isinstance(solve, partial) else "adjoint_params": ()}
+    solve(lambda t, y: torch.tanh(y @ weight), y0, T, **none, **ROUGH).sum().backward()
+    assert y0.grad is not None
+    assert weight.grad is None
 
 
 def test_so_is_one_that_it_was_computed_from():

@@ -10,8 +10,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torchdiffeq
-from problems import growth, kepler, kepler_start, sine, spiral, tensor, van_der_pol
-from torch import Tensor, nn
+from parity_cases import NOISE, OPTIONS, PARTS, PROBLEMS, TENSOR_TOLERANCES, TOLERANCES, coupled
+from problems import tensor, van_der_pol
+from torch import nn
 
 import pyode
 from pyode import Stats
@@ -19,20 +20,6 @@ from pyode.methods import TABLEAUS
 
 METHODS = pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
 SIGNS = pytest.mark.parametrize("sign", [1.0, -1.0], ids=["forward", "backward"])
-
-
-def stiffish(t: Tensor, y: Tensor) -> Tensor:
-    """Van der Pol's oscillator with sharp corners: many rejected steps."""
-    return van_der_pol(t, y, 5.0)
-
-
-PROBLEMS = {
-    "van der Pol": (stiffish, tensor(2.0, 0.0), 8.0),
-    "Kepler": (kepler, kepler_start(0.7), 7.0),
-    "spiral": (spiral, torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.3, -1.5]], dtype=torch.float64), 10.0),
-    "growth": (growth.f, growth.y0, 10.0),
-    "sine": (sine.f, sine.y0, 5.0),
-}
 
 
 class Recorder(nn.Module):
@@ -72,11 +59,6 @@ class Watcher:
         starts = [end - size for end, size in zip(ends, sizes)]
         accepted = [abs(later - end) < abs(later - start) for start, end, later in zip(starts, ends, starts[1:])]
         return list(zip(starts, sizes, [*accepted, True]))  # the last one passes t[-1]
-
-
-# The error estimate is a small difference of large numbers: rounding makes some 1e-10 of noise in the next step's size,
-# dopri8's, with weights up to 100 in a step of order 8, a lot more where a step was much too small.
-NOISE = {"dopri5": 1e-8, "bosh3": 1e-8, "dopri8": 1e-4}
 
 
 def compare_steps(ours: list, theirs: list, noise: float) -> None:
@@ -132,32 +114,6 @@ def test_in_float32_the_number_of_steps_is_theirs_within_2_percent(method, rtol)
     assert abs(ours - theirs) <= 0.02 * theirs
 
 
-def largest(e: Tensor) -> Tensor:
-    return e.abs().max()
-
-
-OPTIONS = {
-    "nothing": {},
-    "first_step": {"first_step": 0.01},
-    "first_step too long": {"first_step": 2.0},
-    "min_step": {"min_step": 0.05},
-    "max_step": {"max_step": 0.08},
-    "safety": {"safety": 0.7},
-    "ifactor": {"ifactor": 1.5},
-    "dfactor": {"dfactor": 0.6, "first_step": 2.0},
-    "max_num_steps": {"max_num_steps": 1000},
-    "dtype": {"dtype": torch.float64},
-    "norm": {"norm": largest},
-    "step_t": {"step_t": tensor(0.3, 0.1, 1.7, 99.0, -5.0)},
-    "jump_t": {"jump_t": tensor(0.25, 1.1, -1.0)},
-    "step_t and jump_t": {"step_t": tensor(0.6, 0.9), "jump_t": tensor(0.7)},
-    "everything": {
-        "first_step": 0.02, "min_step": 1e-4, "max_step": 0.3, "safety": 0.8, "ifactor": 4.0, "dfactor": 0.3,
-        "step_t": tensor(0.6), "jump_t": tensor(0.7), "norm": largest,
-    },
-}  # fmt: skip
-
-
 @METHODS
 @SIGNS
 @pytest.mark.parametrize("name", OPTIONS)
@@ -177,30 +133,6 @@ def test_every_option_means_what_it_means_there(method, sign, name):
         results[module] = module.odeint(f, y0, t, rtol=1e-5, atol=1e-7, method=method, options=dict(options))
     assert calls[pyode] == calls[torchdiffeq]
     assert torch.allclose(results[pyode], results[torchdiffeq], rtol=1e-8, atol=1e-8)
-
-
-PARTS = (
-    tensor(0.1, 0.2, 0.4, 0.6, 0.8, 1.0).reshape(2, 3),
-    torch.tensor(2.0, dtype=torch.float64),
-    tensor(0.1),
-)
-
-
-def coupled(t, parts):
-    a, b, c = parts
-    return torch.sin(3 * a) * b, -b * c.sum() + torch.cos(4 * t), a.sum() - c
-
-
-TOLERANCES = {
-    "a number": 1e-5,
-    "an integer": 0,
-    "a 0-dim tensor": torch.tensor(1e-5),
-    "a number for each part": (1e-5, 1e-3, 1e-4),
-    "a list": [1e-5, 1e-3, 1e-4],
-    "a tensor of one for each part": tensor(1e-5, 1e-3, 1e-4),
-    "a flat tensor for a part": (torch.linspace(1e-6, 1e-3, 6, dtype=torch.float64), 1e-3, tensor(1e-4)),
-    "tensors for the parts": (torch.full((1,), 1e-5), torch.tensor(1e-3), tensor(1e-4)),
-}
 
 
 @METHODS
@@ -223,9 +155,7 @@ def test_tuples_with_every_kind_of_tolerance(method, name):
 
 
 @METHODS
-@pytest.mark.parametrize("tolerance", [
-    torch.tensor([[1e-6, 1e-3], [1e-4, 1e-5]], dtype=torch.float64), tensor(1e-6, 1e-3), torch.tensor([[1e-5], [1e-3]]),
-])  # fmt: skip
+@pytest.mark.parametrize("tolerance", TENSOR_TOLERANCES)
 def test_tensor_tolerances(method, tolerance):
     y0 = torch.tensor([[1.5, 0.5], [0.2, -1.0]], dtype=torch.float64)
     for which in ("rtol", "atol"):

@@ -16,7 +16,8 @@ from problems import tensor, van_der_pol
 from torch import Tensor
 
 import pyode
-from pyode import SolveError
+from pyode import SolveError, Stats
+from pyode.methods import METHODS
 
 N = 70_000  # enough numbers for the pool of threads to take part
 
@@ -73,6 +74,29 @@ def test_an_exception_in_func_passes_through_unchanged(call, n, method, expected
     assert error.__context__ is None
     assert traceback.extract_tb(error.__traceback__)[-1].name == "f"
     assert_as_good_as_new(expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("call", [0, 1, 30])
+def test_in_every_method_it_passes_through_and_what_was_done_is_counted(call, method, backend):
+    adaptive, counts = METHODS[method].adaptive, []
+    y0, t = torch.linspace(-1, 1, 5, dtype=torch.float64), tensor(0.0, 0.3, 2.0)
+    for watched in (False, True):  # many steps are one call of native code, or a call each
+        error, stats, begun = Mine("as it was"), Stats(), []
+        f, options = raising_at(call, error), {"stats": stats} if adaptive else {"stats": stats, "step_size": 0.05}
+        if watched and method != "scipy_solver":
+            f.callback_step = lambda t0, y0, dt, begun=begun: begun.append(t0)
+        with pytest.raises(Mine) as caught, pyode.backend(backend), torch.no_grad():
+            pyode.odeint(f, y0, t, 1e-4, 1e-5, method, options)
+        assert caught.value is error
+        assert error.__cause__ is None
+        assert error.__context__ is None
+        assert stats.n_f_evals == call + 1
+        counts.append(stats.n_accepted)
+        if watched and not adaptive:
+            assert stats.n_accepted == len(begun) - 1
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), MemoryError("no"), StopIteration()])

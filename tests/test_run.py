@@ -57,6 +57,12 @@ def python(*arguments, cwd) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_script_knows_its_file_wherever_it_goes(program):
+    program.write_text("import os, sys; print(__file__, os.path.basename(sys.argv[0]), sys.path[0])")
+    theirs, ours = (python(*how, "script.py", cwd=program.parent) for how in ([], ["-m", "pyode", "run"]))
+    assert ours.stdout == theirs.stdout != ""
+
+
 @pytest.mark.parametrize("how", [["script"], ["-m"]], ids=str)
 def test_a_program_sees_what_it_sees_under_python(program, how):
     cwd = program.parents[1]

@@ -181,6 +181,38 @@ def test_a_function_without_a_derivative_has_events_without_gradients():
     assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "adjoint"])
+@pytest.mark.parametrize("control", ["per_sample", "joint"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_at_an_event_at_the_start_are_the_limit_of_those_before_it(gradient, control, shared):
+    # y = y0 exp(a (t - t0)) and event y = c + b t: along f - b = a y - b at the event, its time moves by
+    # (a y dt0 - exp(a (t - t0)) dy0) / (a y - b); one sample starts on the event, the other a little before it.
+    a, b, c = 1.3, 0.25, 0.5  # whose sums are exact
+    before = torch.tensor([0.25, 0.25 - 1e-6], dtype=F64)
+    y0 = ((c + b * 0.25) * torch.exp(a * (before - 0.25)))[:, None].requires_grad_()
+    level = torch.tensor(c, dtype=F64, requires_grad=True)
+    found = []
+    for i in (0, 1):
+        start = before[i : i + 1].clone().requires_grad_()
+        t = torch.stack([start, start + 1.0]) if not shared else torch.cat([start, start + 1.0])
+        event = lambda t, y: (y[..., 0] - level - b * t) if control == "per_sample" else y[0, 0] - level - b * t  # noqa: E731
+        if control == "joint":
+            t = t.reshape(-1)
+        solution = solve_ivp(
+            lambda t, y: a * y, y0[i : i + 1], t, event_fn=event, control=control, gradient=gradient, **TIGHT
+        )
+        assert solution.status.tolist() == [Status.EVENT]
+        assert solution.event_t.item() == pytest.approx(0.25)
+        for x in (solution.event_t, solution.event_y):
+            grads = torch.autograd.grad(x.sum(), (y0, start, level), retain_graph=True)
+            found.append(torch.stack([grads[0][i, 0], grads[1][0], grads[2]]))
+    y = c + b * 0.25
+    by_time = torch.tensor([-1.0, a * y, 1.0], dtype=F64) / (a * y - b)
+    exact = (by_time, a * y * by_time + torch.tensor([1.0, -a * y, 0.0], dtype=F64))
+    for i in range(4):
+        assert torch.allclose(found[i], exact[i % 2], rtol=1e-4), i
+
+
 def test_gradients_at_an_event_at_the_start_and_of_none():
     y0 = torch.tensor([[0.5], [1.0], [0.1]], dtype=F64, requires_grad=True)
     solution = solve_ivp(decay, y0, T, event_fn=below_half, **TIGHT)

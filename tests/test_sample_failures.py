@@ -10,6 +10,7 @@ import torch
 from ensembles import blow_up, counts, decay, nan_above, oscillators, van_der_pol
 
 from pyode import SolveError, Status, solve_ivp
+from pyode.methods import IMPLICIT, METHODS
 
 F64 = torch.float64
 T = torch.linspace(0, 2, 5, dtype=F64)
@@ -121,3 +122,23 @@ def test_compact_takes_nested_states():
     t = torch.tensor([[0.0, 0, 0], [0.1, 0.2, 8.0]], dtype=F64)
     compact, plain = (solve_ivp(f, y0, t, compact=c).ys["a"] for c in (True, False))
     assert torch.equal(compact, plain)
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.adaptive or name in IMPLICIT])
+def test_a_solve_of_any_method_that_fails_says_how_far_it_came(method):
+    def f(t, y):  # ends at 0.5
+        return torch.where(t < 0.5, -y, torch.nan * y.detach())
+
+    t = torch.linspace(0, 1, 6, dtype=F64)
+    how = {"method": method, "control": "joint", "rtol": 1e-5, "atol": 1e-6}
+    solution = solve_ivp(f, Y0, t, throw=False, **how)
+    assert not solution.success
+    reached = solution.ys[:, 0, 0].isfinite()
+    assert reached[0]
+    assert not reached[3:].any()
+    accuracy = 0.05 if method == "implicit_euler" else 2e-3  # two steps of 0.2
+    assert torch.allclose(solution.ys[reached, :, 0], Y0[:, 0] * torch.exp(-t[reached, None]), rtol=accuracy)
+    with pytest.raises(SolveError) as caught:
+        solve_ivp(f, Y0, t, **how)
+    assert caught.value.status == solution.status
+    assert float(t[reached][-1]) <= caught.value.t <= 0.5

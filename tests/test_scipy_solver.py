@@ -165,6 +165,33 @@ def test_one_time_returns_the_start(solver):
     assert torch.equal(y, growth.y0[None])
 
 
+@EVERY
+def test_steps_are_counted(solver):
+    stats = Stats()
+    pyode.odeint(growth.f, growth.y0, tensor(0.0, 2.0), 1e-3, 1e-3, **scipys(solver, max_step=0.1, stats=stats))
+    assert 20 <= stats.n_accepted <= 45  # a first step, and as many as the largest step makes it; LSODA's start small
+    assert stats.n_f_evals >= stats.n_accepted
+
+
+@EVERY
+def test_a_state_of_no_numbers(solver):
+    y0 = torch.zeros(2, 0, dtype=torch.float64)
+    assert pyode.odeint(growth.f, y0, tensor(0.0, 1.0, 2.0), **scipys(solver)).shape == (3, 2, 0)
+
+
+@EVERY
+def test_a_func_that_raises_an_error_of_scipys_kind(solver):
+    for error in (ValueError("mine"), FloatingPointError("mine")):
+
+        def func(t, y, error=error):
+            if float(t) > 0.5:
+                raise error
+            return -y
+
+        with pytest.raises(type(error), match="mine"):
+            pyode.odeint(func, tensor(1.0), tensor(0.0, 2.0), **scipys(solver, on_failure="return"))
+
+
 @pytest.mark.parametrize("solver", SOLVERS[:5])  # SciPy's LSODA does not give up
 def test_a_failure(solver):
     def broken(t, y):

@@ -132,6 +132,23 @@ def test_importing_pyode_does_not_start_cuda_or_threads():
     assert in_a_new_process(code) == "False 1"
 
 
+@pytest.mark.parametrize(("wanted", "message"), [
+    ("1", "PYODE_CUDA=1, but nvcc was found neither on PATH nor in CUDA_HOME"),
+    ("yes", "PYODE_CUDA must be auto, 1 or 0, not 'yes'"),
+])  # fmt: skip
+def test_a_build_that_insists_on_a_missing_nvcc_says_so(wanted, message, tmp_path):
+    pytest.importorskip("pybind11")
+    pytest.importorskip("setuptools")
+    environment = {**os.environ, "PYODE_CUDA": wanted, "CUDA_HOME": str(tmp_path), "PATH": str(tmp_path)}
+    environment.pop("CUDACXX", None)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path],
+        capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
 @pytest.mark.parametrize("samples", [1, 7])
 def test_sizes_beyond_two_billion_are_described_without_allocating(dtype, samples):

@@ -96,6 +96,74 @@ def test_of_a_callback_of_the_backward_solve(name, method):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("name", ["callback_step", "callback_accept_step", "callback_reject_step"])
+@pytest.mark.parametrize("suffix", ["", "_adjoint"])
+@pytest.mark.parametrize("method", METHODS)
+def test_of_a_callback_that_is_called_in_neither_solve(method, suffix, name):
+    func, calls = Decay(), []
+    setattr(func, name + suffix, lambda t0, y0, dt: calls.append(dt))
+
+    def solve():
+        y = pyode.odeint_adjoint(func, tensor(1.0, 0.5), T, rtol=1e-4, atol=1e-4, method=method)
+        y.sum().backward()
+
+    texts = [text for _, text in warned(solve)]
+    called = method != "scipy_solver" and (METHODS[method].adaptive or name == "callback_step")
+    assert texts == ([] if called else [f"Solver '{method}' does not support callbacks {{'{name}{suffix}'}}"])
+    assert bool(calls) == called or name == "callback_reject_step"  # perhaps none was rejected
+
+
+@pytest.mark.parametrize("suffix", ["", "_adjoint"])
+def test_of_a_callback_where_every_sample_takes_its_own_steps(suffix):
+    func = Decay()
+    setattr(func, "callback_step" + suffix, lambda t0, y0, dt: None)
+    ((_, text),) = warned(pyode.odeint_adjoint, func, torch.ones(3, 2), T, options={"control": "per_sample"})
+    assert text == f"Solver 'dopri5' does not support callbacks {{'callback_step{suffix}'}} with control='per_sample'"
+
+
+class Steep(Decay):
+    def forward(self, t, y):
+        return 100 * super().forward(t, y)
+
+
+CALLS = {
+    "an unknown option": lambda: pyode.odeint(Decay(), tensor(1.0, 0.5), T, options={"wrong": 1}),
+    "a callback": lambda: pyode.odeint(with_callback(), tensor(1.0, 0.5), T, method="rk4"),
+    "a low order": lambda: pyode.odeint(Decay(), tensor(1.0, 0.5), T, 1e-3, 1e-3, "implicit_adams", {"max_order": 3}),
+    "few iterations": lambda: pyode.odeint(
+        Steep(), tensor(1.0, 0.5), torch.linspace(0, 1, 9), 1e-9, 1e-9, "implicit_adams"
+    ),
+    "a frozen parameter": lambda: pyode.odeint_adjoint(
+        Decay(True), tensor(1.0, 0.5), T, adjoint_options={"norm": lambda parts: parts[1].abs().max()}
+    ),
+    "a lost gradient": lambda: pyode.odeint_adjoint(
+        Decay(), tensor(1.0, 0.5), T, adjoint_params=tuple(Decay().parameters())
+    ),
+    "a failure": lambda: pyode.odeint(
+        Decay(), tensor(1.0, 0.5), T, options={"on_failure": "return", "max_num_steps": 0}
+    ),
+    "the second solve": lambda: pyode.odeint_adjoint(
+        Steep(), tensor(1.0, 0.5), torch.linspace(0, 1, 9), 1e-4, 1e-4, "rk4", adjoint_method="implicit_adams",
+        adjoint_rtol=1e-12, adjoint_atol=1e-14, adjoint_options={"step_size": 0.02},
+    ).sum().backward(),
+}  # fmt: skip
+
+
+def with_callback() -> Decay:
+    func = Decay()
+    func.callback_reject_step = print
+    return func
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_they_point_at_the_line_that_called(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        CALLS[call]()
+    assert caught
+    assert {warning.filename for warning in caught} == {__file__}
+
+
 @pytest.mark.parametrize("kwargs", [
     {}, {"adjoint_options": {}}, {"adjoint_options": {"norm": "seminorm"}},
     {"adjoint_options": {"norm": lambda parts: max(part.abs().max() for part in parts)}},

@@ -86,7 +86,7 @@ class Field(nn.Module):
         self.matrix = nn.Parameter(torch.tensor([[-0.3, 2.0], [-2.0, 0.1]]).to(device))
 
     def forward(self, t, y):
-        return torch.tanh(y @ self.matrix) + torch.cos(t)
+        return torch.tanh(y @ self.matrix) + torch.cos(t).reshape(-1, 1)
 
 
 def options_of(method: str) -> dict:
@@ -114,9 +114,47 @@ def solve(device: str, interface: str, **kwargs: Any) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.sum(), leaves)]
 
 
+def solve_samples(device: str, method: str, control: str, gradient: str, events: bool) -> list[Tensor]:
+    """A solution of solve_ivp, and the gradients of a sum of it."""
+    y0 = torch.tensor([[1.0, -0.5], [0.2, 0.4], [-1.0, 0.3]]).to(device).requires_grad_()
+    t, func = torch.tensor([0.0, 0.55, 1.0]).to(device), Field(device)
+    level = func.matrix.detach()[0, 0] + 1.6  # 1.3: the first sample gets there
+    how = {"dense_output": True} if gradient == "direct" else {}
+    if events:
+        per_sample = control == "per_sample"
+        how["event_fn"] = lambda t, y: (y[:, 0] if per_sample else y[0, 0]) - level + 0 * t.to(torch.float32)
+    solution = pyode.solve_ivp(
+        func, y0, t, rtol=1e-4, atol=1e-5, method=method, control=control, gradient=gradient, **how
+    )
+    found = [solution.ys.nan_to_num(), solution.event_y.nan_to_num()]
+    if how.get("dense_output") and not events:
+        found.append(solution.interpolant(torch.tensor([0.3, 0.7])))
+    loss = sum(x.sum() for x in found)
+    assert bool((solution.status == pyode.Status.EVENT).any()) == events
+    return [*found, *torch.autograd.grad(loss, [y0, func.matrix])]
+
+
 def check(name: str) -> None:
     """Compares what is computed there with what the CPU computes."""
     method, _, interface = name.partition(" by ")
+    if interface == "checkpoint":
+        options = options_of(method)
+        options["options"] = {**options["options"], "gradient": "checkpoint"}
+        for there, here in zip(*(solve(device, "odeint", **options) for device in (DEVICE, "cpu"))):
+            close(there, here)
+        return
+    if interface == "per_sample":
+        for solver in ("odeint", "odeint_adjoint"):
+            options = {"method": method, "options": {"control": "per_sample", "step_t": torch.tensor([0.3])}}
+            for there, here in zip(*(solve(device, solver, **options) for device in (DEVICE, "cpu"))):
+                close(there, here)
+        return
+    if interface.startswith("solve_ivp"):
+        _, control, gradient, *events = interface.split()
+        results = (solve_samples(device, method, control, gradient, bool(events)) for device in (DEVICE, "cpu"))
+        for there, here in zip(*results):
+            close(there, here)
+        return
     if interface in ("odeint", "odeint_adjoint"):
         for there, here in zip(*(solve(device, interface, **options_of(method)) for device in (DEVICE, "cpu"))):
             close(there, here)

@@ -26,12 +26,15 @@ class GridTimes {
 
   const OwnedLayout& where;
 
+  int64_t under_way = -1;  // the step whose times were asked for last
+
   const double* size_of(int64_t n) const { return address<const double>(sizes_) + n; }
 
   /// Those of step n, behind a whole that they are views of.
   py::tuple times_of(int64_t n) {
+    under_way = n;
     if (where.cuda) {
-      const py::object row = checked(PySequence_GetItem(times_.ptr(), static_cast<Py_ssize_t>(n)));
+      const py::object row = times_[py::int_(n)];
       return py::make_tuple(row) + py::reinterpret_borrow<py::tuple>(call_method(row, PYODE_NAME(unbind)));
     }
     const Supply::Item& item = supply_.take(like_);

@@ -125,7 +125,8 @@ PYBIND11_MODULE(_C, m) {
       .def("weights_at", &Interpolant::weights_at);
   py::class_<GridTimes>(m, "GridTimes")
       .def(py::init<const OwnedLayout&, py::object, py::object, int64_t, py::object, py::object, py::object>(),
-           py::keep_alive<1, 2>());
+           py::keep_alive<1, 2>())
+      .def_readonly("under_way", &GridTimes::under_way);
   py::class_<AdamsTable>(m, "AdamsTable").def(py::init<const py::tuple&, const py::tuple&, int64_t>());
   m.def("stage_combine", &stage_combine);
   m.def("stages", &stages);

@@ -52,6 +52,8 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
   static constexpr int D = F::size, S = M::evaluations;  // the first stage and f(t1, y1) included
   static constexpr int64_t kStepOperations = (S - 1) * (F::operations + 2 * S * D);
   static constexpr int kArrays = 6 + S - 2;  // of blocks
+  // Blocks that take a step together. In a short f each operation waits for the one before it; another block's fill in.
+  static constexpr int kAbreast = F::operations + 8 * D <= 128 ? 2 : 1;
 
  public:
   /// Bytes of workspace.
@@ -118,7 +120,7 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
  private:
   V *y_, *y1_, *first_, *last_;  // [blocks, D]: the state, the step's end, f at both
   V *rtol_, *atol_;              // the same, where every number has a tolerance of its own
-  V* between_;                   // [blocks, S - 2, D]: the other stages, of steps that pass an output
+  V* between_;                   // [S - 2, blocks, D]: the other stages, of steps that pass an output
   T first_time_;                 // that f saw for first_
   bool chained_ = false;         // whether first_ is from the last step
   typename F::Fixed fixed_;
@@ -227,7 +229,8 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
     const bool keep = direction(grid, 0) * (output_time(grid, s.output_end, 0) - s.t1) <= 0;
     const auto advance = [&](int64_t part, SquareSums<V>* sums) {
       for (int j = 1; j < S; ++j) integrals_.clear(part, j);
-      this->for_each_block(part, [&](int64_t b) { advance_block(part, b, times, broadcast<V>(dt), keep, sums); });
+      this->template for_each_group<kAbreast>(
+          part, [&](int64_t b, auto n) { advance_blocks<n.value>(part, b, times, broadcast<V>(dt), keep, sums); });
       integrals_.weigh(part);
     };
     const double error = norm(kStepOperations, advance, [&] { return integrals_.of_step(dt); });
@@ -246,50 +249,79 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
     if (was_on_jump && s.status == kRunning) restart_behind_jump(s);
   }
 
-  /// All stages of a step for a block.
-  void advance_block(int64_t part, int64_t b, const T* times, V dt, bool keep, SquareSums<V>* sums) {
-    V k[S][D], stage[D];
-    V* const y = y_ + b * D;
-    memcpy(k[0], first_ + b * D, sizeof k[0]);
-    evaluate_stages<1>(part, times, dt, y, k, stage);
-    memcpy(y1_ + b * D, stage, sizeof stage);
-    memcpy(last_ + b * D, k[S - 1], sizeof stage);
-    if (keep && S > 2) memcpy(between_ + b * (S - 2) * D, k[1], (S - 2) * sizeof stage);
+  /// All stages of a step for n blocks from b on.
+  template <int n>
+  void advance_blocks(int64_t part, int64_t b, const T* times, V dt, bool keep, SquareSums<V>* sums) {
+    V k[S][n * D], stage[n * D];
+    const int64_t begin = b * D;
+    const V* const y = y_ + begin;
+    for (int i = 0; i < n * D; ++i) k[0][i] = first_[begin + i];
+    evaluate_stages<1, n>(part, times, dt, y, k, stage);
+    for (int i = 0; i < n * D; ++i) {
+      y1_[begin + i] = stage[i];
+      last_[begin + i] = k[S - 1][i];
+    }
+    if (keep)
+      for (int j = 1; j < S - 1; ++j)
+        for (int i = 0; i < n * D; ++i) between_[(j - 1) * blocks * D + begin + i] = k[j][i];
     constexpr auto weights = terms_of<T>(M::error);
-    add_squares(b, sums, [&](int d) {
-      const V error = dt * sum_terms<V>(weights, [&](int j) { return k[j][d]; });
-      return scaled(b * D + d, error, y[d], stage[d]);
-    });
+    for (int a = 0; a < n; ++a)
+      add_squares(b + a, sums, [&](int d) {
+        const int i = a * D + d;
+        const V error = dt * sum_terms<V>(weights, [&](int j) { return k[j][i]; });
+        return scaled(begin + i, error, y[i], stage[i]);
+      });
   }
 
-  template <int j>
-  void evaluate_stages(int64_t part, const T* times, V dt, const V* y, V (*k)[D], V* stage) {
+  template <int j, int n>
+  void evaluate_stages(int64_t part, const T* times, V dt, const V* y, V (*k)[n * D], V* stage) {
     constexpr auto weights = terms_of<T>(M::a[j - 1], j);
-    for (int d = 0; d < D; ++d)
-      stage[d] = advance_state(y[d], dt, sum_terms<V>(weights, [&](int i) { return k[i][d]; }));
-    integrals_.rows(part, j, times[j], stage, k[j], timed_[j]);
-    if constexpr (j + 1 < S) evaluate_stages<j + 1>(part, times, dt, y, k, stage);
+    for (int i = 0; i < n * D; ++i)
+      stage[i] = advance_state(y[i], dt, sum_terms<V>(weights, [&](int l) { return k[l][i]; }));
+    for (int a = 0; a < n; ++a) integrals_.rows(part, j, times[j], stage + a * D, k[j] + a * D, timed_[j]);
+    if constexpr (j + 1 < S) evaluate_stages<j + 1, n>(part, times, dt, y, k, stage);
+  }
+
+  /// f at the step's start, between, and at its end.
+  const V& slope(int j, int64_t i) const {
+    return j == 0 ? first_[i] : j == S - 1 ? last_[i] : between_[(j - 1) * blocks * D + i];
   }
 
   void write_outputs(const Sample& s) {
+    constexpr Terms<T, S> used = interpolated();
     const V dt = broadcast<V>(static_cast<T>(s.dt_prev));
     this->for_each_part((s.output_end - s.output_begin) * 4 * S * D, [&](int64_t part) {
       for (int64_t i = s.output_begin; i < s.output_end; ++i) {
         const double x = output_position(s, output_time(solve.grid, i, 0));
-        Terms<T, S> weights;
-        for (int j = 0; j < S; ++j)
-          weights.add(x == 1 ? M::end[j] : interpolant_weight(M::interpolant[j], M::degree, x), j);
+        if (x == 1) {
+          this->for_each_block(part, [&](int64_t b) { this->store(y1_ + b * D, b, output(i)); });
+          continue;
+        }
+        V w[S];
+        for (int j = 0; j < used.n; ++j)
+          w[j] = broadcast<V>(static_cast<T>(interpolant_weight(M::interpolant[used.at[j]], M::degree, x)));
         this->for_each_block(part, [&](int64_t b) {
           V point[D];
-          const auto k = [&](int j, int d) {
-            return j == 0 ? first_[b * D + d] : j == S - 1 ? last_[b * D + d] : between_[(b * (S - 2) + j - 1) * D + d];
-          };
-          for (int d = 0; d < D; ++d)
-            point[d] = advance_state(y_[b * D + d], dt, sum_terms<V>(weights, [&](int j) { return k(j, d); }));
+          for (int d = 0; d < D; ++d) {
+            const int64_t at = b * D + d;
+            const V sum = weighted_sum<S>(used.n, w, [&](int j) { return slope(used.at[j], at); });
+            point[d] = advance_state(y_[at], dt, sum);
+          }
           this->store(point, b, output(i));
         });
       }
     });
+  }
+
+  /// The stages that dense output is made of.
+  static constexpr Terms<T, S> interpolated() {
+    Terms<T, S> used;
+    for (int j = 0; j < S; ++j) {
+      bool any = false;
+      for (int p = 0; p < M::degree; ++p) any = any || M::interpolant[j][p] != 0;
+      used.add(any, j);
+    }
+    return used;
   }
 
   void note_step(const Sample& s) {

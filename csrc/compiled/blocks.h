@@ -122,18 +122,49 @@ void share(Interruption& interruption, int64_t n, int64_t operations, Body& body
       [](void* context) { static_cast<Job*>(context)->interruption.look(); });
 }
 
-/// The rows of a solve, cut into blocks and these into at most kMost parts, among which threads share. F is the emitted
-/// dynamics.
+/// Writes vectors as rows of n numbers, one of each vector: structure of arrays to array of structures.
+template <int n, class V, class T>
+PYODE_HD void interleave(const V* from, T* to) {
+  constexpr int W = lanes<V>;
+#if defined(__GNUC__) && !defined(__clang__)
+  if constexpr (is_vector<V> && n > 1 && n <= 8) {
+    // Number i of the rows is lane i / n of vector i % n: put in place one vector after the other.
+#pragma GCC unroll 8
+    for (int q = 0; q < n; ++q) {
+      V row = from[0];
+#pragma GCC unroll 8
+      for (int d = 1; d < n; ++d) {
+        integer_t<V> places;
+        for (int l = 0; l < W; ++l) {
+          const int i = q * W + l;
+          places[l] = i % n == d ? W + i / n : d == 1 && i % n == 0 ? i / n : l;
+        }
+        row = __builtin_shuffle(row, from[d], places);
+      }
+      memcpy(to + q * W, &row, sizeof row);
+    }
+    return;
+  }
+#endif
+  T numbers[n][W];
+  memcpy(numbers, from, sizeof numbers);
+  for (int l = 0; l < W; ++l)
+    for (int d = 0; d < n; ++d) to[l * n + d] = numbers[d][l];
+}
+
+/// The rows of a solve, cut into blocks and these into at most kMost parts, among which threads share; a part is worth
+/// its sums. F is the emitted dynamics.
 template <class F, int64_t kMost = 64>
 struct Blocks {
   using T = typename F::T;
   using V = typename F::V;
   static constexpr int W = lanes<V>, D = F::size;
   static constexpr int64_t kMaxParts = kMost;
+  static constexpr int64_t kLeastBlocks = 1 + 2048 / (W * (F::operations + 8 * D));  // in a part
 
   CompiledSolve& solve;
   const int64_t blocks = (solve.rows + W - 1) / W;
-  const int64_t blocks_a_part = (blocks + kMaxParts - 1) / kMaxParts;
+  const int64_t blocks_a_part = larger((blocks + kMaxParts - 1) / kMaxParts, kLeastBlocks);
   const int64_t parts = (blocks + blocks_a_part - 1) / blocks_a_part;
   Interruption interruption{solve};
 
@@ -150,6 +181,16 @@ struct Blocks {
   void for_each_block(int64_t part, Body body) {
     const int64_t end = smaller_of((part + 1) * blocks_a_part, blocks);
     for (int64_t block = part * blocks_a_part; block < end; ++block) body(block);
+  }
+
+  /// Calls body(block, n) for the blocks of a part, n together where there are so many, else one by one.
+  template <int n, class Body>
+  void for_each_group(int64_t part, Body body) {
+    const int64_t end = smaller_of((part + 1) * blocks_a_part, blocks);
+    int64_t block = part * blocks_a_part;
+    for (; block + n <= end; block += n) body(block, std::integral_constant<int, n>());
+    if constexpr (n > 1)
+      for (; block < end; ++block) body(block, std::integral_constant<int, 1>());
   }
 
   /// How many rows of a block are rows of the state; those behind repeat the last one.
@@ -185,22 +226,26 @@ struct Blocks {
   /// Writes a block to a packed state.
   void store(const V* from, int64_t block, T* packed) const {
     const int n = valid(block);
-    T numbers[D][W];
-    memcpy(numbers, from, sizeof numbers);
-    for (int s = 0; s < F::n_segments; ++s) {
-      const int begin = F::segments[s], width = F::segments[s + 1] - begin;
-      T* const to = packed + solve.rows * begin + block * W * width;
-      if (n == W) {
-        for (int l = 0; l < W; ++l)
-          for (int d = 0; d < width; ++d) to[l * width + d] = numbers[begin + d][l];
-      } else {
-        for (int l = 0; l < n; ++l)
-          for (int d = 0; d < width; ++d) to[l * width + d] = numbers[begin + d][l];
-      }
-    }
+    store_segment<0>(from, block * W, n, packed);
   }
 
   static int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+ private:
+  /// Writes n rows from `row` on, of all segments from s on.
+  template <int s>
+  void store_segment(const V* from, int64_t row, int n, T* packed) const {
+    constexpr int width = F::segments[s + 1] - F::segments[s];
+    T* const to = packed + solve.rows * F::segments[s] + row * width;
+    if constexpr (width > 0) {
+      if (n == W)
+        interleave<width>(from + F::segments[s], to);
+      else
+        for (int l = 0; l < n; ++l)
+          for (int d = 0; d < width; ++d) to[l * width + d] = lane(from[F::segments[s] + d], l);
+    }
+    if constexpr (s + 1 < F::n_segments) store_segment<s + 1>(from, row, n, packed);
+  }
 };
 
 /// A vector in float64 takes as many vectors of its size.
@@ -241,7 +286,7 @@ struct SquareSums {
       Half halves[2];
       memcpy(halves, &x, sizeof x);
       for (int i = 0; i < 2; ++i) {
-        const Wide wide = __builtin_convertvector(halves[i], Wide);
+        const Wide wide = convert<Wide>(halves[i]);
         sums[i] += wide * wide;
       }
     } else {

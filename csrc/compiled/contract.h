@@ -1,6 +1,10 @@
 // Matrix products within a row: small ones by broadcast multiply-adds, wide ones in register blocks.
 #pragma once
 
+#if !defined(__GNUC__)
+#error "compiled dynamics need a compiler with vector extensions: g++ or clang++"
+#endif
+
 #include "../core/vector.h"
 
 namespace pyode {

@@ -71,6 +71,21 @@ PYODE_BY_LANE(erfc, std::erfc)
 PYODE_BY_LANE_2(atan2, std::atan2)
 PYODE_BY_LANE_2(hypot, std::hypot)
 PYODE_BY_LANE_2(fmod, std::fmod)
+
+/// x modulo y, of y's sign, from the exact remainder: as torch and Python have it.
+template <class R>
+PYODE_HD R remainder(R x, R y) {
+  const R rest = fmod(x, y);
+  return select((rest != 0) & ((y < 0) != (rest < 0)), rest + y, rest);
+}
+/// floor(x / y), from the exact remainder: torch's and Python's.
+template <class R>
+PYODE_HD R floor_divide(R x, R y) {
+  const R rest = fmod(x, y), below = indicator<R>((rest != 0) & ((y < 0) != (rest < 0)));
+  const R quotient = round((x - rest) / y - below);
+  return select(y == 0, x / y, select(quotient == 0, copysign(R{}, x / y), quotient));
+}
+
 #undef PYODE_BY_LANE
 #undef PYODE_BY_LANE_2
 

@@ -153,6 +153,13 @@ PYODE_HD To bit_cast(From x) {
 /// Integers to the nearest numbers, float to double and back.
 template <class To, class From>
 PYODE_HD To convert(From x) {
+#if defined(__AVX512F__) && !defined(__clang__)
+  // GCC makes two of it.
+  if constexpr (sizeof(To) == 64 && std::is_same<From, Vector<float, 32>>::value)
+    return __builtin_ia32_cvtps2pd512_mask(x, To{}, -1, kCurrentRounding);
+  if constexpr (sizeof(From) == 64 && std::is_same<To, Vector<float, 32>>::value)
+    return __builtin_ia32_cvtpd2ps512_mask(x, To{}, -1, kCurrentRounding);
+#endif
   if constexpr (is_vector<From>)
     return __builtin_convertvector(x, To);
   else

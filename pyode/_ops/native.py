@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _C
 from . import contract
-from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Grid, Phase, Policy, RightHandSide, largest
+from .contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Flag, Grid, Phase, Policy, RightHandSide, largest
 
 
 class Interpolant(_C.Interpolant):
@@ -58,6 +58,16 @@ def build_info() -> dict[str, str | None]:
     return {"compiler": _C.COMPILER, "simd": _C.simd_level(), "cuda": _C.CUDA}
 
 
+def on_gpu(device: torch.device) -> bool:
+    """Whether the CUDA backend serves a device."""
+    return device.type == "cuda"
+
+
+def current_stream(device: torch.device) -> int:
+    """torch's stream for what is launched on a GPU now: a cudaStream_t."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 class Layout(contract.Layout):
     """A layout with its compiled counterpart."""
 
@@ -68,7 +78,7 @@ class Layout(contract.Layout):
         width = 2 if dtype.is_complex else 1
         self.stride = samples * width * size  # real numbers a state
         offsets = [width * offset for offset in segments]
-        cuda = device.type == "cuda"
+        cuda = on_gpu(device)
         lasting = cuda or torch.is_grad_enabled() or torch.is_inference_mode_enabled()
         self.storage_uses = None if lasting else _storage_uses
         self.handle = _C.Layout(
@@ -79,7 +89,7 @@ class Layout(contract.Layout):
             offsets,
             torch.get_num_threads(),
             cuda,
-            torch.cuda.current_stream(device).cuda_stream if cuda else 0,
+            current_stream(device) if cuda else 0,
             torch.tensor(offsets, device=device) if cuda else None,
             torch.empty_like,
             self.storage_uses,
@@ -177,6 +187,11 @@ class GridSteps:
             layout.handle, times.contiguous(), sizes.contiguous(), times.itemsize,
             _like(times.shape[1:], times.dtype, times.device), _with_views, layout.storage_uses,
         )  # fmt: skip
+
+    @property
+    def under_way(self) -> int:
+        """The number of the step begun last; -1 before there is one."""
+        return self.handle.under_way
 
     def take(
         self,
@@ -277,6 +292,11 @@ def _with_views(like: Tensor) -> tuple[Tensor, ...]:
     return (whole, *whole.unbind())
 
 
+def _as_view(like: Tensor) -> Tensor:
+    """A trial's time, a view as those of stages are: torch.compile would compile func anew for what is none."""
+    return like.new_empty((2, *like.shape))[0]
+
+
 @lru_cache(maxsize=64)
 def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor to make others like, which is faster than to name shape, dtype and device; never written or read."""
@@ -318,7 +338,7 @@ class Controller:
         self.handle = handle = _C.Controller(
             state.handle, _SCALARS[state.real_dtype], words, stride, base + 8 * self._flags, abscissae,
             _like(shape, state.real_dtype, device), _like(shape[1:], state.real_dtype, device),
-            _with_views, torch.empty_like, state.storage_uses,
+            _with_views, _as_view, state.storage_uses,
         )  # fmt: skip
         handle.set_policy(
             policy.safety, policy.ifactor, policy.dfactor, policy.min_step, policy.max_step, policy.order,
@@ -359,7 +379,8 @@ class Controller:
         """Carries out a phase for all samples; returns the flags. On CUDA this waits for the device, but for `unseen`
         flags, which are returned instead."""
         flags: int = self.handle.run(phase, first_step)
-        return unseen or (flags if phase is Phase.TRY_FIRST else self.read(flags))
+        known = int(Flag.RUNNING) if phase is Phase.TRY_FIRST else unseen
+        return known or self.read(flags)
 
     def read(self, flags: int) -> int:
         """The flags that a call of the handle returned, or those on the device, for which this waits."""

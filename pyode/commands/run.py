@@ -41,5 +41,5 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.as_module:
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
-        runpy.run_path(target, run_name="__main__")
+        runpy.run_path(os.path.abspath(target), run_name="__main__")  # as __file__ is under python
     return 0

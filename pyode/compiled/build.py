@@ -8,6 +8,7 @@ and beside it lies its own digest, so that one that was cut off is built again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -29,6 +30,7 @@ FLAGS = (
     "-std=c++17", "-O2", "-fpeel-loops", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi", "-DPYODE_LEVEL=native",
 )  # fmt: skip
+_NO_SPACE = os.strerror(errno.ENOSPC)
 COMPILERS = ("c++", "g++", "clang++")
 MOST_LIBRARIES = 500  # in the cache; those unused for longest make room
 SILENCE = 1.0  # seconds, after which it is said what takes so long
@@ -121,7 +123,8 @@ def build(source: str) -> tuple[Path, bool]:
                 digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
                 for path, target in ((made.with_suffix(".cpp"), ".cpp"), (made, ".so"), (digest, ".digest")):
                     os.replace(path, folder / f"{name}{target}")
-            _make_room(folder)
+            with contextlib.suppress(OSError):  # another process may be at it too
+                _make_room(folder)
         return library, False
     except OSError as error:  # a full disk, or a folder that can't be written
         _log.warning("compiled dynamics are not kept: %s", error)
@@ -131,9 +134,10 @@ def build(source: str) -> tuple[Path, bool]:
 def _is_whole(library: Path) -> bool:
     try:
         content, digest = library.read_bytes(), library.with_suffix(".digest").read_text()
-        library.touch()
     except OSError:
         return False
+    with contextlib.suppress(OSError):  # where nothing can be written
+        library.touch()
     return hashlib.sha256(content).hexdigest() == digest
 
 
@@ -168,5 +172,9 @@ def _compile(source: str, folder: Path, name: str) -> Path:
             check=False,
         )
     if done.returncode != 0 or not library.exists():
-        raise CompileError(f"{command[0]} failed with status {done.returncode}:\n{done.stderr[:2000]}")
+        said = done.stderr.splitlines()
+        if _NO_SPACE in done.stderr:
+            raise OSError(errno.ENOSPC, f"{_NO_SPACE} for {library}")
+        first = next((line.partition("error: ")[2] for line in said if "error: " in line), "".join(said[:1]))
+        raise CompileError(f"{command[0]} failed with status {done.returncode}: {first}\n{done.stderr[:2000]}")
     return library

@@ -167,6 +167,8 @@ class CompiledDynamics(nn.Module):
         tails = (*(shape[1:] for shape in shapes), is_tuple, dtype, method.name, per_sample)
         together = all(len(shape) > 0 and shape[0] == shapes[0][0] for shape in shapes)
         entry = self._entries.get(tails) if together else None
+        if entry is not None and not entry.serves(shapes[0][0]):
+            entry = None
         # Tracing needs parts of torch that take a while to import.
         from .entry import Entry
 
@@ -202,7 +204,7 @@ class CompiledDynamics(nn.Module):
             lines.append(
                 f"  operators: {', '.join(dict.fromkeys(entry.operators))}\n"
                 f"  tensors read: {len(entry.inputs)}, {n} numbers\n"
-                f"  {'rows side by side' if entry.rows else 'rows mixed: the state is one row'}\n"
+                f"  {'rows side by side' if entry.rows else f'the state is one row, because {entry.mixed}'}\n"
                 f"  traced and compiled in {entry.seconds:.2f} s"
             )
             lines += [f"  {library.path.with_suffix('.cpp')}" for library in entry.libraries]

@@ -17,7 +17,7 @@ from .emit import Dynamics
 from .lowering import Lowering
 from .native import Library
 from .source import backsolve_source, solver_source
-from .trace import trace, trace_vjp
+from .trace import holds, same_operators, taken_apart, trace, trace_vjp
 
 LARGEST_ROW = 4096  # numbers in a state that is one row because its rows are mixed
 MOST_STACK = 1 << 21  # bytes that a block of rows may take of it; threads have 8 MB, as a rule
@@ -32,6 +32,7 @@ class Entry:
 
     Attributes:
         rows: whether rows are computed side by side; otherwise the state is one row.
+        mixed: why it is, if so.
         origin: the entry of which this is a copy with other tensors in `args`, or itself.
         source: the C++.
         seconds: how long it took to trace and to compile.
@@ -47,7 +48,8 @@ class Entry:
         method: Tableau,
         per_sample: bool = False,
     ) -> None:
-        self._per_sample = per_sample
+        self._per_sample, self.mixed = per_sample, ""
+        self._single: bool | None = None  # whether func does with a single row what it does with several
         began = time.perf_counter()
         together = min(map(len, shapes)) > 0 and len({shape[0] for shape in shapes}) == 1
         with _tracing:
@@ -55,11 +57,14 @@ class Entry:
                 if not together:
                     raise CompileError("the parts of the state have different numbers of rows")
                 lowered = self._lower(func, shapes, is_tuple, dtype, rows=True)
-            except Exception:  # rows are mixed, or func fails for another number of them
+                if not self.serves(shapes[0][0]):
+                    raise CompileError("func depends on the number of rows")
+            except Exception as error:  # rows are mixed, or func fails for another number of them
                 if per_sample or sum(shape.numel() for shape in shapes) > LARGEST_ROW:
                     raise
+                self.mixed = str(error).splitlines()[0]
                 lowered = self._lower(func, shapes, is_tuple, dtype, rows=False)
-        self._method, self._shapes, self._dtype = method, shapes, dtype
+        self._method = method
         self._inputs, self._given = lowered.inputs, dict[int, Tensor]()
         self.origin = self
         self._forms = [(x.dtype, x.shape) for x in self._inputs]
@@ -76,13 +81,26 @@ class Entry:
         self, func: Callable[..., Any], shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, rows: bool
     ) -> Lowering:
         self.rows = rows
-        self._traced = traced = trace(func, shapes, is_tuple, dtype, rows, self._per_sample)
+        self._func, self._shapes, self._is_tuple, self._dtype = func, shapes, is_tuple, dtype
+        self._traced = trace(func, shapes, is_tuple, dtype, rows, self._per_sample)
+        traced = taken_apart(self._traced, shapes, dtype, rows, self._per_sample)
+        self._conditions = traced.meta["conditions"]
         self.operators = [
             node.target.overloadpacket.__name__
             for node in traced.graph.nodes
             if isinstance(node.target, torch._ops.OpOverload)
         ]
         return Lowering(traced, dtype, rows, own_times=self._per_sample)
+
+    def serves(self, rows: int) -> bool:
+        """Whether func does the same for so many rows; one is to torch a special case, and traced to see."""
+        if rows != 1 or not self.rows:
+            return all(holds(condition, rows) for condition in self._conditions)
+        if self._single is None:
+            shapes = [torch.Size((1, *shape[1:])) for shape in self._shapes]
+            single = trace(self._func, shapes, self._is_tuple, self._dtype, False, self._per_sample)
+            self._single = same_operators(single, self._traced)
+        return self._single
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -145,6 +163,8 @@ class Entry:
         if wanted not in self._adjoints:
             inputs, times = [self._inputs[i] for i in wanted], self._per_sample
             traced = trace_vjp(self._traced, self._shapes, self._dtype, self.rows, inputs, times)
+            if traced.meta["conditions"] - self._conditions:
+                raise CompileError("the gradient depends on the number of rows")
             lowered = Lowering(traced, self._dtype, self.rows, totals=True, inputs=self._inputs, own_times=times)
             adjoint = Dynamics(lowered.outputs, self._dtype, self.rows, lowered.gradients, times)
             self._check_stack(self._dynamics, adjoint)

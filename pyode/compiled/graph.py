@@ -142,6 +142,17 @@ class Graph:
         mask = isinstance(value, bool)
         return self.node("literal", (), value if mask else float(value).hex(), (), None, mask=mask)
 
+    def constant(self, numbers: Tensor) -> Node:
+        """Numbers or truth values that never change."""
+        if numbers.numel() == 1:
+            number = numbers.item()
+            node = self.literal(number if isinstance(number, bool) else float(number))
+            return self.expand(node, tuple(numbers.shape), None)
+        if numbers.dtype == torch.bool:
+            return self.truth(self.constant(numbers.double()))
+        values = tuple(float(x).hex() for x in numbers.reshape(-1).tolist())
+        return self.node("constant", (), values, tuple(numbers.shape), None)
+
     def rearrange(self, move: Callable[..., Any], *nodes: Node, rows: int | None) -> Node:
         """What an operator makes of nodes that only moves numbers.
 
@@ -231,6 +242,11 @@ class Graph:
         """A mask as zeros and ones, a number as a node."""
         node = value if isinstance(value, Node) else self.literal(float(value))
         return self.map("indicator<{R}>({0})", node) if node.mask else node
+
+    def truth(self, value: Value) -> Node:
+        """A number as a mask: whether it is other than 0."""
+        node = value if isinstance(value, Node) else self.literal(value)
+        return node if node.mask else self.map("{0} != 0", node, mask=True)
 
     def reduce(self, formula: str, node: Node, axes: Sequence[int], keepdim: bool) -> Node:
         """A formula for two numbers, {0} and {1}, applied until one is left along the axes of torch's tensor."""

@@ -14,7 +14,9 @@ from torch.fx import Node as TracedNode
 
 from ..errors import CompileError
 from .graph import ROWS, Graph, Node, Place
-from .operators import MOVES, OPERATORS
+from .operators import COUNTS, FILLED, MOVES, OPERATORS, SIZED
+
+MOST_CONSTANTS = 1024  # written out as numbers; more of them are an input
 
 
 class Lowering:
@@ -91,7 +93,7 @@ class Lowering:
             raise CompileError(f"func uses a tensor of {value.dtype} on {value.device}; the state is of {self.dtype}")
         # One of another dtype is converted at every solve; where torch would compute in that dtype is noticed there.
         made = self._input(value)
-        return self.graph.map("{0} != 0", made, mask=True) if value.dtype == torch.bool else made
+        return self.graph.truth(made) if value.dtype == torch.bool else made
 
     def _input(self, tensor: Tensor) -> Node:
         i = next((i for i, known in enumerate(self.inputs) if known is tensor), len(self.inputs))
@@ -123,49 +125,69 @@ class Lowering:
             return type(argument)(map(self._resolve, argument))
         return argument
 
+    def _counts_rows(self, name: str, traced: Any, args: Any) -> bool:
+        """Whether the number of rows is among an operator's arguments, but as the end of a slice of all rows."""
+        axis = {"slice": 1, "slice_scatter": 2}.get(name)
+        if axis and isinstance(args[0], Node) and args[axis] == args[0].rows:
+            return False
+        if name in SIZED:  # a number that fills, and no size
+            traced = traced[1:] if name == "full" else traced[2:] if name == "new_full" else ()
+        found: list[Any] = []
+        _each(lambda x: found.append(x) if isinstance(x, TracedNode) else None, traced)
+        return any(isinstance(x.meta["val"], (torch.SymInt, torch.SymFloat)) for x in found)
+
     def _node(self, value: Any) -> Any:
         """A constant tensor as a node."""
         if not isinstance(value, Tensor):
             return value
-        if value.numel() == 1:
-            number = value.item()
-            node = self.graph.literal(number if isinstance(number, bool) else float(number))
-            return self.graph.expand(node, tuple(value.shape), None)
-        if value.dtype == torch.bool:
-            numbers = self._node(value.to(self.dtype))
-            return self.graph.map("{0} != 0", numbers, mask=True)
-        if value.numel() > 1024:
+        if value.numel() > MOST_CONSTANTS and value.dtype != torch.bool:
             return self._input(value.to(self.dtype))
-        numbers = tuple(float(x).hex() for x in value.to(self.dtype).reshape(-1).tolist())
-        return self.graph.node("constant", (), numbers, tuple(value.shape), None)
+        return self.graph.constant(value)
 
     def _call(self, node: TracedNode) -> Any:
         value: Any = node.meta.get("val")
-        if isinstance(value, (torch.SymInt, int)):
+        if isinstance(value, (torch.SymInt, torch.SymFloat, int, float)):
             return value
         args, kwargs = self._resolve(node.args), self._resolve(tuple(node.kwargs.items()))
         options = dict(kwargs)
         if node.target is operator.getitem:
             return args[0][args[1]]
         name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+        if self._counts_rows(name, node.args, args):
+            raise CompileError("computes with the number of rows")
         many = isinstance(value, (tuple, list))
         found = list(value) if many else [value]
         nodes = _nodes_in(args)
-        if not nodes and not many:
+        empty = name.startswith(("empty", "new_empty"))  # what is empty is written before it is read
+        if not (nodes or many or empty):
             return self._constant(node.target, args, options, value)
         if name in MOVES:
             return self._move(node.target, name, args, options, found, many)
-        if name in ("full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full"):
-            number = 0.0 if "zeros" in name else 1.0 if "ones" in name else float(args[-1])
+        if empty or name in FILLED:
+            number = 1.0 if "ones" in name else float(args[-1]) if "full" in name else 0.0
+            literal = self.graph.literal(bool(number) if value.dtype == torch.bool else number)
             sizes = tuple(self._for_rows(size) for size in value.shape)
-            return self.graph.expand(self.graph.literal(number), sizes, self._rows_of(value))
+            return self.graph.expand(literal, sizes, self._rows_of(value))
         for item in found:
-            if item is not None and item.dtype not in (self.dtype, torch.bool):
+            integer = item is not None and item.dtype == torch.int64 and name in COUNTS
+            if item is not None and item.dtype not in (self.dtype, torch.bool) and not integer:
                 raise CompileError(f"computes in {item.dtype}; the state is of {self.dtype}")
         if name not in OPERATORS:
             raise CompileError("is not known to the compiler")
         to_node = partial(_each, lambda x: self._node(x) if isinstance(x, Tensor) else x)
-        return OPERATORS[name](self.graph, *to_node(args), **{key: to_node(x) for key, x in options.items()})
+        if name == "index_put":  # whose indices are no values
+            args = (to_node(args[0]), args[1], *to_node(args[2:]))
+        else:
+            args, options = to_node(args), {key: to_node(x) for key, x in options.items()}
+        out = OPERATORS[name](self.graph, *args, **options)
+        typed = [self._typed(x, item) for x, item in zip(out if many else [out], found)]
+        return typed if many else typed[0]
+
+    def _typed(self, node: Any, value: Any) -> Any:
+        """A result as truth values where torch's is."""
+        if node is None or value is None:
+            return None
+        return self.graph.truth(node) if value.dtype == torch.bool else self.graph.number(node)
 
     def _constant(self, target: Any, args: Any, options: dict[str, Any], value: Any) -> Any:
         """What does not depend on the state, time or inputs, computed now; a node if it has rows."""

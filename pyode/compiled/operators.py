@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..errors import CompileError
-from .graph import SUM, Graph, Node, Value
+from .graph import PRODUCT, SUM, Graph, Node, Value
 
 FORMULAS = {
     "abs": "abs({0})",
@@ -51,6 +52,10 @@ FORMULAS = {
     "atan2": "atan2({0}, {1})",
     "hypot": "hypot({0}, {1})",
     "fmod": "fmod({0}, {1})",
+    "remainder": "remainder({0}, {1})",
+    "copysign": "copysign({0}, {1})",
+    "fmax": "select<{R}>(({0} >= {1}) | ({1} != {1}), {0}, {1})",
+    "fmin": "select<{R}>(({0} <= {1}) | ({1} != {1}), {0}, {1})",
     "maximum": "maximum({0}, {1})",
     "minimum": "minimum({0}, {1})",
     "sign": "sign({0})",
@@ -63,20 +68,29 @@ MASKS = {
     "gt": "{0} > {1}",
     "ge": "{0} >= {1}",
     "isnan": "{0} != {0}",
+    "isinf": "abs({0}) == std::numeric_limits<T>::infinity()",
 }
 LOGIC = {"bitwise_and": "{0} & {1}", "bitwise_or": "{0} | {1}", "bitwise_xor": "{0} ^ {1}", "bitwise_not": "{0} == 0"}
 LOGIC |= {f"logical_{name[8:]}": formula for name, formula in LOGIC.items()}
 MOVES = frozenset([
-    "_unsafe_view", "alias", "cat", "clone", "copy", "detach", "diagonal", "expand", "flip", "index",
-    "index_select", "lift_fresh_copy", "movedim", "permute", "repeat", "reshape", "roll", "select",
+    "_unsafe_view", "alias", "cat", "clone", "copy", "detach", "diagonal", "diagonal_scatter", "expand", "flip",
+    "index", "index_select", "lift_fresh_copy", "movedim", "permute", "repeat", "reshape", "roll", "select",
     "select_scatter", "slice", "slice_scatter", "split", "split_with_sizes", "squeeze", "squeeze_", "stack", "t",
     "t_", "transpose", "transpose_", "unbind", "unfold", "unsqueeze", "unsqueeze_", "view",
 ])  # fmt: skip
+FILLED = ("full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full")
+SIZED = (  # have sizes among their arguments
+    "view", "_unsafe_view", "reshape", "expand", "repeat", "full", "zeros", "ones", "new_full", "new_zeros", "new_ones",
+    "empty", "new_empty", "empty_permuted", "empty_strided", "new_empty_strided", "native_group_norm",
+)  # fmt: skip
+# May have whole numbers as results, which are exact in the state's dtype: counts of truth values, places, signs.
+COUNTS = ("sum", "cumsum", "max", "min", "where", "add", "sub", "mul", "neg")
 
-OPERATORS: dict[str, Callable[..., Node]] = {}
+OPERATORS: dict[str, Callable[..., Any]] = {}
+Operator = TypeVar("Operator", bound=Callable[..., Any])
 
 
-def _operator(function: Callable[..., Node]) -> Callable[..., Node]:
+def _operator(function: Operator) -> Operator:
     """Adds a function of the graph and an operator's arguments to the table, under its own name."""
     OPERATORS[function.__name__.removeprefix("op_")] = function
     return function
@@ -84,7 +98,7 @@ def _operator(function: Callable[..., Node]) -> Callable[..., Node]:
 
 def _formula(text: str, mask: bool) -> Callable[..., Node]:
     def made(graph: Graph, *args: Value, **_: Any) -> Node:
-        return graph.map(text, *(args if text in LOGIC.values() else map(graph.number, args)), mask=mask)
+        return graph.map(text, *map(graph.truth if text in LOGIC.values() else graph.number, args), mask=mask)
 
     return made
 
@@ -114,13 +128,10 @@ def op_rsub(graph: Graph, a: Value, b: Value, alpha: float = 1) -> Node:  # noqa
 
 @_operator
 def op_div(graph: Graph, a: Value, b: Value, rounding_mode: str | None = None) -> Node:  # noqa: D103
+    if rounding_mode == "floor":
+        return graph.map("floor_divide({0}, {1})", graph.number(a), graph.number(b))
     quotient = graph.map("{0} / {1}", graph.number(a), graph.number(b))
-    return quotient if rounding_mode is None else graph.map(f"{rounding_mode}({{0}})", quotient)
-
-
-@_operator
-def op_remainder(graph: Graph, a: Value, b: Value) -> Node:  # noqa: D103
-    return graph.map("{0} - floor({0} / {1}) * {1}", a, b)
+    return quotient if rounding_mode is None else graph.map("trunc({0})", quotient)
 
 
 @_operator
@@ -131,7 +142,7 @@ def op_pow(graph: Graph, a: Value, b: Value) -> Node:  # noqa: D103
     if b == 0.5:
         return graph.map("sqrt({0})", base)
     if b == 0:
-        return graph.map("1 + 0 * {0}", base)
+        return graph.expand(graph.literal(1.0), base.sizes(), base.rows)
     power = base
     for bit in f"{abs(int(b)):b}"[1:]:
         power = graph.map("{0} * {0}", power)
@@ -206,6 +217,118 @@ def op_amin(graph: Graph, x: Node, axes: Any = (), keepdim: bool = False) -> Nod
     return graph.reduce("minimum({0}, {1})", x, axes, keepdim)
 
 
+@_operator
+def op_any(graph: Graph, x: Node, axes: Any = (), keepdim: bool = False) -> Node:  # noqa: D103
+    axes = (axes,) if isinstance(axes, int) else axes
+    return graph.truth(graph.reduce("maximum({0}, {1})", graph.truth(x), axes or (), keepdim))
+
+
+def _positions(graph: Graph, x: Node, axis: int) -> Node:
+    """0, 1, 2, ... along an axis."""
+    sizes = [1] * len(x.sizes())
+    sizes[axis] = x.sizes()[axis]
+    return graph.constant(torch.arange(sizes[axis]).reshape(sizes))
+
+
+def _extreme(formula: str) -> Callable[..., Any]:
+    def made(graph: Graph, x: Node, axis: int | None = None, keepdim: bool = False) -> Any:
+        """The extremes along an axis, and where the first of each stands."""
+        if axis is None:
+            return graph.reduce(formula, x, (), False)
+        extreme, size = graph.reduce(formula, x, (axis,), True), float(x.sizes()[axis])
+        at = _positions(graph, x, axis)
+        here = graph.map("select<{R}>(({0} == {1}) | ({0} != {0}), {2}, {3})", x, extreme, at, size)
+        place = graph.reduce("minimum({0}, {1})", here, (axis,), keepdim)
+        return [extreme if keepdim else graph.reduce(formula, x, (axis,), False), place]
+
+    return made
+
+
+OPERATORS |= {"max": _extreme("maximum({0}, {1})"), "min": _extreme("minimum({0}, {1})")}
+
+
+def _slices(graph: Graph, x: Node, axis: int) -> list[Node]:
+    """A node's parts along an axis, of one entry each."""
+    if x.rows == axis % len(x.sizes()):
+        raise CompileError("mixes rows")
+    return [graph.rearrange(lambda v, i=i: v.narrow(axis, i, 1), x, rows=x.rows) for i in range(x.sizes()[axis])]
+
+
+def _joined(graph: Graph, parts: list[Node], axis: int) -> Node:
+    return graph.rearrange(lambda *xs: torch.cat(xs, axis), *parts, rows=parts[0].rows)
+
+
+@_operator
+def op_gather(graph: Graph, x: Node, axis: int, index: Node, **_: Any) -> Node:  # noqa: D103
+    at, zero = _positions(graph, x, axis), 0.0
+    picked = [
+        graph.reduce(SUM, graph.map("select<{R}>({0} == {1}, {2}, {3})", i, at, x, zero), (axis,), True)
+        for i in _slices(graph, index, axis)
+    ]
+    return _joined(graph, picked, axis)
+
+
+def _scatter(formula: str) -> Callable[..., Node]:
+    def made(graph: Graph, x: Node, axis: int, index: Node, source: Value) -> Node:
+        at, places = _positions(graph, x, axis), _slices(graph, index, axis)
+        sources = _slices(graph, source, axis) if isinstance(source, Node) else [source] * len(places)
+        for i, number in zip(places, sources):
+            x = graph.map(f"select<{{R}}>({{0}} == {{1}}, {formula}, {{3}})", i, at, number, x)
+        return x
+
+    return made
+
+
+OPERATORS |= {"scatter": _scatter("{2}"), "scatter_add": _scatter("{2} + {3}")}
+
+
+@_operator
+def op_index_put(graph: Graph, x: Node, indices: Any, values: Node, accumulate: bool = False) -> Node:  # noqa: D103
+    if any(isinstance(index, Node) for index in indices):
+        raise CompileError("takes indices from a tensor that may change")
+    sizes = x.sizes()
+    everywhere = torch.arange(math.prod(sizes)).reshape(sizes)
+    targets = everywhere[tuple(slice(None) if index is None else index for index in indices)]
+    rows = None if values.rows is None else targets.dim() - len(values.sizes()) + values.rows
+    values = graph.expand(graph.number(values), tuple(targets.shape), rows)
+    turns = _turns(targets)  # of several entries for one place each has its turn
+    for turn in range(int(turns.max()) + 1 if turns.numel() else 0):
+
+        def put(numbers: Tensor, ground: Tensor, chosen: Tensor = turns == turn) -> Tensor:
+            out = ground.expand(sizes).clone().reshape(-1)
+            out[targets[chosen]] = numbers[chosen]
+            return out.reshape(sizes)
+
+        part = graph.rearrange(put, values, graph.literal(0.0) if accumulate else x, rows=x.rows)
+        x = graph.map(SUM, x, part) if accumulate else part
+    return x
+
+
+def _turns(targets: Tensor) -> Tensor:
+    """How many entries before each are equal to it."""
+    flat = targets.reshape(-1)
+    order = flat.argsort(stable=True)
+    _, counts = flat[order].unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+    turns = torch.empty_like(flat)
+    turns[order] = torch.cat([torch.arange(int(n)) for n in counts]) if len(flat) else flat
+    return turns.reshape(targets.shape)
+
+
+def _cumulative(formula: str) -> Callable[..., Node]:
+    def made(graph: Graph, x: Node, axis: int, **_: Any) -> Node:
+        if not x.sizes():
+            return graph.number(x)
+        found: list[Node] = []
+        for part in _slices(graph, graph.number(x), axis):
+            found.append(graph.map(formula, found[-1], part) if found else part)
+        return _joined(graph, found, axis)
+
+    return made
+
+
+OPERATORS |= {"cumsum": _cumulative(SUM), "cumprod": _cumulative(PRODUCT)}
+
+
 def _count(x: Node, axes: Any) -> int:
     sizes = x.sizes()
     return math.prod(sizes[axis] for axis in axes) if axes else math.prod(sizes)
@@ -227,6 +350,12 @@ def op_var(  # noqa: D103
 
 
 @_operator
+def op_var_mean(graph: Graph, x: Node, *args: Any, **options: Any) -> list[Node]:  # noqa: D103
+    axes, keepdim = args[0] if args else (), options.get("keepdim", False)
+    return [op_var(graph, x, *args, **options), op_mean(graph, x, axes or (), keepdim)]
+
+
+@_operator
 def op_linalg_vector_norm(  # noqa: D103
     graph: Graph, x: Node, p: float = 2, axes: Any = (), keepdim: bool = False, **_: Any
 ) -> Node:
@@ -235,9 +364,11 @@ def op_linalg_vector_norm(  # noqa: D103
         return (op_amax if p > 0 else op_amin)(graph, size, axes or (), keepdim)
     if p == 1:
         return op_sum(graph, size, axes, keepdim)
-    if p != 2:
-        raise CompileError(f"takes a norm of order {p:g}")
-    return graph.map("sqrt({0})", op_sum(graph, graph.map("{0} * {0}", x), axes, keepdim))
+    if p == 2:
+        return graph.map("sqrt({0})", op_sum(graph, graph.map("{0} * {0}", x), axes, keepdim))
+    if p == 0:
+        return op_sum(graph, graph.truth(x), axes, keepdim)
+    return op_pow(graph, op_sum(graph, op_pow(graph, size, p), axes, keepdim), 1 / p)
 
 
 @_operator
@@ -264,6 +395,20 @@ def op_native_layer_norm(  # noqa: D103
     y = graph.map("({0} - {1}) * {2}", x, mean, scale)
     y = y if weight is None else graph.map("{0} * {1}", y, weight)
     return [y if bias is None else graph.map("{0} + {1}", y, bias), mean, scale]
+
+
+@_operator
+def op_native_group_norm(  # noqa: D103
+    graph: Graph, x: Node, weight: Any, bias: Any, n: int, channels: int, size: int, groups: int, epsilon: float
+) -> list[Node]:
+    within = channels * size // groups
+    parts = graph.reshape(x, (n, groups, within), x.rows)
+    y, mean, scale = op_native_layer_norm(graph, parts, (within,), None, None, epsilon)
+    y = graph.reshape(y, x.sizes(), x.rows)
+    for formula, factor in ((PRODUCT, weight), (SUM, bias)):
+        if factor is not None:
+            y = graph.map(formula, y, graph.reshape(factor, (channels, *[1] * (len(x.sizes()) - 2)), factor.rows))
+    return [y, graph.reshape(mean, (n, groups), x.rows), graph.reshape(scale, (n, groups), x.rows)]
 
 
 def _matrices(graph: Graph, x: Node) -> Node:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,17 +27,30 @@ _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _READS = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage)
 # Operators that only move numbers are kept, where torch would compute with indices or masks.
 _KEPT = ("select_scatter", "slice_scatter", "roll", "flip", "stack", "unbind", "split", "repeat")
-_EXAMPLE_ROWS = 8  # any number that torch does not take for a special case, as it does 0 and 1
+# And some are taken apart that torch keeps.
+_TAKEN_APART = (torch.ops.aten.native_batch_norm, torch.ops.aten.addmv)
+# Derivatives of these can't be traced.
+_UNTRACEABLE = (torch.ops.aten.softshrink, torch.ops.aten.hardshrink, torch.ops.aten._weight_norm_interface)
+_EXAMPLE_ROWS = 8  # instead of a single one, which torch takes for a special case
 
 
 @cache
 def _decompositions() -> dict[Any, Any]:
     """Torch's own formulas for what is composed of simpler operators."""
-    from torch._decomp import core_aten_decompositions
+    from torch._decomp import core_aten_decompositions, get_decompositions
 
     table: Any = core_aten_decompositions()
     kept = {op: formula for op, formula in table.items() if op.name().split("::")[1].split(".")[0] not in _KEPT}
-    return kept | {torch.ops.aten.constant_pad_nd.default: _pad}
+    return kept | get_decompositions(_TAKEN_APART) | _first_decompositions()
+
+
+@cache
+def _first_decompositions() -> dict[Any, Any]:
+    """Of what has to be taken apart before derivatives are formed."""
+    from torch._decomp import get_decompositions
+
+    ours = {torch.ops.aten.constant_pad_nd.default: _pad, torch.ops.aten.copy.default: _copy}
+    return get_decompositions(_UNTRACEABLE) | ours
 
 
 def _pad(x: Tensor, pads: list[int], value: float = 0) -> Tensor:
@@ -53,6 +66,11 @@ def _pad(x: Tensor, pads: list[int], value: float = 0) -> Tensor:
             else x
         )
     return x
+
+
+def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What is written into a tensor; torch's own has no derivative."""
+    return source.to(to.dtype).expand(to.shape).clone()
 
 
 def user_line() -> str:
@@ -78,13 +96,27 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if argument.alias_info is not None and argument.alias_info.is_write and not isinstance(value, FakeTensor):
                 raise CompileError(f"{name} writes into a tensor that func has closed over at {line}")
         out = func(*args, **(kwargs or {}))
-        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+        _note_line(line)
+        return out
 
-        mode = get_proxy_mode()
-        for node in reversed(mode.tracer.graph.nodes) if mode is not None else ():
-            if "line" in node.meta:
-                break
-            node.meta["line"] = line
+
+def _note_line(line: str | None) -> None:
+    """Gives the last nodes of the graph that is being traced their line."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    for node in reversed(mode.tracer.graph.nodes) if mode is not None and line is not None else ():
+        if "line" in node.meta:
+            break
+        node.meta["line"] = line
+
+
+class _Again(Interpreter):
+    """A graph as a function to be traced again, whose nodes keep their lines."""
+
+    def run_node(self, n: Node) -> Any:
+        out = super().run_node(n)
+        _note_line(n.meta.get("line"))
         return out
 
 
@@ -129,6 +161,28 @@ def trace(
         return _graph_of(torch.func.functionalize(call), shapes, dtype, rows, own_times)
 
 
+def taken_apart(
+    traced: GraphModule, shapes: list[torch.Size], dtype: torch.dtype, rows: bool, own_times: bool = False
+) -> GraphModule:
+    """A graph with the formulas of what is composed of simpler operators, and without writes.
+
+    It is not what derivatives are made of: where a formula chooses between two, one of them may be inf.
+    """
+    with torch.no_grad():
+        while True:
+            again = torch.func.functionalize(_Again(traced).run)
+            made = _graph_of(again, shapes, dtype, rows, own_times, _decompositions())
+            made.meta["conditions"] |= traced.meta["conditions"]
+            # Torch's own formulas may write into tensors that they have made.
+            if not any(node.op == "call_function" and _writes(node.target) for node in made.graph.nodes):
+                return made
+            traced = made
+
+
+def _writes(operator: Any) -> bool:
+    return isinstance(operator, torch._ops.OpOverload) and operator._schema.is_mutable
+
+
 def trace_vjp(
     traced: GraphModule,
     shapes: list[torch.Size],
@@ -140,7 +194,7 @@ def trace_vjp(
     """The graph of the vector-Jacobian product: of t, the state's parts and as many of the vector's.
 
     Args:
-        traced: func's graph.
+        traced: func's graph, as `trace` makes it.
         shapes, dtype, rows, own_times: as `trace`'s.
         wanted: the closed-over tensors to which gradients are wanted.
 
@@ -151,27 +205,37 @@ def trace_vjp(
     def pull_back(t: Tensor, *parts: Tensor) -> list[Tensor]:
         n = len(shapes)
         ys = [part.detach().requires_grad_() for part in parts[:n]]
-        out = traced(t, *ys)
-        found = torch.autograd.grad(out, [*ys, *wanted], parts[n:], allow_unused=True)
-        return [torch.zeros_like(x) if g is None else torch.clone(g) for g, x in zip(found, [*ys, *wanted])]
+        inputs = [*ys, *wanted]
+        pairs = [(out, g) for out, g in zip(_Again(traced).run(t, *ys), parts[n:]) if out.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(inputs)
+        if pairs:
+            outs, vectors = zip(*pairs)
+            found = torch.autograd.grad(outs, inputs, vectors, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else torch.clone(g) for g, x in zip(found, inputs)]
 
     with torch.enable_grad():
         graph = _graph_of(pull_back, shapes * 2, dtype, rows, own_times)
-    with torch.no_grad():  # torch's derivatives of slices write into new tensors
-        return _graph_of(torch.func.functionalize(graph), shapes * 2, dtype, rows, own_times)
+    return taken_apart(graph, shapes * 2, dtype, rows, own_times)
 
 
 def _graph_of(
-    call: Callable[..., Any], shapes: list[torch.Size], dtype: torch.dtype, rows: bool, own_times: bool
+    call: Callable[..., Any],
+    shapes: list[torch.Size],
+    dtype: torch.dtype,
+    rows: bool,
+    own_times: bool,
+    decompositions: dict[Any, Any] | None = None,
 ) -> GraphModule:
     """The graph of call(t, *parts)."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+    table = _first_decompositions() if decompositions is None else decompositions
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-    example = torch.empty((_EXAMPLE_ROWS, *shapes[0][1:]) if rows else shapes[0], dtype=dtype)
+    single = rows and shapes[0][0] == 1
+    example = torch.empty((_EXAMPLE_ROWS, *shapes[0][1:]) if single else shapes[0], dtype=dtype)
     dynamic = [DimDynamic.DYNAMIC if rows and i == 0 else DimDynamic.STATIC for i in range(example.dim())]
     context: Any = StatelessSymbolicContext(dynamic)
     first = mode.from_tensor(example, source=ConstantSource("state"), symbolic_context=context)
@@ -181,18 +245,32 @@ def _graph_of(
             time = torch.empty(first.shape[0], dtype=dtype)
         parts = [torch.empty((first.shape[0], *shape[1:]) if rows else shape, dtype=dtype) for shape in shapes[1:]]
     try:
-        with warnings.catch_warnings():  # torch looks at the .grad of closed-over tensors that have a graph
+        # einsum's search for the best order of its operands would depend on the number of rows.
+        with warnings.catch_warnings(), torch.backends.opt_einsum.flags(enabled=False):
+            # Torch looks at the .grad of closed-over tensors that have a graph.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-            graph: GraphModule = make_fx(call, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)(
+            graph: GraphModule = make_fx(call, table, tracing_mode="fake", _allow_non_fake_inputs=True)(
                 time, first, *parts
             )
     except RuntimeError as error:
         if "data-dependent" in str(error) or "DataDependent" in type(error).__name__:
             raise CompileError(f"a tensor's value decides what is done at {_line_of(error)}") from error
         raise
-    if env.guards or env.replacements:
+    if env.replacements:
         raise CompileError("func depends on the number of rows")
+    graph.graph.eliminate_dead_code()
+    graph.meta["conditions"] = {guard.expr for guard in env.guards}
     return graph
+
+
+def holds(condition: Any, rows: int) -> bool:
+    """Whether a condition on the number of rows, under which a graph stands for func, is met; for 2 rows or more."""
+    return bool(condition.subs(dict.fromkeys(condition.free_symbols, rows)))
+
+
+def same_operators(graph: GraphModule, other: GraphModule) -> bool:
+    """Whether two graphs call the same operators."""
+    return [node.target for node in graph.graph.nodes] == [node.target for node in other.graph.nodes]
 
 
 def _line_of(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._ops import reference
-from .._ops.contract import Layout
+from .._ops.contract import Layout, clock_device
 from ..stepping.tape import Passed, Step
 
 Shares = list[Tensor | None]
@@ -97,7 +97,7 @@ class SampleArrivals:
         there = torch.ones(self.gradient.shape[:2], dtype=torch.bool, device=self.gradient.device)
         for step in steps:
             for passed in step.outputs:
-                there[passed.index, passed.samples] = False
+                there[self._place(passed)] = False
         if left is not None:
             there[: len(left)] &= ~left
         return torch.where(_beside(there, self.gradient), self.gradient, 0.0).sum(0)
@@ -109,27 +109,37 @@ class SampleArrivals:
         total = None
         for passed in step.outputs:
             total = torch.zeros_like(self.gradient[0]) if total is None else total
-            total[passed.samples] += self.gradient[passed.index, passed.samples]
+            index, some = self._place(passed)
+            total[some] += self.gradient[index, some]
         return total
 
     def shares(self, step: Step, n: int) -> Shares:  # noqa: D102
         total: Shares = [None] * n
         for passed in step.outputs:
-            gradient, dt = self.gradient[passed.index, passed.samples], step.dt[passed.samples]
+            index, some = self._place(passed)
+            gradient, dt = self.gradient[index, some], step.dt[passed.samples]
             for j, weights in enumerate(_weights(passed)):
                 if weights is not None:
                     if (share := total[j]) is None:
                         share = total[j] = torch.zeros_like(self.gradient[0])
-                    share[passed.samples] += self._scaled(gradient, weights * dt)
+                    share[some] += self._scaled(gradient, weights * dt)
         return total
 
     def effects(self, step: Step, ks: list[Tensor]) -> Iterator[tuple[Passed, Tensor]]:  # noqa: D102
         for passed in step.outputs:
             slope: Any = 0.0
+            index, some = self._place(passed)
             for k, weights in zip(ks, _weights(passed, slopes=True)):
                 if weights is not None:
-                    slope = slope + self._scaled(k[passed.samples], weights)
-            yield passed, inner(self.gradient[passed.index, passed.samples], slope, len(passed.samples))  # type: ignore[arg-type]
+                    slope = slope + self._scaled(k[some], weights)
+            yield passed, inner(self.gradient[index, some], slope, len(some))
+
+    def _place(self, passed: Passed) -> tuple[Tensor, Tensor]:
+        """The indices of outputs and their samples, on the gradients' device."""
+        index, samples = passed.index, passed.samples
+        assert isinstance(index, Tensor)
+        assert isinstance(samples, Tensor)
+        return index.to(self.gradient.device), samples.to(self.gradient.device)
 
     def _scaled(self, rows: Tensor, factors: Tensor) -> Tensor:
         """Rows times a factor each."""
@@ -159,5 +169,6 @@ def _beside(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def inner(a: Tensor, b: Tensor, samples: int = 1) -> Tensor:
-    """The real inner product of each sample's numbers, [samples] float64."""
-    return ((a.conj() * b).real if a.is_complex() else a * b).reshape(samples, -1).sum(1).double()
+    """The real inner product of each sample's numbers, [samples] float64, on the `clock_device`."""
+    product = (a.conj() * b).real if a.is_complex() else a * b
+    return product.reshape(samples, -1).sum(1).to(clock_device(a.device), torch.float64)

@@ -23,6 +23,7 @@ from ..state import Func
 from ..stepping.adaptive import AdaptiveLoop
 from ..stepping.hooks import Hooks
 from ..stepping.segment import BatchSegment
+from .survey import Survey
 
 
 @dataclass
@@ -35,6 +36,7 @@ class SampleBacksolveConfig:
     policy: Policy
     step_t: Tensor | None
     stats: Stats | None
+    warns: bool  # of tensors that func depends on and that get no gradient
 
 
 class SampleBacksolve:
@@ -43,8 +45,8 @@ class SampleBacksolve:
     Args:
         func: of times [B] and packed states [B, D].
         config: see there.
-        times: [T, B] float64, where the gradients arrive, in the forward solve's direction; the first is the start. A
-            sample may be given its last time several times.
+        times: [T, B] float64, on the `clock_device`: where the gradients arrive, in the forward solve's direction; the
+            first is the start. A sample may be given its last time several times.
         ys: [T, B, D] the states there.
         gradients: [T, B, D] the gradients that arrive.
         first_step: [B], the backward solve's, signed.
@@ -70,6 +72,7 @@ class SampleBacksolve:
         self.func, self.config, self.params, self.with_time = func, config, params, with_time
         self.times, self.ys, self.gradients, self.first_step = times, ys, gradients, first_step
         self.n_evals = 0
+        self.survey = Survey(params) if config.warns else None
         self.param_gradients: list[Tensor] = [torch.zeros_like(p) for p in params]
         self.time_gradients = torch.zeros_like(times)
         samples, size = ys.shape[1:]
@@ -89,7 +92,7 @@ class SampleBacksolve:
 
     def solve(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Returns the gradients with respect to y0, [B, D], the times, [T, B], and the parameters."""
-        samples = torch.arange(self.times.shape[1], device=self.ys.device)
+        samples = torch.arange(self.times.shape[1], device=self.times.device)
         zero = torch.zeros_like(self.ys[0])
         ends = torch.stack([self.times[-1], self.times[0]])
         z = self._arrive(
@@ -127,17 +130,18 @@ class SampleBacksolve:
     def _arrive(self, now: Tensor, there: Tensor, z: Tensor) -> Tensor:
         """The state behind an output: y from the forward solve, a with the gradients that arrive."""
         shape, z = z.shape, z.reshape(z.shape[0], 2, -1)
-        now, there = now.to(z.device), there.to(z.device)
-        arriving = (self.times == now) & there & (torch.arange(len(self.times), device=z.device) > 0)[:, None]
+        now, there = now.to(self.times.device), there.to(self.times.device)
+        here = (self.times == now) & there & (torch.arange(len(self.times), device=now.device) > 0)[:, None]
+        arriving = here.to(z.device)
         gradient = torch.where(arriving.unsqueeze(-1), self.gradients, 0.0)
         index = arriving.int().argmax(0)
         y = self.ys[index, torch.arange(len(index), device=z.device)]
         if self.with_time and bool(arriving.any()):
             # Moving an output time moves the output along f.
-            f = self.func(now.to(self.layout.real_dtype), y)
+            f = self.func(now.to(z.device, self.layout.real_dtype), y)
             effect = (f.conj() * gradient).real.sum(-1).to(self.time_gradients)
-            self.time_gradients = self.time_gradients + torch.where(arriving, effect, 0.0)
-            self.time_gradients[0] -= torch.where(arriving, effect, 0.0).sum(0)
+            self.time_gradients = self.time_gradients + torch.where(here, effect, 0.0)
+            self.time_gradients[0] -= torch.where(here, effect, 0.0).sum(0)
         met = arriving.any(0)[:, None]
         y, a = torch.where(met, y, z[:, 0]), z[:, 1] + gradient.sum(0)
         return torch.stack([y, a], 1).reshape(shape)
@@ -145,7 +149,7 @@ class SampleBacksolve:
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
         """d/dt of (y, a)."""
         y, a = z.detach().unbind(1)
-        f, (slope,) = self._products(t.reshape(-1), y, a.neg(), ())
+        f, (slope,) = self._products(t.reshape(-1), y.contiguous(), a.neg(), ())
         return torch.stack([f, torch.zeros_like(f) if slope is None else slope], 1)
 
     def _products(self, t: Tensor, y: Tensor, v: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
@@ -154,6 +158,8 @@ class SampleBacksolve:
         with torch.enable_grad():
             y = y.requires_grad_()
             f = self.func(t, y)
+            if self.survey is not None and self.survey(f, (t, y)) is not None:
+                self.survey = None
             inputs = others or (y,)
             if not f.requires_grad:
                 return f, (None,) * len(inputs)
@@ -179,4 +185,4 @@ class SampleBacksolve:
             totals = [*([self.time_gradients[0]] if self.with_time else []), *self.param_gradients]
             for total, gradient in zip(totals, found):
                 if gradient is not None:
-                    total += gradient
+                    total += gradient.to(total.device)

@@ -67,7 +67,7 @@ class _Checkpointed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        # Not once_differentiable, which is silent where only what was saved requires a gradient.
+        # Not once_differentiable, which only tells those who differentiate all the way back.
         if torch.is_grad_enabled():
             raise InvalidValue(
                 "the gradient of a checkpointed solve can't be differentiated, for which create_graph=True prepares; "

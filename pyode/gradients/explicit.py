@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .._ops.autograd import plain
+from .._ops.contract import clock_device
 from ..methods import Tableau
 from ..state import Dynamics
 from ..stepping.course import table_of
@@ -39,7 +40,7 @@ class ExplicitReversal(Reversal):
         assert isinstance(method, Tableau)
         self.zero = torch.zeros_like(y)
         self.dynamics = Dynamics(recipe.func, recipe.form, y)
-        self.one = torch.ones(recipe.form.samples, dtype=torch.float64, device=y.device)
+        self.one = torch.ones(recipe.form.samples, dtype=torch.float64, device=clock_device(y.device))
         self.weights, self.transposed = method.weights, transposed_of(method)
         self.n_stages = len(self.weights)
         self.rows, self.table = method.rows, table_of(self.ops, method)

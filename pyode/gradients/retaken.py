@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from .._ops.autograd import plain
+from .._ops.contract import clock_device
+from ..state import Dynamics
+from .arrivals import inner
 from .reversal import Reversal
 from .survey import Survey
 from .vjp import accumulate, vjp
@@ -19,7 +22,7 @@ class RetakenReversal(Reversal):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         n = len(self.steps)
-        self.end_gradients = torch.zeros(n + 1, dtype=torch.float64, device=self.end.device)
+        self.end_gradients = torch.zeros(n + 1, dtype=torch.float64, device=clock_device(self.end.device))
         self.survey: Survey | None = Survey(self.params, self.recipe.warns)
         self.output_gradients = self.end_gradients.new_zeros(len(self.gradient))
 
@@ -28,6 +31,11 @@ class RetakenReversal(Reversal):
 
     def run(self, states: dict[int, Tensor]) -> Tensor:  # noqa: D102
         lam = self.arrivals.at_last_state(self.left)
+        if self.time and self.steps and self.left is not None:
+            # That state is wanted at the time where it stands, and moves with the end of the last step.
+            t = self.steps[-1].times[-1].to(self.end.device, self.layout.real_dtype)
+            slope = Dynamics(self.recipe.func, self.recipe.form, self.end)(t, self.end)
+            self.end_gradients[-1] -= inner(lam, torch.where(slope.isfinite(), slope, 0.0))[0]
         for n, y in self.backwards(states):
             lam = self._undo(n, y, lam)
         return lam + self.arrivals.at_start(self.steps, self.left)

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..state import Func
 from .backsolve_samples import SampleBacksolve, SampleBacksolveConfig
+from .vjp import Circumstances
 
 
 @dataclass
@@ -17,16 +19,18 @@ class SolvedSamples:
     """A forward solve, done without a graph.
 
     Attributes:
-        func: of times [B] and packed states [B, D].
+        written: the user's func.
+        func: the same, of times [B] and packed states [B, D].
         config: of the backward solve.
         segments: of the norm of a state.
-        times: [T, B] float64, of the outputs.
+        times: [T, B] float64, of the outputs; on the `clock_device`, as end_t and last_dt.
         reached: [T, B] bool, which of them were.
         ys: [T, B, D].
         end_t, end_y: [B] and [B, D] of each sample's event; nan where it had none.
         last_dt: [B] the size of each sample's last step.
     """
 
+    written: Func
     func: Func
     config: SampleBacksolveConfig
     segments: tuple[int, ...]
@@ -46,21 +50,28 @@ class SampleAdjoint(torch.autograd.Function):
         ctx: Any, solved: SolvedSamples, t: Tensor, y0: Tensor, *params: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.solved = solved
+        ctx.circumstances = Circumstances(solved.written, y0.device, params)
         ctx.save_for_backward(t, *params)
         return solved.ys, solved.end_y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # noqa: D102
+        # Not once_differentiable, which only tells those who differentiate all the way back.
+        if torch.is_grad_enabled():
+            raise InvalidValue(
+                "the adjoint gradient of samples can't be differentiated, for which create_graph=True prepares; leave "
+                "it out, or take gradient 'direct', or odeint_adjoint with joint control"
+            )
         solved: SolvedSamples = ctx.solved
         t, *params = ctx.saved_tensors
         ended = solved.end_t.isfinite()
-        samples = torch.arange(len(ended), device=ended.device)
-        last = solved.reached.sum(0) - 1
+        last, samples = solved.reached.sum(0) - 1, torch.arange(len(ended), device=ended.device)
         end_t = torch.where(ended, solved.end_t, solved.times[last, samples])
+        device = solved.ys.device
+        ended, last, samples = ended.to(device), last.to(device), samples.to(device)
         end_y = torch.where(ended[:, None], solved.end_y, solved.ys[last, samples])
         # Outputs that were not reached are put to the end, where nothing arrives from them.
-        reached = solved.reached.unsqueeze(-1)
+        reached = solved.reached.unsqueeze(-1).to(device)
         times = torch.cat([torch.where(solved.reached, solved.times, end_t), end_t[None]])
         ys = torch.cat([torch.where(reached, solved.ys, end_y), end_y[None]])
         arriving = torch.where(reached, gradients[0], 0.0), torch.where(ended[:, None], gradients[1], 0.0)[None]
@@ -68,7 +79,8 @@ class SampleAdjoint(torch.autograd.Function):
             solved.func, solved.config, times, ys, torch.cat(arriving), -solved.last_dt, solved.segments,
             tuple(params), ctx.needs_input_grad[1],
         )  # fmt: skip
-        y0_gradient, time_gradients, param_gradients = backsolve.solve()
+        with ctx.circumstances.again():
+            y0_gradient, time_gradients, param_gradients = backsolve.solve()
         t_gradient = None
         if ctx.needs_input_grad[1]:
             by_time = torch.where(solved.reached, time_gradients[:-1], 0.0)

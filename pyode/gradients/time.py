@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .._ops.contract import Layout
+from .._ops.contract import Layout, clock_device
 from ..methods import Tableau
 from ..stepping.tape import Passed, Step
 from .arrivals import inner
@@ -32,12 +32,13 @@ class TimeGradients:
     ) -> None:
         self.steps, self.samples = steps, layout.samples
         self.abscissae = (0.0, *method.abscissae)
-        self.outputs = torch.zeros(n_outputs, layout.samples, dtype=torch.float64, device=layout.device)
+        self.outputs = torch.zeros(n_outputs, layout.samples, dtype=torch.float64, device=clock_device(layout.device))
         self.starts, self.sizes = (self.outputs.new_zeros(len(steps), layout.samples) for _ in range(2))
 
     def add_evaluation(self, n: int, i: int, gradient: Tensor | None) -> None:
         """Adds that of the time at which evaluation i of step n was made, the one at its end if i is -1."""
         if gradient is not None:
+            gradient = gradient.to(self.starts)
             self.starts[n] += gradient
             self.sizes[n] += gradient * (1.0 if i < 0 else self.abscissae[i])
 

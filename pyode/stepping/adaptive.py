@@ -348,8 +348,9 @@ class AdaptiveLoop:
             stats.n_rejected += int(self.controller.field("n_rejected").sum())
 
     def _at_start(self, y0: Tensor) -> Tensor:
-        start = self.times.tensor[0].to(device=y0.device, dtype=self.layout.real_dtype)
-        return start if self.layout.samples == 1 else start.expand(self.layout.samples)
+        # By two, so that it is a view as times of stages are: torch.compile would compile func anew for what is none.
+        start = self.times.tensor[:2].to(device=y0.device, dtype=self.layout.real_dtype)[0]
+        return start if self.layout.samples == 1 else start.expand(self.layout.samples).contiguous()
 
     def _shift(self) -> Tensor | None:
         """How far the start has moved: 0, with the gradient of t[0]; None if that is not wanted."""
@@ -420,7 +421,7 @@ class AdaptiveLoop:
         if self.at_jump is not None:
             y = self.at_jump(now, self._on_jump(), y)
         t = now.to(device=y.device, dtype=self.layout.real_dtype)
-        behind = torch.nextafter(t, t + self.controller.field("dt_prev").sign().to(t))
+        behind = torch.nextafter(t.expand(2, -1), t + self.controller.field("dt_prev").sign().to(t))[0]
         if self.quadrature is not None:
             self.quadrature.restart()
         if self.layout.samples == 1 or self.grid.jump_t is None:

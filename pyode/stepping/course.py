@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._ops import autograd, reference
 from .._ops.contract import Layout, RightHandSide
+from ..errors import SolveError
 from ..methods import Tableau
 from ..solution import Stats
 from .quadrature import Quadrature
@@ -133,8 +134,12 @@ class Taken(NamedTuple):
 class Steps(Protocol):
     """What takes a method's steps."""
 
-    def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken:
-        """Takes steps from `begin` on, one or more, before `end`.
+    @property
+    def under_way(self) -> int:
+        """The number of the step begun last; -1 before there is one."""
+
+    def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken | SolveError:
+        """Takes steps from `begin` on, one or more, before `end`; returns why, if the first of them can't be taken.
 
         The states at the ends of all of them but the last are written to `out`, if it is given: that of step n to row
         n + 1.
@@ -148,6 +153,11 @@ class ExplicitSteps:
         self.tableau, self.course = tableau, course
         self.times = course.stage_times((0.0, *tableau.abscissae))
         self.grid_steps, self.table = course.grid_steps(self.times), table_of(course.ops, tableau)
+
+    @property
+    def under_way(self) -> int:
+        """See Steps."""
+        return int(self.grid_steps.under_way)
 
     def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken:
         """See Steps; where gradients are enabled, one."""

@@ -91,10 +91,11 @@ class SampleEvents:
 
     Args:
         event: of times [B] and states [B, D]; returns [B, E].
-        t0, y0: [B] and [B, D], the solve's start.
+        t0, y0: [B] and [B, D], the solve's start; times are on the `clock_device`.
         tolerance, skip_initial: as EventSearch's.
 
     Attributes:
+        begun: [B] which samples start on theirs.
         time: [B] of each sample's event; nan as long as there is none.
         index: [B] which of the E functions it is; -1.
         state: [B, D] at the event, with a graph behind it where gradients are enabled; nan.
@@ -110,12 +111,12 @@ class SampleEvents:
     ) -> None:
         self.event, self.tolerance = event, tolerance
         with torch.no_grad():
-            self.signs = torch.sign(event(t0, y0))
-        begun = (self.signs == 0).any(1) & (not skip_initial)
+            self.signs = torch.sign(event(t0, y0)).to(t0.device)
+        self.begun = begun = (self.signs == 0).any(1) & (not skip_initial)
         self._at_start = bool(begun.any())
         self.time = torch.where(begun, t0, torch.full_like(t0, math.nan))
         self.index = torch.where(begun, (self.signs == 0).long().argmax(1), -1)
-        self.state = torch.where(begun[:, None], y0, torch.full_like(y0, math.nan))
+        self.state = torch.where(begun[:, None].to(y0.device), y0, torch.full_like(y0, math.nan))
         self._n_steps = 0
         self._found: list[tuple[int, Tensor, Tensor, Interpolant]] = []
 
@@ -132,7 +133,7 @@ class SampleEvents:
             met = torch.zeros_like(candidates)
             for x in LEAVING if staying else (1.0,):
                 t = segment.t1 if x == 1 else segment.t0 + x * (segment.t1 - segment.t0)
-                value = self.event(t, segment.at(t))
+                value = self._values(segment, t)
                 crossed = candidates & ~met & self._crossed(value)
                 met |= crossed
                 end = torch.where(crossed, t, end)
@@ -147,14 +148,14 @@ class SampleEvents:
                 middle = (begin + end) / 2
                 if bool(((middle == begin) | (middle == end))[met].all()):
                     break  # as near as numbers come
-                crossed = self._crossed(self.event(middle, segment.at(middle)))
+                crossed = self._crossed(self._values(segment, middle))
                 begin, end = torch.where(crossed, begin, middle), torch.where(crossed, middle, end)
             time = (begin + end) / 2
-            value = (self.event(end, segment.at(end)) * self.signs).to(torch.float64)
+            value = (self._values(segment, end) * self.signs).to(torch.float64)
             index = torch.where((value <= 0) & (self.signs != 0), value, math.inf).argmin(1)
         self.time = torch.where(met, time, self.time)
         self.index = torch.where(met, index, self.index)
-        self.state = torch.where(met[:, None], segment.at(time), self.state)
+        self.state = torch.where(met[:, None].to(self.state.device), segment.at(time), self.state)
         self._found.append((self._n_steps - 1, met.nonzero()[:, 0], segment.position(time), segment.polynomial))
         segment.controller.finish(met, int(Status.SUCCESS))
 
@@ -166,6 +167,10 @@ class SampleEvents:
             else:
                 there = torch.full_like(samples, index)
                 tape.add_event(n, Passed(there, samples, position[samples], polynomial, timed=False))
+
+    def _values(self, segment: BatchSegment, t: Tensor) -> Tensor:
+        """[B, E], where times are."""
+        return self.event(t, segment.at(t)).to(self.time.device)
 
     def _crossed(self, value: Tensor) -> Tensor:
         """[B], whether one of the functions, of those that have left their start, has changed its sign."""

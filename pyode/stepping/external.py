@@ -1,8 +1,9 @@
-"""A solve by SciPy, behind the interface of our own loops."""
+"""A solve by one of SciPy's solvers, behind the interface of our own loops."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from .hooks import Hooks
 
 
 class ScipyLoop:
-    """A solve by scipy.integrate.solve_ivp, in NumPy arrays on the host, without gradients.
+    """A solve as scipy.integrate.solve_ivp carries it out, in NumPy arrays on the host, without gradients.
+
+    The steps are taken here, one by one, because solve_ivp loses all of them where one ends with an exception.
 
     Args:
         dynamics, layout, times, rtol, atol, policy, hooks: as AdaptiveLoop's.
@@ -52,11 +55,12 @@ class ScipyLoop:
         if hooks.watch is not None:
             raise InvalidValue("method 'scipy_solver' finds no events and has no dense output; choose another method")
         self.dynamics, self.layout, self.times, self.hooks = dynamics, layout, times, hooks
-        self.solve_ivp, self.solver = scipy.solve_ivp, solver
+        self.solver = getattr(scipy, solver)
+        self.n_accepted, self._finite = 0, True
         tolerances = {"rtol": rtol, "atol": atol}
         self.arguments = {name: self._on_host(value) for name, value in tolerances.items()}
         # Not every method of SciPy has both bounds, and where it lacks one it warns.
-        taken = inspect.signature(getattr(scipy, solver).__init__).parameters
+        taken = inspect.signature(self.solver.__init__).parameters
         bounds = {"min_step": policy.min_step, "max_step": policy.max_step}
         self.arguments |= {name: value for name, value in bounds.items() if name in taken}
 
@@ -69,41 +73,58 @@ class ScipyLoop:
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
         """Returns the states at the output times, [T, *y0.shape]."""
+        values, sign = self.times.values, self.times.sign
+        if y0.numel() == 0:
+            return y0.expand(len(values), *y0.shape).clone()
+        t, y = values[0], _array(y0)
+        outputs: list[Any] = []
+        with torch.no_grad():
+            for solver in self._steps(y0, first_step):
+                if not np.isfinite(solver.y).all():  # LSODA goes on from nan to nan
+                    self._finite = False
+                    break
+                t, y = float(solver.t), solver.y
+                self.n_accepted += 1
+                begin = len(outputs)
+                end = begin + sum(sign * (value - t) <= 0 for value in values[begin:])
+                if end > begin:
+                    outputs.extend(solver.dense_output()(np.array(values[begin:end])).T)
+        if len(outputs) < len(values):
+            status = Status.STEP_TOO_SMALL if self._finite else Status.NON_FINITE
+            self.hooks.fail(SolveError(status, t, 0.0, self.n_accepted))
+            outputs.extend([y] * (len(values) - len(outputs)))
+        return torch.as_tensor(np.stack(outputs)).to(y0).reshape(-1, *y0.shape)
+
+    def _steps(self, y0: Tensor, first_step: float | None) -> Iterator[Any]:
+        """SciPy's solver after each step that it has taken, up to the end or a failure."""
 
         def func(t: float, y: Any) -> Any:
+            self._finite = True  # an exception that func raises is its own
             time = torch.tensor(t, dtype=self.layout.real_dtype, device=y0.device)
-            k = self.dynamics(time, torch.tensor(y).to(y0).view(y0.shape))
-            if self.dynamics.n_evals == evals_before + 1 and not k.isfinite().all():
-                raise lost  # SciPy would look for a first step forever
-            return _array(k)
+            k = _array(self.dynamics(time, torch.tensor(y).to(y0).view(y0.shape)))
+            self._finite = bool(np.isfinite(k).all())
+            if not (self._finite or begun):
+                raise FloatingPointError  # SciPy would look for a first step forever
+            begun.append(True)
+            return k
 
-        values, evals_before = self.times.values, self.dynamics.n_evals
-        lost = SolveError(Status.NON_FINITE, values[0], 0.0, 0)
+        begun: list[bool] = []
+        values = self.times.values
         try:
-            with torch.no_grad():
-                result = self.solve_ivp(
-                    func, (values[0], values[-1]), _array(y0), self.solver, values, first_step=first_step,
-                    **self.arguments,
-                )  # fmt: skip
-        except SolveError as error:
-            if error is not lost:
+            solver = self.solver(func, values[0], _array(y0), values[-1], first_step=first_step, **self.arguments)
+            while solver.status == "running":
+                solver.step()
+                if solver.status != "failed":
+                    yield solver
+        except (FloatingPointError, ValueError):  # SciPy's linear algebra refuses nan
+            if self._finite:
                 raise
-            self.hooks.fail(error)
-            return y0.expand(len(values), *y0.shape).clone()
-        states = torch.as_tensor(result.y.T).to(y0).reshape(-1, *y0.shape)
-        missing = len(values) - len(states)
-        if result.status != 0 or missing:
-            reached = values[max(len(states) - 1, 0)]
-            status = Status.STEP_TOO_SMALL if np.isfinite(result.y).all() else Status.NON_FINITE
-            self.hooks.fail(SolveError(status, reached, 0.0, len(result.t)))
-            last = states[-1:] if len(states) else y0[None]
-            states = torch.cat([states, last.expand(missing, *y0.shape)])
-        return states
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
-        """Adds the evaluations; SciPy does not tell the steps."""
+        """Adds the evaluations and the steps; SciPy does not tell those that it rejected."""
         if stats is not None:
             stats.n_f_evals += self.dynamics.n_evals - evals_before
+            stats.n_accepted += self.n_accepted
 
 
 def _array(y: Tensor) -> Any:

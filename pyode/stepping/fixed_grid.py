@@ -24,7 +24,7 @@ from .hooks import NO_HOOKS, Hooks
 from .implicit import ImplicitSteps
 from .multistep import AdamsSteps
 from .quadrature import Quadrature
-from .segment import RungeKuttaSegment
+from .segment import RungeKuttaSegment, unmoved
 from .tape import Passed, Step
 
 INTERPOLATIONS = ("linear", "cubic")
@@ -130,6 +130,7 @@ class FixedGridLoop:
         one_by_one = bool(recording or self.quadrature or hooks.step or hooks.watch or hooks.tape)
         on_grid = not one_by_one and ends == values
         last = n = -1
+        failure: SolveError | None = None
         while n < len(ends) - 2:
             n += 1
             if hooks.step is not None:
@@ -138,7 +139,14 @@ class FixedGridLoop:
                 hooks.tape.keep_none()
             if n > last:
                 last = n if one_by_one else len(ends) - 2 if on_grid else self._step_to(values[i], ends, n)
-            taken = steps.take(n, last + 1, y, outputs.out if on_grid else None)
+            try:
+                taken = steps.take(n, last + 1, y, outputs.out if on_grid else None)
+            except BaseException:
+                self.counts.n_accepted += max(steps.under_way - n, 0)
+                raise
+            if isinstance(taken, SolveError):
+                failure = taken
+                break
             self.counts.n_accepted += taken.n + 1 - n
             if on_grid:
                 i = outputs.filled = taken.n + 1
@@ -166,9 +174,17 @@ class FixedGridLoop:
                 hooks.tape.add(self._noted(steps, n, ends, range(passed, i)), y, y1)
             y = y1
             del step, segment  # the derivatives are not to be kept through the next one
-        if i < len(values):  # there was no event
-            hooks.fail(SolveError(Status.TOO_MANY_STEPS, ends[-1], ends[-1] - ends[-2], self.counts.n_accepted))
-            outputs.add(y)
+        if i < len(values):  # a step could not be taken, or else there was no event
+            if failure is None:
+                n += 1
+                failure = SolveError(Status.TOO_MANY_STEPS, ends[n], ends[n] - ends[n - 1], self.counts.n_accepted)
+            hooks.fail(failure)
+            if moving and n > 0:
+                t0 = course.grid[n].detach()
+                slope = self.dynamics(t0.to(y.device, self.layout.real_dtype), y)
+                y = unmoved(y, slope, course.grid[n] - t0)
+            for _ in values[i:]:
+                outputs.add(y)
             if hooks.tape is not None:
                 hooks.tape.left = torch.arange(len(values), device=y.device) >= i
         return outputs.collect()

@@ -42,22 +42,18 @@ class ImplicitSteps:
             course.counts,
         )
         self.times = course.stage_times((0.0, *tableau.abscissae))
+        self.under_way = -1
 
-    def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken:
-        """See Steps; takes one.
-
-        Raises:
-            SolveError: NOT_CONVERGED, or NON_FINITE where f(t0, y) is not finite.
-        """
+    def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken | SolveError:
+        """See Steps; takes one, or returns an error: NOT_CONVERGED, or NON_FINITE where f(t0, y) is not finite."""
+        self.under_way = begin
         step = self._step(begin, y)
+        if isinstance(step, SolveError):
+            return step
         return Taken(begin, y, self.course.combine(step.weights, y, step.ks, self.course.sizes[begin]), step)
 
-    def _step(self, n: int, y: Tensor) -> Increment:
-        """Step n, from y.
-
-        Raises:
-            SolveError: NOT_CONVERGED, or NON_FINITE where f(t0, y) is not finite.
-        """
+    def _step(self, n: int, y: Tensor) -> Increment | SolveError:
+        """Step n, from y, or why it can't be taken."""
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():  # inference tensors can't be differentiated
                 return self._step(n, y.clone())
@@ -71,7 +67,7 @@ class ImplicitSteps:
             guess = self._vector([slope.detach()] * len(block))
             x = self.newton.solve(partial(self._derivatives, block, times, y.detach(), known, dt.detach()), guess, size)
             if x is None:
-                raise failure()
+                return failure()
             if torch.is_grad_enabled():
                 equation = partial(self._derivatives, block, times, y, ks.copy(), dt)
                 x = self.newton.differentiable(equation, x, size, failure)
@@ -112,4 +108,5 @@ class ImplicitSteps:
 
     def _failure(self, n: int, slope: Tensor) -> SolveError:
         status = Status.NOT_CONVERGED if bool(torch.isfinite(slope).all()) else Status.NON_FINITE
-        return SolveError(status, float(self.course.grid[n]), float(self.course.sizes[n]), n)
+        t0, t1 = self.course.grid.detach()[n : n + 2].tolist()
+        return SolveError(status, t0, t1 - t0, n)

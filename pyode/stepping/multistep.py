@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from .._ops import reference
 from ..control import number_from
+from ..errors import warn
 from ..methods import TABLEAUS
 from ..methods.multistep import (
     HIGHEST_EXPLICIT_IN_FLOAT32,
@@ -33,7 +33,7 @@ class AdamsSteps:
         default = HIGHEST_ORDER if exact else HIGHEST_EXPLICIT_IN_FLOAT32
         max_order = int(number_from(course.options, "max_order", default, 1, HIGHEST_ORDER))
         if max_order < LOWEST_ORDER:
-            warnings.warn(f"max_order is below {LOWEST_ORDER}, so the solver reduces to `rk4`.", stacklevel=2)
+            warn(f"max_order is below {LOWEST_ORDER}, so the solver reduces to `rk4`.")
         self.most = max_order - 1
         self.grid_steps = course.grid_steps(course.stage_times((0.0, 1.0)), implicit)
         orders = range(1, self.most + 1)
@@ -44,6 +44,11 @@ class AdamsSteps:
         table = reference.AdamsTable if isinstance(self.grid_steps, reference.GridSteps) else course.ops.AdamsTable
         self.table = table(self.predictors, self.correctors, max_iters)
         self.slopes: list[Tensor] = []  # the newest first
+
+    @property
+    def under_way(self) -> int:
+        """See Steps."""
+        return max(self.start.under_way, int(self.grid_steps.under_way))
 
     def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken:
         """See Steps."""
@@ -59,6 +64,6 @@ class AdamsSteps:
         self.slopes = ks[1 : m + 1]
         increment = Increment((self.correctors or self.predictors)[m - 1], ks[: m + 1], ks[1])
         if not solved:
-            warnings.warn("Functional iteration did not converge. Solution may be incorrect.", stacklevel=2)
+            warn("Functional iteration did not converge. Solution may be incorrect.")
             self.slopes.pop()  # a lower order is more stable
         return Taken(n, y, y1, increment)

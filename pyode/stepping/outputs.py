@@ -92,14 +92,14 @@ class RecordedBatchOutput:
         with torch.no_grad():  # the twin's ops would record
             self.output.add(y, ks, dt, shift)
         segment = loop.batch_segment(interpolant_of(reference, loop.tableau), y, ks, dt, shift)
-        begin, end = (loop.controller.field(name).to(y.device) for name in ("output_begin", "output_end"))
-        samples = torch.arange(loop.layout.samples, device=y.device)
+        begin, end = (loop.controller.field(name) for name in ("output_begin", "output_end"))
+        samples, t = torch.arange(loop.layout.samples, device=begin.device), t.to(begin.device)
         for j in range(int((end - begin).max())):
             some = samples[begin + j < end]
             which = torch.where(begin + j < end, begin + j, begin.clamp(max=len(t) - 1))
-            when = t.to(y.device)[which] if t.dim() == 1 else t.to(y.device)[which, samples]
+            when = t[which] if t.dim() == 1 else t[which, samples]
             row = segment.at(when.double(), some).reshape(len(some), *y.shape[1:])
-            place = which[some], some
+            place = which[some].to(y.device), some.to(y.device)
             self.rows.append(self.output.out[place] + (row - row.detach()))
             self.places.append(place)
 

@@ -120,12 +120,13 @@ class BatchSegment:
         Samples that stood still are given their state.
         """
         rows: Any = slice(None) if some is None else some
+        here = rows if some is None else some.to(self.y.device)
         t, t0, t1, dt = (v[rows] for v in (t.to(self.t0), self.t0, self.t1, self.dt))
         elapsed = t - t0 - (0.0 if self.shift is None else self.shift.to(t0)[rows])
         x = elapsed / torch.where(dt.detach() == 0, torch.ones_like(dt), dt)
         x = torch.where(t == t1, x - (x - 1).detach(), x)  # exactly 1 at the end
         x, dt = (v.unsqueeze(-1).to(self.y.device, self.layout.real_dtype) for v in (x, dt))
-        return reference.interpolate_at(self.polynomial, x, self.y[rows], [k[rows] for k in self.ks], dt)
+        return reference.interpolate_at(self.polynomial, x, self.y[here], [k[here] for k in self.ks], dt)
 
 
 class AdamsSegment:

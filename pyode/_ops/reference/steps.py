@@ -90,12 +90,13 @@ class GridSteps:
     ) -> None:
         self.layout, self.combine = layout, combine
         self._chunks = times.split(self.CHUNK), sizes.split(self.CHUNK)  # type: ignore[no-untyped-call]
-        self._chunk = -1
+        self._chunk = self.under_way = -1
         self._times: list[tuple[Tensor, ...]] = []
         self._sizes: tuple[Tensor, ...] = ()
 
     def _step(self, n: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """The times of step n's stages, each 0-dim, and its size, [1]."""
+        self.under_way = n
         chunk, i = divmod(n, self.CHUNK)
         if chunk != self._chunk:
             times, sizes = (chunks[chunk] for chunks in self._chunks)

@@ -1,0 +1,123 @@
+// What csrc/cuda uses of CUDA, on the host: for the tests of its kernels where there is no GPU.
+//
+// Blocks run one after the other. A block's threads are fibers, which take turns at __syncthreads; those of a kernel
+// that has none just run one after the other. translate.py writes launches as calls of `launch`.
+#pragma once
+
+#include <math.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __grid_constant__
+#define __shared__ static  // blocks run one after the other, and share nothing else
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned width = 1, unsigned height = 1, unsigned depth = 1) : x(width), y(height), z(depth) {}
+};
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+template <class T>
+T atomicOr(T* at, T bits) {
+  const T before = *at;
+  *at |= bits;
+  return before;
+}
+
+/// How many there have been.
+extern "C" {
+__attribute__((visibility("default"))) inline int64_t cuda_on_host_launches = 0;
+}
+
+namespace cuda_on_host {
+
+/// The threads of a block that synchronise.
+class Block {
+ public:
+  void run(unsigned threads, const std::function<void()>& body) {
+    body_ = &body;
+    while (fibers_.size() < threads) fibers_.push_back(std::make_unique<Fiber>());
+    for (unsigned i = 0; i < threads; ++i) {
+      Fiber& fiber = *fibers_[i];
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack;
+      fiber.context.uc_stack.ss_size = sizeof fiber.stack;
+      fiber.context.uc_link = &caller_;
+      makecontext(&fiber.context, &Block::begin, 0);
+      fiber.done = false;
+    }
+    for (unsigned running = threads; running > 0;) {  // from one __syncthreads to the next
+      for (current_ = 0; current_ < threads; ++current_) {
+        if (fibers_[current_]->done) continue;
+        threadIdx.x = current_;
+        swapcontext(&caller_, &fibers_[current_]->context);
+        if (fibers_[current_]->done) --running;
+      }
+    }
+  }
+
+  void synchronise() {
+    swapcontext(&fibers_[current_]->context, &caller_);
+    threadIdx.x = current_;
+  }
+
+  static Block& the_one() {
+    static Block block;
+    return block;
+  }
+
+ private:
+  struct Fiber {
+    ucontext_t context;
+    bool done;
+    alignas(64) char stack[1 << 16];
+  };
+  static void begin() {
+    Block& block = the_one();
+    (*block.body_)();
+    block.fibers_[block.current_]->done = true;
+  }
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  ucontext_t caller_;
+  const std::function<void()>* body_ = nullptr;
+  unsigned current_ = 0;
+};
+
+inline void launch(bool synchronises, dim3 grid, unsigned threads, cudaStream_t, const std::function<void()>& body) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  ++cuda_on_host_launches;
+  gridDim = grid;
+  blockDim = dim3(threads);
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = dim3(x, y);
+      if (synchronises) {
+        Block::the_one().run(threads, body);
+        continue;
+      }
+      for (unsigned i = 0; i < threads; ++i) {
+        threadIdx.x = i;
+        body();
+      }
+    }
+  }
+}
+
+}  // namespace cuda_on_host
+
+inline void __syncthreads() { cuda_on_host::Block::the_one().synchronise(); }
