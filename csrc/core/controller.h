@@ -121,9 +121,7 @@ template <class R = double>
 PYODE_HD Samples<R> load_sample(const StepState& state, int64_t b) {
   Samples<R> sample;
   char* const words = reinterpret_cast<char*>(&sample);
-#if defined(__GNUC__)
-#pragma GCC unroll 32
-#endif
+  PYODE_UNROLL
   for (int i = 0; i < kWords; ++i) memcpy(words + i * sizeof(R), &state.words[i * state.stride + b], sizeof(R));
   return sample;
 }
@@ -132,9 +130,7 @@ PYODE_HD Samples<R> load_sample(const StepState& state, int64_t b) {
 template <int64_t kBut = 0, class R>
 PYODE_HD void store_sample(const StepState& state, int64_t b, const Samples<R>& sample) {
   const char* const words = reinterpret_cast<const char*>(&sample);
-#if defined(__GNUC__)
-#pragma GCC unroll 32
-#endif
+  PYODE_UNROLL
   for (int i = 0; i < kWords; ++i)
     if (!(kBut >> i & 1)) memcpy(&state.words[i * state.stride + b], words + i * sizeof(R), sizeof(R));
 }

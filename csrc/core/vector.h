@@ -63,7 +63,7 @@ constexpr int lanes = static_cast<int>(sizeof(R) / sizeof(number_t<R>));
 #define PYODE_ELEMENTWISE
 #endif
 #endif
-#if defined(__has_builtin)
+#if defined(__has_builtin) && !defined(__CUDACC__)
 #if __has_builtin(__builtin_shufflevector)
 #define PYODE_SHUFFLE
 #endif
