@@ -23,39 +23,38 @@ PYODE_HD R norm_of(const Control& op, const double* means, int64_t b) {
   return math::sqrt(largest);
 }
 
-/// The times of the stages of the steps planned, each [B], for the samples from b on.
+/// The time of the i-th stage of the steps planned, for the samples from b on.
 template <class T, class R>
-PYODE_HD void write_stage_times(const Control& op, const Samples<R>& s, int64_t b) {
-  T* out = static_cast<T*>(op.stage_times) + b;
-  for (int i = 0; i < op.n_times; ++i, out += op.state.samples) {
-    if constexpr (!is_vector<R>) {
-      *out = stage_time<T>(s, op.c[i]);
+PYODE_HD void write_stage_time(const Control& op, int i, const Samples<R>& s, int64_t b) {
+  T* const out = static_cast<T*>(op.stage_times) + i * op.state.samples + b;
+  if constexpr (!is_vector<R>) {
+    *out = stage_time<T>(s, op.c[i]);
 #if defined(PYODE_VECTORS)
-    } else if constexpr (std::is_floating_point<T>::value) {
-      const auto times = stage_time<Vector<T, sizeof(T) * lanes<R>>>(s, op.c[i]);
-      memcpy(out, &times, sizeof times);
+  } else if constexpr (std::is_floating_point<T>::value) {
+    const auto times = stage_time<Vector<T, sizeof(T) * lanes<R>>>(s, op.c[i]);
+    memcpy(out, &times, sizeof times);
 #endif
-    } else {
-      for (int l = 0; l < lanes<R>; ++l) {
-        Sample one = {};
-        one.t = s.t[l], one.t1 = s.t1[l], one.dt = s.dt[l];
-        out[l] = stage_time<T>(one, op.c[i]);
-      }
+  } else {
+    for (int l = 0; l < lanes<R>; ++l) {
+      Sample one = {};
+      one.t = s.t[l], one.t1 = s.t1[l], one.dt = s.dt[l];
+      out[l] = stage_time<T>(one, op.c[i]);
     }
   }
 }
 
-/// Judges the step just tried by the samples from b on, plans the next one, and returns their flags.
-template <class T, class R>
-PYODE_HD counts_t<R> control_step(const Control& op, int64_t b) {
-  counts_t<R> samples = spread_count<R>(b);
-  for (int l = 1; l < lanes<R>; ++l) math::set_lane(samples, l, b + l);
+/// Judges the step just tried by the samples from b on, from the norm of its error and its fitting_factor,
+/// plans the next one, and returns their flags.
+template <int64_t kKept = 0, class R>
+PYODE_HD counts_t<R> control_step(const Control& op, int64_t b, R error, R fitting) {
+  counts_t<R> samples = {};
+  for (int l = 1; l < lanes<R>; ++l) math::set_lane(samples, l, int64_t{l});
+  samples += b;
   Samples<R> s = load_sample<R>(op.state, b);
   const flags_t<R> was_on_jump = s.on_jump != 0;
-  judge_step(s, op.policy, op.grid, samples, norm_of<R>(op, op.means, b));
+  judge_step(s, op.policy, op.grid, samples, error, fitting);
   plan_step(s, op.policy, op.grid, samples);
-  write_stage_times<T>(op, s, b);
-  store_sample(op.state, b, s);
+  store_sample<kKept>(op.state, b, s);
   return flags_of(s, was_on_jump);
 }
 
@@ -79,9 +78,9 @@ PYODE_HD int64_t control_first_step(const Control& op, int64_t b) {
     store_sample(op.state, b, s);
     return kAnyRunning;
   }
-  if (op.phase == Phase::given_first) s.dt = is_finite(op.first_step) ? op.first_step : given;
+  if (op.phase == Phase::given_first) give_first_step(s, op.grid, b, is_finite(op.first_step) ? op.first_step : given);
   plan_step(s, op.policy, op.grid, b);
-  write_stage_times<T>(op, s, b);
+  for (int i = 0; i < op.n_times; ++i) write_stage_time<T>(op, i, s, b);
   store_sample(op.state, b, s);
   return flags_of(s, was_on_jump);
 }
@@ -89,7 +88,12 @@ PYODE_HD int64_t control_first_step(const Control& op, int64_t b) {
 /// Carries out op.phase for sample b and returns its flags.
 template <class T>
 PYODE_HD int64_t control_sample(const Control& op, int64_t b) {
-  return op.phase == Phase::judge ? control_step<T, double>(op, b) : control_first_step<T>(op, b);
+  if (op.phase != Phase::judge) return control_first_step<T>(op, b);
+  const double error = norm_of<double>(op, op.means, b);
+  const int64_t flags = control_step(op, b, error, fitting_factor(op.policy, error));
+  const Sample s = load_sample(op.state, b);
+  for (int i = 0; i < op.n_times; ++i) write_stage_time<T>(op, i, s, b);
+  return flags;
 }
 
 }  // namespace PYODE_LEVEL

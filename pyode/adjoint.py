@@ -185,7 +185,7 @@ def _configure_samples(
         for tolerance, name in ((rtol, "adjoint_rtol"), (atol, "adjoint_atol"))
     )
     policy = policy_from(options, method, clip=True, resume=True)
-    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid.step_t, options.get("stats"), warns)
+    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options.get("stats"), warns)
 
 
 def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: SampleBacksolveConfig) -> State:

@@ -16,6 +16,7 @@ from .callbacks import has_callbacks
 from .control import Times
 from .state import Dynamics, Form, Func
 from .stepping.adaptive import AdaptiveLoop
+from .stepping.fixed_grid import FixedGridLoop
 from .stepping.hooks import NO_HOOKS
 
 LARGEST = 1 << 18  # bytes of a state; a loop keeps the memory of a few
@@ -26,7 +27,7 @@ class IdleLoop:
     """A loop that has no func."""
 
     form: Form
-    loop: AdaptiveLoop
+    loop: AdaptiveLoop | FixedGridLoop
 
     def solve(self, func: Func, y0: Tensor) -> Tensor:
         """Solves for another func and start: [T, *y0.shape]."""
@@ -88,8 +89,10 @@ def kind_of(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: Any) -> An
 def keep(kind: Any, form: Form, loop: Any) -> None:
     """Makes the loop of a solve that has succeeded idle, if it is one that can be."""
     if (
-        isinstance(loop, AdaptiveLoop)
+        isinstance(loop, (AdaptiveLoop, FixedGridLoop))
         and loop.layout.samples * loop.layout.size * loop.layout.dtype.itemsize <= LARGEST
     ):
         loop.times = Times(loop.times.tensor.detach().clone(), loop.times.values)  # the user's may change
+        if isinstance(loop, FixedGridLoop):
+            loop.grid = loop.times.tensor  # without options, steps end where the outputs are
         idle_loops.put(kind, IdleLoop(form, loop))

@@ -273,7 +273,7 @@ def backward_config(
     )
     check_options(options, method, strict=True)
     policy = replace(_policy_of(policy_from(options, method), controller), resume=True)
-    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid.step_t, options.get("stats"), warns)
+    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options.get("stats"), warns)
 
 
 def _policy_of(policy: Policy, controller: Any) -> Policy:

@@ -8,7 +8,7 @@ from ensembles import blow_up, oscillators, van_der_pol
 from torch import Tensor, nn
 
 import pyode
-from pyode import InvalidValue, odeint, odeint_adjoint
+from pyode import InvalidValue, odeint, odeint_adjoint, solve_ivp
 
 F64 = torch.float64
 SAMPLES = {"control": "per_sample"}
@@ -108,6 +108,17 @@ def test_stats_count_both_solves():
     assert backward.n_f_evals > 0
 
 
+@pytest.mark.parametrize("interface", [odeint_adjoint, solve_ivp])
+def test_a_second_derivative_is_refused(interface):
+    y0 = Y0.clone().requires_grad_()
+    if interface is solve_ivp:
+        ys = solve_ivp(Field(), y0, T, gradient="adjoint").ys
+    else:
+        ys = odeint_adjoint(Field(), y0, T, options=SAMPLES)
+    with pytest.raises(InvalidValue, match="can't be differentiated"):
+        torch.autograd.grad(ys.sum(), y0, create_graph=True)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -119,3 +130,30 @@ def test_stats_count_both_solves():
 def test_what_is_not_for_samples_is_told(wrong):
     with pytest.raises(InvalidValue, match="per_sample"):
         odeint_adjoint(van_der_pol, oscillators(2), T, options=SAMPLES, adjoint_params=(), **wrong)
+
+
+class TestTimes:
+    def test_a_discontinuity_is_met_on_the_way_back(self):
+        def growth(t: Tensor, y: Tensor) -> Tensor:  # dy/dt = -y, then 2 y
+            return y * torch.where(t < 0.5, -1.0, 2.0)[:, None]
+
+        y0, t = Y0.clone().requires_grad_(), torch.tensor([0.0, 1.0], dtype=F64)
+        steps = []
+        for jumps in ({}, {"jump_t": torch.tensor([0.5], dtype=F64)}):
+            backward = pyode.Stats()
+            options = {"adjoint_options": {"stats": backward}, "adjoint_params": ()}
+            ys = odeint_adjoint(growth, y0, t, options={**SAMPLES, **jumps}, **TIGHT, **options)
+            (found,) = torch.autograd.grad(ys[-1].sum(), y0)
+            assert torch.allclose(found, torch.tensor(0.5, dtype=F64).exp().expand(3, 2), rtol=1e-5)
+            steps.append(backward.n_rejected)
+        assert steps[1] == 0 < steps[0]
+
+    @pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint"])
+    def test_a_sample_with_no_way_to_go_does_not_move_with_its_times(self, gradient):
+        t = torch.tensor([[0.0, 0.7], [0.5, 0.7], [1.0, 0.7]], dtype=F64, requires_grad=True)
+        y0 = Y0[:2].clone().requires_grad_()
+        ys = pyode.solve_ivp(Field(), y0, t, gradient=gradient, params=None, **TIGHT).ys
+        by_t, by_y0 = torch.autograd.grad(ys.sum(), (t, y0))
+        assert (by_t[:, 1] == 0).all()
+        assert (by_t[:, 0] != 0).all()
+        assert torch.equal(by_y0[1], torch.full((2,), 3.0, dtype=F64))

@@ -137,7 +137,7 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
     const bool given = is_finite(solve.first_step);
     if (given) {
       try_first_step(s, solve.policy, grid, 0, norm_of(y_), norm_of(first_));
-      s.dt = solve.first_step;
+      give_first_step(s, grid, 0, solve.first_step);
     } else {
       const auto norm = [&](auto ratio, auto share) {
         return norm_of_ratios([&](int64_t i) { return scaled(i, ratio(i), y_[i], y_[i]); }, 8 * D, share);

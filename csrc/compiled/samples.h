@@ -234,8 +234,9 @@ class SampleSolve : SideBySide<F> {
       try_first_step(steps.parts[h], policy, grid, x.row.parts[h], size.parts[h], slope.parts[h]);
     if (given) {
       for (int h = 0; h < H; ++h)
-        steps.parts[h].dt =
-            solve.first_steps ? read_at<R>(solve.first_steps, x.row.parts[h]) : spread<R>(solve.first_step);
+        give_first_step(
+            steps.parts[h], grid, x.row.parts[h],
+            solve.first_steps ? read_at<R>(solve.first_steps, x.row.parts[h]) : spread<R>(solve.first_step));
     } else {
       V change[D];
       const V t = this->numbers([&](int h) { return steps.parts[h].t + steps.parts[h].dt; });
@@ -397,7 +398,7 @@ class SampleSolve : SideBySide<F> {
       const int64_t row = x.row[l];
       bool finite = true;
       for (int d = 0; d < D; ++d) finite = finite && is_finite(x.y[d][l]) && is_finite(x.k[0][d][l]);
-      store_sample<double>({solve.states, solve.rows, solve.rows}, row, s);
+      store_sample({solve.states, solve.rows, solve.rows}, row, s);
       const int64_t more[] = {x.jumps[l], x.last[l], finite};
       for (int i = 0; i < kRowWords - kWords; ++i) memcpy(&solve.states[(kWords + i) * solve.rows + row], &more[i], 8);
       for (int64_t i = s.output_end; i < solve.grid.n_times; ++i) this->get_row(x.y, l, output(i, row));

@@ -17,6 +17,15 @@
 #define PYODE_HD inline
 #endif
 
+// Before a short loop whose counter is to be a constant in every turn.
+#if defined(__CUDA_ARCH__)
+#define PYODE_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__) && !defined(__CUDACC__)
+#define PYODE_UNROLL _Pragma("GCC unroll 32")
+#else
+#define PYODE_UNROLL
+#endif
+
 // The CPU loops are compiled once for each SIMD level. Every inline function lives in a namespace named
 // after its level, so the linker can't hand AVX-512 code to a machine that has none.
 #ifndef PYODE_LEVEL

@@ -39,17 +39,19 @@ using counts_t = typename CountsFor<flags_t<R>>::type;
 /// order.
 template <class R>
 struct Samples {
-  R t;         // where the accepted steps have come to
-  R dt;        // the step to take, signed; 0: stand still
-  R t1;        // where it ends; t + dt but for rounding, exact at a prescribed time
-  R t_prev;    // start of the last step tried
-  R dt_prev;   // its size
-  R dt_whole;  // the step to take before a prescribed time cut it short
-  R slope;     // first step only: |f(t0, y0)|, scaled
-  R error1;    // the scaled error of the step accepted last; 1 before there is one
-  R error2;    // and of the one before
-  R size1;     // size of the step accepted last; 0 before there is one
-  R ratio1;    // its size over that of the one before; 1 before there are two
+  R t;            // where the accepted steps have come to
+  R dt;           // the step to take, signed; 0: stand still
+  R t1;           // where it ends; t + dt but for rounding, exact at a prescribed time
+  R t_prev;       // start of the last step tried
+  R dt_prev;      // its size
+  R dt_whole;     // the step to take before a prescribed time cut it short
+  R slope;        // first step only: |f(t0, y0)|, scaled
+  R size1;        // of the step accepted last; 0 before there is one
+  R size2;        // of the one before; this and the errors are kept unless control is by the last error alone
+  R error1;       // the scaled error of the step accepted last; 1 before there is one
+  R error2;       // of the one before
+  R next_output;  // the time of the first output not passed yet; of the last one if all are
+  R end;          // of the last output
   counts_t<R> status;
   counts_t<R> accepted;      // whether the last step was
   counts_t<R> output_begin;  // the outputs which the last step passed: [begin, end)
@@ -61,12 +63,11 @@ struct Samples {
   counts_t<R> n_steps;      // since the last output, or since the start: what max_num_steps bounds
   counts_t<R> next_step_t;  // index of the next prescribed step end
   counts_t<R> next_jump_t;  // index of the next discontinuity
-  counts_t<R> rejected;     // whether the step tried last was
 };
 using Sample = Samples<double>;
 constexpr int kWords = static_cast<int>(sizeof(Sample) / 8);
-constexpr int kRealWords = 11;
-static_assert(sizeof(Sample) == 8 * 23, "Sample is a row of 8-byte words");
+constexpr int kRealWords = 13;
+static_assert(sizeof(Sample) == 8 * 24, "Sample is a row of 8-byte words");
 
 /// B samples as kWords rows of B words. In host memory on the CPU, in device memory on CUDA.
 struct StepState {
@@ -105,32 +106,39 @@ struct Grid {
 constexpr double kEpsilon = 2.220446049250313e-16;  // of double precision
 constexpr double kLeastError = 1e-10;               // smaller ones count as this in the filter: 0 would be forever
 
+/// Sets of words: as bits, the one whose offset in Sample is given, and those that no step changes under I control with
+/// no times prescribed but the outputs.
+constexpr int64_t word_at(size_t offset) { return int64_t{1} << (offset / 8); }
+constexpr int64_t kKeptPlainly = word_at(offsetof(Sample, slope)) | word_at(offsetof(Sample, end)) |
+                                 word_at(offsetof(Sample, size2)) | word_at(offsetof(Sample, error1)) |
+                                 word_at(offsetof(Sample, error2)) | word_at(offsetof(Sample, on_jump)) |
+                                 word_at(offsetof(Sample, next_step_t)) | word_at(offsetof(Sample, next_jump_t));
+
 inline namespace PYODE_LEVEL {
 
 /// Sample b, or for a vector those from b on.
 template <class R = double>
 PYODE_HD Samples<R> load_sample(const StepState& state, int64_t b) {
-  R words[kWords];
-  for (int i = 0; i < kWords; ++i) memcpy(&words[i], &state.words[i * state.stride + b], sizeof words[i]);
   Samples<R> sample;
-  memcpy(&sample, words, sizeof sample);
+  char* const words = reinterpret_cast<char*>(&sample);
+  PYODE_UNROLL
+  for (int i = 0; i < kWords; ++i) memcpy(words + i * sizeof(R), &state.words[i * state.stride + b], sizeof(R));
   return sample;
 }
 
-template <class R>
+/// All words but those in a set of them.
+template <int64_t kBut = 0, class R>
 PYODE_HD void store_sample(const StepState& state, int64_t b, const Samples<R>& sample) {
-  R words[kWords];
-  memcpy(words, &sample, sizeof sample);
-  for (int i = 0; i < kWords; ++i) memcpy(&state.words[i * state.stride + b], &words[i], sizeof words[i]);
+  const char* const words = reinterpret_cast<const char*>(&sample);
+  PYODE_UNROLL
+  for (int i = 0; i < kWords; ++i)
+    if (!(kBut >> i & 1)) memcpy(&state.words[i * state.stride + b], words + i * sizeof(R), sizeof(R));
 }
 
-/// Whether sample b's last step has passed an output; of the whole sample two words are read.
-PYODE_HD bool passes_outputs(const StepState& state, int64_t b) {
-  constexpr int64_t row = offsetof(Sample, output_begin) / 8;
-  int64_t begin, end;
-  memcpy(&begin, &state.words[row * state.stride + b], 8);
-  memcpy(&end, &state.words[(row + 1) * state.stride + b], 8);
-  return end > begin;
+/// 1 if sample b's last step has passed an output, else 0.
+PYODE_HD int64_t passes_outputs(const StepState& state, int64_t b) {
+  const Sample s = load_sample(state, b);
+  return s.output_end > s.output_begin;
 }
 
 /// x for every sample.
@@ -170,6 +178,12 @@ PYODE_HD R direction(const Grid& grid, counts_t<R> b) {
   return backwards ? spread<R>(-1) : spread<R>(1);
 }
 
+/// The same from the step to take, which a sample that runs has.
+template <class R>
+PYODE_HD R direction(const Samples<R>& s) {
+  return math::copysign(spread<R>(1), s.dt);
+}
+
 /// Prescribed times in the order in which a sample meets them.
 template <class R>
 struct Stops {
@@ -197,7 +211,7 @@ struct Stops {
   }
 };
 
-/// Fixes the step to take: within its bounds, not across a prescribed time, not too small to move t.
+/// Fixes the step to take, dt: within its bounds, not across a prescribed time, not too small to move t.
 template <class R>
 PYODE_HD void plan_step(Samples<R>& s, const Policy& policy, const Grid& grid, counts_t<R> b) {
   using Counts = counts_t<R>;
@@ -205,7 +219,7 @@ PYODE_HD void plan_step(Samples<R>& s, const Policy& policy, const Grid& grid, c
   const Counts none{};
   const Flags too_many = is_running(s) & (s.n_steps >= policy.max_num_steps);
   s.status = too_many ? spread_count<R>(kTooManySteps) : s.status;
-  const R sign = direction<R>(grid, b);
+  const R sign = direction(s);
   s.dt = sign * smaller(larger(magnitude(s.dt), spread<R>(policy.min_step)), spread<R>(policy.max_step));
   s.dt_whole = s.dt;
   const R least = policy.least_ulps * kEpsilon * magnitude(s.t);
@@ -235,10 +249,9 @@ PYODE_HD void plan_step(Samples<R>& s, const Policy& policy, const Grid& grid, c
     s.on_jump = over ? spread_count<R>(1) : none;
   }
   if (policy.clip) {
-    const R end = last_time<R>(grid, b);
-    const Flags over = running & (sign * (s.t1 - end) > 0);
-    s.t1 = over ? end : s.t1;
-    s.dt = over ? end - s.t : s.dt;
+    const Flags over = running & (sign * (s.t1 - s.end) > 0);
+    s.t1 = over ? s.end : s.t1;
+    s.dt = over ? s.end - s.t : s.dt;
     s.on_jump = over ? none : s.on_jump;
   }
 }
@@ -251,8 +264,16 @@ PYODE_HD Sample start_sample(const Grid& grid, int64_t b) {
   while (s.output_end < grid.n_times && output_time(grid, s.output_end, b) == s.t) s.output_end += 1;
   s.output_begin = s.output_end;
   s.status = s.output_end < grid.n_times ? kRunning : kSuccess;
-  s.error1 = s.error2 = s.ratio1 = 1;
+  s.error1 = s.error2 = 1;
+  s.end = last_time(grid, b);
+  s.next_output = s.output_end < grid.n_times ? output_time(grid, s.output_end, b) : s.end;
   return s;
+}
+
+/// The first step's size is given; its sign isn't.
+template <class R>
+PYODE_HD void give_first_step(Samples<R>& s, const Grid& grid, counts_t<R> b, R size) {
+  s.dt = direction<R>(grid, b) * magnitude(size);
 }
 
 /// The first guess h0, with which the second derivative is tried (Hairer, Norsett, Wanner I, II.4, steps a to c).
@@ -262,7 +283,7 @@ PYODE_HD void try_first_step(Samples<R>& s, const Policy& policy, const Grid& gr
   const flags_t<R> wrong = is_running(s) & !(is_finite(size) & is_finite(slope));
   s.status = wrong ? spread_count<R>(kNonFinite) : s.status;
   R h0 = (size < 1e-5) | (slope < 1e-5) ? spread<R>(1e-6) : 0.01 * size / slope;
-  if (policy.clip) h0 = smaller(h0, magnitude(last_time<R>(grid, b) - s.t));
+  if (policy.clip) h0 = smaller(h0, magnitude(s.end - s.t));
   s.dt = direction<R>(grid, b) * h0;
   s.slope = slope;
 }
@@ -279,57 +300,70 @@ PYODE_HD void choose_first_step(Samples<R>& s, const Policy& policy, const Grid&
   s.dt = is_finite(change) & (s.dt != 0) ? direction<R>(grid, b) * smaller(100 * h0, h1) : s.dt;
 }
 
-/// The factor by which the next step is longer than the one just tried, whose scaled error is finite.
+/// Whether the next step depends on the last error alone: I control.
+PYODE_HD bool is_elementary(const Policy& policy) {
+  return policy.beta[1] == 0 && policy.beta[2] == 0 && policy.alpha[0] == 0 && policy.alpha[1] == 0;
+}
+
+/// The factor by which a step is too short for the error it had: the error, to the power of -1 / order.
 template <class R>
-PYODE_HD R step_factor(const Samples<R>& s, const Policy& policy, R error) {
+PYODE_HD R fitting_factor(const Policy& policy, R error) {
+  return inverse_root(error, policy.order);
+}
+
+/// The factor by which the next step is longer than the one just tried, whose scaled error is finite; `fitting` as
+/// fitting_factor has it.
+template <class R>
+PYODE_HD R step_factor(const Samples<R>& s, const Policy& policy, R error, R fitting) {
   const double* const beta = policy.beta;
   const double* const alpha = policy.alpha;
-  const bool integrating = beta[1] == 0 && beta[2] == 0 && alpha[0] == 0 && alpha[1] == 0;
+  const bool elementary = is_elementary(policy);
   const flags_t<R> accepted = s.accepted != 0;
   const R most = spread<R>(policy.ifactor);
   R factor{};
-  if (integrating || any(!accepted)) {
+  if (elementary || any(!accepted)) {
     // Elementary control never shrinks a step that was accurate enough.
-    const R least = error < 1 ? spread<R>(integrating ? 1 : policy.dfactor) : spread<R>(policy.dfactor);
-    const double exponent = 1 / policy.order;
-    const R root = beta[0] == 1 ? root_power(error, exponent)
-                                : power(error, accepted ? spread<R>(beta[0] / policy.order) : spread<R>(exponent));
-    factor = smaller(most, larger(policy.safety / root, least));
+    const R least = error < 1 ? spread<R>(elementary ? 1 : policy.dfactor) : spread<R>(policy.dfactor);
+    if (elementary && beta[0] != 1) fitting = accepted ? 1 / power(error, spread<R>(beta[0] / policy.order)) : fitting;
+    factor = smaller(most, larger(policy.safety * fitting, least));
   }
-  if (!integrating && any(accepted)) {
+  if (!elementary && any(accepted)) {
     const auto filter = [](R x, double exponent) { return power(x, spread<R>(exponent)); };
-    const R ratio = s.size1 == 0 ? spread<R>(1) : s.dt / s.size1;
+    const auto over = [](R size, R before) { return before == 0 ? spread<R>(1) : size / before; };
     const R filtered = filter(error, beta[0] / policy.order) * filter(s.error1, beta[1] / policy.order) *
-                       filter(s.error2, beta[2] / policy.order) * filter(ratio, alpha[0]) * filter(s.ratio1, alpha[1]);
+                       filter(s.error2, beta[2] / policy.order) * filter(over(s.dt, s.size1), alpha[0]) *
+                       filter(over(s.size1, s.size2), alpha[1]);
     factor = accepted ? smaller(most, larger(policy.safety / filtered, spread<R>(policy.dfactor))) : factor;
   }
   return error == 0 ? most : factor;
 }
 
 /// Accepts or rejects the step just tried, from the norm of its scaled error, and proposes the next one's size.
-/// A non-finite error rejects and shrinks; at the smallest step it ends the solve.
+/// A non-finite error rejects and shrinks; at the smallest step it ends the solve. `fitting` is that of
+/// fitting_factor.
 template <class R>
-PYODE_HD void judge_step(Samples<R>& s, const Policy& policy, const Grid& grid, counts_t<R> b, R error) {
+PYODE_HD void judge_step(Samples<R>& s, const Policy& policy, const Grid& grid, counts_t<R> b, R error, R fitting) {
   using Flags = flags_t<R>;
   using Counts = counts_t<R>;
   const Counts none{}, one = spread_count<R>(1);
-  const Flags running = is_running(s);
+  const Flags running = is_running(s), was_rejected = (s.accepted == 0) & (s.dt_prev != 0);
   s.accepted = none;
   s.output_begin = s.output_end;
   if (!any(running)) return;
-  const R sign = direction<R>(grid, b);
+  const R sign = direction(s);
   const Flags finite = is_finite(error), smallest = magnitude(s.dt) <= policy.min_step;
   const Flags accepted = running & ((error <= 1) | (smallest & finite));
   s.non_finite = running ? (finite ? none : one) : s.non_finite;
   s.accepted = accepted ? one : none;
   s.status = running & smallest & !finite ? spread_count<R>(kNonFinite) : s.status;
 
-  R factor = finite ? step_factor(s, policy, error) : spread<R>(policy.dfactor);
-  if (policy.cautious) factor = s.rejected != 0 ? smaller(factor, spread<R>(1)) : factor;
-  s.rejected = running ? one - s.accepted : s.rejected;
-  s.error2 = accepted ? s.error1 : s.error2;
-  s.error1 = accepted ? larger(error, spread<R>(kLeastError)) : s.error1;
-  s.ratio1 = accepted ? (s.size1 == 0 ? spread<R>(1) : s.dt / s.size1) : s.ratio1;
+  R factor = finite ? step_factor(s, policy, error, fitting) : spread<R>(policy.dfactor);
+  if (policy.cautious) factor = was_rejected ? smaller(factor, spread<R>(1)) : factor;
+  if (!is_elementary(policy)) {
+    s.error2 = accepted ? s.error1 : s.error2;
+    s.error1 = accepted ? larger(error, spread<R>(kLeastError)) : s.error1;
+    s.size2 = accepted ? s.size1 : s.size2;
+  }
   s.size1 = accepted ? s.dt : s.size1;
   s.t_prev = running ? s.t : s.t_prev;
   s.dt_prev = running ? s.dt : s.dt_prev;
@@ -340,15 +374,20 @@ PYODE_HD void judge_step(Samples<R>& s, const Policy& policy, const Grid& grid, 
   s.n_accepted += s.accepted;
   s.t = accepted ? s.t1 : s.t;
   const Counts last = spread_count<R>(grid.n_times - 1);
-  for (Flags passed; any(passed = accepted & (s.output_end <= last));) {
-    const R time = output_time<R>(grid, s.output_end < last ? s.output_end : last, b);
-    passed = passed & (sign * (time - s.t) <= 0);
-    if (!any(passed)) break;
+  for (Flags passed = accepted & (sign * (s.next_output - s.t) <= 0); any(passed);) {
     s.output_end += passed ? one : none;
+    const Flags more = passed & (s.output_end <= last);
+    if (any(more)) s.next_output = more ? output_time<R>(grid, more ? s.output_end : none, b) : s.next_output;
+    passed = more & (sign * (s.next_output - s.t) <= 0);
   }
   const Flags there = (s.output_end > s.output_begin) | (policy.resume ? s.on_jump != 0 : flags_t<R>{});
   if (policy.count_per_output) s.n_steps = accepted & there ? none : s.n_steps;
   s.status = accepted & (s.output_end > last) ? spread_count<R>(kSuccess) : s.status;
+}
+
+template <class R>
+PYODE_HD void judge_step(Samples<R>& s, const Policy& policy, const Grid& grid, counts_t<R> b, R error) {
+  judge_step(s, policy, grid, b, error, fitting_factor(policy, error));
 }
 
 /// What sample b adds to the word of flags, after judge_step and plan_step; `was_on_jump` as before the latter.

@@ -31,28 +31,44 @@ struct SingleOf<R, std::enable_if_t<is_vector<R>>> {
 template <class R>
 using single_t = typename SingleOf<R>::type;
 
-/// The same with one exponent for all. An n-th root is guessed in single precision, and made exact by a step of
-/// Halley's method for y^-n = x, whose error is the third power of the guess's: that takes half as long as the
-/// logarithm.
+/// A step of Halley's method for y^-n = x: of y's relative error it leaves the third power, (n + 1) (2 n + 1) / 6
+/// times.
 template <class R>
-PYODE_HD R root_power(R x, double y) {
-  const int n = static_cast<int>(1 / y + 0.5);
-  const auto beyond = (x > 0) & ((x < 1e-30) | ((x > 1e30) & (x - x == 0)));
-  if (n < 1 || n > 16 || y * n != 1) return power(x, y - R{});
+PYODE_HD R improve_inverse_root(R y, R x, int n) {
+  R power = y;
+  for (int rest = n;; power *= power) {
+    if (rest & 1) x *= power;
+    rest >>= 1;
+    if (rest == 0) break;
+  }
+  const number_t<R> share = 1 / static_cast<number_t<R>>(n);
+  const R residual = 1 - x;
+  return fused_multiply_add(y * residual, share + residual * ((1 + share) * share / 2), y);
+}
+
+/// x to the power of -1 / n, for x > 0 and finite. Roots of whole order are guessed in single precision, within 6 %,
+/// from the bits of x, which are about its logarithm, and improved three times, at last in double.
+template <class R>
+PYODE_HD R inverse_root(R x, double order) {
+  const int n = static_cast<int>(order);
+  if (n < 1 || n > 12 || n != order) return power(x, -1 / order - R{});
   using Single = single_t<R>;
-  const Single guess = math::exp(static_cast<float>(-y) * math::log(math::convert<Single>(x)));
-  R root = math::convert<R>(guess), product = x;  // the reciprocal's root
-  for (int i = 0; i < n; ++i) product *= root;
-  const R rest = 1 - product;
-  root = fused_multiply_add(root * rest, y + rest * ((n + 1) * y * y / 2), root);
-  R result = x;
-  for (int i = 1; i < n; ++i) result *= root;
-  if (any(beyond)) result = beyond ? power(x, y - R{}) : result;  // a sample's bits do not depend on its neighbours
-  return result;
+  using Bits = integer_t<Single>;
+  const float share = 1 / static_cast<float>(n);
+  const Single single = math::convert<Single>(x), bits = math::convert<Single>(math::bit_cast<Bits>(single));
+  const Single guess = math::bit_cast<Single>(math::convert<Bits>(126.95f * 0x1p23f * (1 + share) - share * bits));
+  const Single root = improve_inverse_root(improve_inverse_root(guess, single, n), single, n);
+  const R result = improve_inverse_root(math::convert<R>(root), x, n);
+  const auto beyond = (x > 0) & ((x < 1e-30) | ((x > 1e30) & (x - x == 0)));  // what single precision can hold
+  if (!any(beyond)) return result;
+  return beyond ? power(x, -1 / order - R{}) : result;  // a sample's bits do not depend on its neighbours
 }
 
 template <class R, class = std::enable_if_t<is_vector<R>>>
 PYODE_HD R read_at(const double* from, integer_t<R> i) {
+#if defined(__AVX512F__) && !defined(__clang__)
+  if constexpr (lanes<R> == 8) return __builtin_ia32_gatherdiv8df(R{}, from, (Vector<long long, 64>)i, -1, 8);
+#endif
   R numbers;
   for (int l = 0; l < lanes<R>; ++l) numbers[l] = from[i[l]];
   return numbers;

@@ -63,6 +63,11 @@ constexpr int lanes = static_cast<int>(sizeof(R) / sizeof(number_t<R>));
 #define PYODE_ELEMENTWISE
 #endif
 #endif
+#if defined(__has_builtin) && !defined(__CUDACC__)
+#if __has_builtin(__builtin_shufflevector)
+#define PYODE_SHUFFLE
+#endif
+#endif
 constexpr int kCurrentRounding = 4;  // _MM_FROUND_CUR_DIRECTION
 
 /// a * b + c, rounded once.
@@ -103,6 +108,12 @@ PYODE_HD R fused_multiply_add(R a, R b, R c) {
 /// Whether it holds in any lane.
 template <class M, class = std::enable_if_t<is_vector<M>>>
 PYODE_HD bool any(M mask) {
+#if defined(__AVX512F__) && !defined(__clang__)
+  if constexpr (sizeof(M) == 64) {
+    const auto all = (Vector<long long, 64>)mask;
+    return __builtin_ia32_ptestmq512(all, all, -1) != 0;
+  }
+#endif
   if constexpr (sizeof(M) > 16) {
     Vector<int64_t, sizeof(M) / 2> half[2];
     memcpy(half, &mask, sizeof mask);
@@ -112,6 +123,30 @@ PYODE_HD bool any(M mask) {
     memcpy(half, &mask, sizeof mask);
     return (half[0] | half[1]) != 0;
   }
+}
+#endif
+
+#if defined(PYODE_SHUFFLE)
+template <int n, int c, int j, class R, int... l>
+PYODE_HD R take_from_column(R column, R numbers, std::integer_sequence<int, l...>) {
+  constexpr int L = sizeof...(l);
+  return __builtin_shufflevector(column, numbers, ((l * n + c) / L == j ? L + (l * n + c) % L : l)...);
+}
+template <int n, int c, int j = 0, class R>
+PYODE_HD R read_column(const R* numbers, R column) {
+  if constexpr (j == n)
+    return column;
+  else
+    return read_column<n, c, j + 1>(
+        numbers, take_from_column<n, c, j>(column, numbers[j], std::make_integer_sequence<int, lanes<R>>{}));
+}
+/// As many rows of n numbers as R has lanes: columns[c] gets the c-th of each.
+template <int n, int c = 0, class R>
+PYODE_HD void read_columns(const number_t<R>* rows, R* columns) {
+  R numbers[n];
+  memcpy(numbers, rows, sizeof numbers);
+  columns[c] = read_column<n, c>(numbers, R{});
+  if constexpr (c + 1 < n) read_columns<n, c + 1>(rows, columns);
 }
 #endif
 

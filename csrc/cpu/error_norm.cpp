@@ -48,6 +48,13 @@ void square_ratios(const ErrorNorm& op, const Terms<T>& terms, Step step, int64_
   }
 }
 
+void add_to_lanes(const double* ratios, int64_t n, double* lanes) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += ratios[i + l];
+  for (int64_t l = 0; i < n; ++i, ++l) lanes[l] += ratios[i];
+}
+
 // The sum over numbers [begin, end) of one sample, in an order that depends on nothing but their count.
 template <class T, bool kComplex>
 double sum_squares(const ErrorNorm& op, const Terms<T>& terms, double dt, int64_t begin, int64_t end) {
@@ -59,10 +66,7 @@ double sum_squares(const ErrorNorm& op, const Terms<T>& terms, double dt, int64_
     const int64_t to = from + kBlock < end ? from + kBlock : end;
     square_ratios<T, kComplex>(op, terms, step, from, to, ratios);
     const int64_t n = kComplex ? (to - from) / 2 : to - from;
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-      for (int64_t l = 0; l < kLanes; ++l) lanes[l] += ratios[i + l];
-    for (int64_t l = 0; i < n; ++i, ++l) lanes[l] += ratios[i];
+    add_to_lanes(ratios, n, lanes);
   }
   for (int64_t half = kLanes / 2; half > 0; half /= 2)
     for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
@@ -72,7 +76,7 @@ double sum_squares(const ErrorNorm& op, const Terms<T>& terms, double dt, int64_
 // The same for the squared ratios of one small row: n numbers, in the same order.
 double sum_row(const double* ratios, int64_t n) {
   double lanes[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) lanes[i % kLanes] += ratios[i];
+  add_to_lanes(ratios, n, lanes);
   int64_t half = kLanes / 2;
   while (half >= n && half > 1) half /= 2;  // the lanes from n on are 0
   for (; half > 0; half /= 2)
@@ -85,15 +89,30 @@ double mean(double sum, int64_t n) {
   return n == 0 ? 0.0 : sum / static_cast<double>(kComplex ? n / 2 : n);
 }
 
-// The means of rows of kSize ratios each, summed in the same order.
+// The means of the columns of kSize numbers each, summed in the same order; for vectors, of those in each lane.
+template <int64_t kSize, class R>
+void mean_columns(R* columns, double* means) {
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half && l + half < kSize; ++l) columns[l] += columns[l + half];
+  const R mean = columns[0] / static_cast<double>(kSize);
+  std::memcpy(means, &mean, sizeof mean);
+}
+
+// The means of rows of kSize ratios each.
 template <int64_t kSize>
 void mean_rows(const double* ratios, int64_t rows, double* means) {
-  for (int64_t b = 0; b < rows; ++b) {
+  int64_t b = 0;
+#if defined(PYODE_SHUFFLE)
+  for (; b + lanes<Side> <= rows; b += lanes<Side>) {
+    Side columns[kSize];
+    read_columns<kSize>(ratios + b * kSize, columns);
+    mean_columns<kSize>(columns, means + b);
+  }
+#endif
+  for (; b < rows; ++b) {
     double row[kSize];
     for (int64_t i = 0; i < kSize; ++i) row[i] = ratios[b * kSize + i];
-    for (int64_t half = kLanes / 2; half > 0; half /= 2)
-      for (int64_t l = 0; l < half && l + half < kSize; ++l) row[l] += row[l + half];
-    means[b] = row[0] / static_cast<double>(kSize);
+    mean_columns<kSize>(row, means + b);
   }
 }
 
@@ -134,20 +153,8 @@ void error_norm_of(const Layout& layout, const ErrorNorm& op) {
       double ratios[kBlock];
       square_ratios<T, kComplex>(op, terms_of(first), [&](int64_t i) { return steps[i]; }, 0, end - begin, ratios);
       const int64_t rows = (end - begin) / layout.size;
-      if (layout.n_segments == 1) {
-        switch (size) {
-          case 1:
-            return mean_rows<1>(ratios, rows, op.means + first);
-          case 2:
-            return mean_rows<2>(ratios, rows, op.means + first);
-          case 3:
-            return mean_rows<3>(ratios, rows, op.means + first);
-          case 4:
-            return mean_rows<4>(ratios, rows, op.means + first);
-          default:
-            break;
-        }
-      }
+      const auto of_size = [&](auto n) { mean_rows<decltype(n)::value>(ratios, rows, op.means + first); };
+      if (layout.n_segments == 1 && with_constant<8>(size, of_size)) return;
       for (int64_t b = 0; b < rows; ++b)
         for (int64_t s = 0; s < layout.n_segments; ++s) {
           const int64_t from = layout.segments[s], count = layout.segments[s + 1] - from;

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "../core/step.h"
+#include "../core/vector.h"
 #include "../ops.h"
 #include "parallel.h"
 
@@ -24,8 +25,22 @@ inline namespace PYODE_LEVEL {
 
 constexpr int64_t kChunk = 16384;           // numbers a thread takes at a time
 constexpr int64_t kWorthSharing = 1 << 16;  // numbers; below, waking another thread costs more than it saves
-constexpr int64_t kSmallRow = 64;           // below so many numbers a sample, a loop runs over many samples
-constexpr int64_t kBlock = 256;             // numbers in such a loop
+constexpr int64_t kSmallRow = 129;          // below so many numbers a sample, a loop runs over many samples
+constexpr int64_t kBlock = 512;             // numbers in such a loop
+
+// As many doubles as a register holds, or one.
+#if defined(PYODE_VECTORS)
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;  // bytes
+#elif defined(__AVX__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+using Side = Vector<double, kRegister>;
+#else
+using Side = double;
+#endif
 
 inline int threads_for(const Layout& layout) {
   return layout.samples * layout.size < kWorthSharing ? 1 : layout.threads;
@@ -62,6 +77,18 @@ void sum_terms(const Terms<T>& terms, int64_t begin, int64_t end, Step dt) {
   }
 }
 
+/// Calls body with n as a constant if it is from 1 to kMost; whether it has.
+template <int kMost, int N = 1, class Body>
+bool with_constant(int64_t n, Body body) {
+  if (n == N) {
+    body(std::integral_constant<int, N>{});
+    return true;
+  }
+  if constexpr (N < kMost) return with_constant<kMost, N + 1>(n, body);
+  return false;
+}
+constexpr int kFewTerms = 7;  // tableaus of up to so many stages get a loop of their own for every number of terms
+
 template <int N, class T>
 void accumulate(const Terms<T>& terms, int64_t begin, int64_t end, arithmetic_t<T>* sums) {
   const T* k[N];
@@ -74,26 +101,10 @@ void accumulate(const Terms<T>& terms, int64_t begin, int64_t end, arithmetic_t<
 template <class T>
 void accumulate_any(int n, const Terms<T>& terms, int64_t begin, int64_t end, arithmetic_t<T>* sums) {
   using A = arithmetic_t<T>;
-  switch (n) {
-    case 1:
-      return accumulate<1>(terms, begin, end, sums);
-    case 2:
-      return accumulate<2>(terms, begin, end, sums);
-    case 3:
-      return accumulate<3>(terms, begin, end, sums);
-    case 4:
-      return accumulate<4>(terms, begin, end, sums);
-    case 5:
-      return accumulate<5>(terms, begin, end, sums);
-    case 6:
-      return accumulate<6>(terms, begin, end, sums);
-    case 7:
-      return accumulate<7>(terms, begin, end, sums);
-    default:
-      break;
-  }
-  accumulate<7>(terms, begin, end, sums);
-  for (int j = 7; j < n; ++j) {
+  if (with_constant<kFewTerms>(n, [&](auto count) { accumulate<decltype(count)::value>(terms, begin, end, sums); }))
+    return;
+  accumulate<kFewTerms>(terms, begin, end, sums);
+  for (int j = kFewTerms; j < n; ++j) {
     const T* const k = terms.k[j] + begin;
     const A w = terms.w[j];
     PYODE_INDEPENDENT
@@ -101,28 +112,12 @@ void accumulate_any(int n, const Terms<T>& terms, int64_t begin, int64_t end, ar
   }
 }
 
-// Tableaus of up to seven stages get a loop of their own for every number of terms; longer sums go block by block.
+// Long sums go block by block.
 template <class T, class Step>
 void sum_terms_any(int n, const Terms<T>& terms, int64_t begin, int64_t end, Step dt) {
   using A = arithmetic_t<T>;
-  switch (n) {
-    case 1:
-      return sum_terms<1>(terms, begin, end, dt);
-    case 2:
-      return sum_terms<2>(terms, begin, end, dt);
-    case 3:
-      return sum_terms<3>(terms, begin, end, dt);
-    case 4:
-      return sum_terms<4>(terms, begin, end, dt);
-    case 5:
-      return sum_terms<5>(terms, begin, end, dt);
-    case 6:
-      return sum_terms<6>(terms, begin, end, dt);
-    case 7:
-      return sum_terms<7>(terms, begin, end, dt);
-    default:
-      break;
-  }
+  if (with_constant<kFewTerms>(n, [&](auto count) { sum_terms<decltype(count)::value>(terms, begin, end, dt); }))
+    return;
   A sums[kBlock];
   for (int64_t from = begin; from < end; from += kBlock) {
     const int64_t to = from + kBlock < end ? from + kBlock : end;

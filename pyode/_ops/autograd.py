@@ -60,7 +60,7 @@ def stage_combine(
     if dt.requires_grad:
         return reference.stage_combine(layout, weights, y, ks, dt)
     if ops is not reference and (y.requires_grad or any(k.requires_grad for k in ks)):
-        return _apply((ops, layout, weights, dt), y, *ks)  # type: ignore[no-any-return]
+        return _apply((ops, layout, weights, dt), y, *ks)  # type: ignore[no-any-return, no-untyped-call]
     return ops.stage_combine(layout, weights, y, ks, dt)  # type: ignore[no-any-return]
 
 

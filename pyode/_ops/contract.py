@@ -155,9 +155,12 @@ class Flag(IntFlag):
 
 
 # The words of one sample's step state, in the order of `struct Sample` in csrc/core/controller.h.
-REAL_FIELDS = ("t", "dt", "t1", "t_prev", "dt_prev", "dt_whole", "slope", "error1", "error2", "size1", "ratio1")
+REAL_FIELDS = (
+    "t", "dt", "t1", "t_prev", "dt_prev", "dt_whole", "slope", "size1", "size2", "error1", "error2", "next_output",
+    "end",
+)  # fmt: skip
 INTEGER_FIELDS = (
     "status", "accepted", "output_begin", "output_end", "on_jump", "non_finite",
-    "n_accepted", "n_rejected", "n_steps", "next_step_t", "next_jump_t", "rejected",
+    "n_accepted", "n_rejected", "n_steps", "next_step_t", "next_jump_t",
 )  # fmt: skip
 N_FIELDS = len(REAL_FIELDS) + len(INTEGER_FIELDS)

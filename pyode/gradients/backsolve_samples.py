@@ -34,7 +34,7 @@ class SampleBacksolveConfig:
     rtol: float | Tensor
     atol: float | Tensor
     policy: Policy
-    step_t: Tensor | None
+    grid: Grid  # of the forward solve, whose step_t and jump_t are met again
     stats: Stats | None
     warns: bool  # of tensors that func depends on and that get no gradient
 
@@ -99,8 +99,10 @@ class SampleBacksolve:
             self.times[-1], torch.ones_like(samples, dtype=torch.bool), torch.stack([self.ys[-1], zero], 1)
         )
         if bool((ends[0] != ends[1]).any()):
-            jumps = self.times[1:-1].flip(0) if len(self.times) > 2 else None
-            grid = Grid(ends.contiguous(), self.config.step_t, None if jumps is None else jumps.contiguous())
+            jumps, given = self.times[1:-1], self.config.grid.jump_t
+            if given is not None:
+                jumps = torch.cat([jumps, given.to(jumps)[:, None].expand(-1, len(samples))]).sort(0).values
+            grid = Grid(ends.contiguous(), self.config.grid.step_t, jumps.contiguous() if len(jumps) else None)
             tableau, policy = self.config.tableau, self.config.policy
             values = ends[:, 0].tolist() if len(samples) else [0.0, 1.0]
             hooks = Hooks(watch_batch=self._add_integrals)

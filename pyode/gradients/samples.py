@@ -52,7 +52,7 @@ class SampleAdjoint(torch.autograd.Function):
         ctx.solved = solved
         ctx.circumstances = Circumstances(solved.written, y0.device, params)
         ctx.save_for_backward(t, *params)
-        return solved.ys, solved.end_y
+        return solved.ys.detach(), solved.end_y.detach()  # others, as what the node holds must not lead to it
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # noqa: D102
@@ -83,6 +83,8 @@ class SampleAdjoint(torch.autograd.Function):
             y0_gradient, time_gradients, param_gradients = backsolve.solve()
         t_gradient = None
         if ctx.needs_input_grad[1]:
-            by_time = torch.where(solved.reached, time_gradients[:-1], 0.0)
+            # A sample that has no way to go, all of whose times are one, stays at its start.
+            moves = solved.times[0] != solved.times[-1]
+            by_time = torch.where(solved.reached & moves, time_gradients[:-1], 0.0)
             t_gradient = (by_time if t.dim() == 2 else by_time.sum(1)).to(t)
         return (None, t_gradient, y0_gradient, *param_gradients)

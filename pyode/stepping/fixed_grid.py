@@ -117,6 +117,7 @@ class FixedGridLoop:
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
         """Returns the states at the output times, [T, *y0.shape]."""
+        self.counts = Stats()
         recording = torch.is_grad_enabled()
         # Where times carry a gradient, so do step sizes and positions between: the twin does the work.
         moving = recording and (self.grid.requires_grad or self.times.tensor.requires_grad)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..solution import Stats
 from .krylov import gmres, norm_of
 
@@ -244,8 +245,13 @@ class _Solution(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        # Not once_differentiable, which only tells those who differentiate all the way back.
+        if torch.is_grad_enabled():
+            raise InvalidValue(
+                "the gradient of an implicit step can't be differentiated, for which create_graph=True prepares; leave "
+                "it out, or take an explicit method"
+            )
         (g,), (x,), newton = gradients, ctx.saved_tensors, ctx.newton
         at = Linearization(ctx.phi, x)
         u = newton.linear.solve_transposed(at, g, ctx.size(x), newton.tolerance)

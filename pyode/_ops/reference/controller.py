@@ -30,10 +30,12 @@ class Sample:
     dt_prev: float = 0.0
     dt_whole: float = 0.0
     slope: float = 0.0
+    size1: float = 0.0
+    size2: float = 0.0
     error1: float = 1.0
     error2: float = 1.0
-    size1: float = 0.0
-    ratio1: float = 1.0
+    next_output: float = 0.0
+    end: float = 0.0
     status: int = _RUNNING
     accepted: int = 0
     output_begin: int = 1
@@ -43,7 +45,6 @@ class Sample:
     n_accepted: int = 0
     n_rejected: int = 0
     n_steps: int = 0
-    rejected: int = 0
 
 
 class _Times:
@@ -59,7 +60,14 @@ class _Times:
         """A sample at its start, which may be its first output times too, or all."""
         t, passed = self.sign * self.outputs[0], bisect_right(self.outputs, self.outputs[0])
         status = _RUNNING if passed < len(self.outputs) else _SUCCESS
-        return Sample(t=t, t1=t, t_prev=t, output_begin=passed, output_end=passed, status=status)
+        return Sample(
+            t, t1=t, t_prev=t, output_begin=passed, output_end=passed, status=status,
+            next_output=self.output(passed), end=self.output(len(self.outputs)),
+        )  # fmt: skip
+
+    def output(self, i: int) -> float:
+        """The time of the i-th output, or of the last."""
+        return self.sign * self.outputs[min(i, len(self.outputs) - 1)]
 
     def next_stop(self, stops: list[float], t: float) -> float:
         i = bisect_right(stops, self.sign * t)
@@ -197,8 +205,14 @@ class Controller:
             h1 = _power(0.01 / max(s.slope, curvature), 1 / self.policy.order)
         s.dt = times.sign * min(100 * h0, h1)
 
+    @property
+    def _elementary(self) -> bool:
+        """Whether the next step depends on the last error alone: I control."""
+        return not any((*self.policy.beta[1:], *self.policy.alpha))
+
     def _judge_step(self, s: Sample, times: _Times, error: float) -> None:
         policy = self.policy
+        was_rejected = not s.accepted and s.dt_prev != 0
         s.accepted, s.output_begin = 0, s.output_end
         if s.status != _RUNNING:
             return
@@ -208,12 +222,12 @@ class Controller:
         if s.non_finite and smallest:
             s.status = _NON_FINITE
         factor = policy.dfactor if s.non_finite else self._step_factor(s, error)
-        if s.rejected and policy.cautious:
+        if was_rejected and policy.cautious:
             factor = min(factor, 1.0)
-        s.rejected = int(not s.accepted)
         if s.accepted:
-            s.error1, s.error2 = max(error, _LEAST_ERROR), s.error1
-            s.ratio1 = 1.0 if s.size1 == 0 else s.dt / s.size1
+            if not self._elementary:
+                s.error1, s.error2 = max(error, _LEAST_ERROR), s.error1
+                s.size2 = s.size1
             s.size1 = s.dt
         s.t_prev, s.dt_prev, s.dt = s.t, s.dt, s.dt * factor
         s.n_steps += 1
@@ -225,6 +239,7 @@ class Controller:
         s.n_accepted += 1
         s.t = s.t1
         s.output_end = max(s.output_begin, bisect_right(times.outputs, times.sign * s.t))
+        s.next_output = times.output(s.output_end)
         if (s.output_end > s.output_begin or (s.on_jump and policy.resume)) and policy.count_per_output:
             s.n_steps = 0
         if s.output_end == len(times.outputs):
@@ -236,12 +251,11 @@ class Controller:
         if error == 0:
             return policy.ifactor
         (b1, b2, b3), (a1, a2), k = policy.beta, policy.alpha, policy.order
-        integrating = b2 == b3 == a1 == a2 == 0
-        if integrating or not s.accepted:
-            least = 1.0 if integrating and error < 1 else policy.dfactor
+        if self._elementary or not s.accepted:
+            least = 1.0 if self._elementary and error < 1 else policy.dfactor
             return min(policy.ifactor, max(policy.safety / math.pow(error, (b1 if s.accepted else 1) / k), least))
-        ratio = 1.0 if s.size1 == 0 else s.dt / s.size1
-        powers = ((error, b1 / k), (s.error1, b2 / k), (s.error2, b3 / k), (ratio, a1), (s.ratio1, a2))
+        ratio1, ratio2 = (size / before if before else 1.0 for size, before in ((s.dt, s.size1), (s.size1, s.size2)))
+        powers = ((error, b1 / k), (s.error1, b2 / k), (s.error2, b3 / k), (ratio1, a1), (ratio2, a2))
         filtered = math.prod(math.pow(x, power) for x, power in powers)
         return min(policy.ifactor, max(policy.safety / filtered, policy.dfactor))
 
