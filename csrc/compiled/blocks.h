@@ -70,14 +70,6 @@ namespace compiled {
 
 using namespace math;
 
-#if defined(__AVX512F__)
-constexpr int kRegister = 64;  // bytes
-#elif defined(__AVX__)
-constexpr int kRegister = 32;
-#else
-constexpr int kRegister = 16;
-#endif
-
 /// Whether Ctrl-C has been pressed: only the calling thread can find out, and tells the others.
 struct Interruption {
   CompiledSolve& solve;

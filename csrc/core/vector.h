@@ -25,6 +25,15 @@ struct VectorOf {
 /// As many T as fit into a register of so many bytes: 16 (SSE, Neon), 32 (AVX), 64 (AVX-512).
 template <class T, int Bytes>
 using Vector = typename VectorOf<T, Bytes>::type;
+
+/// Bytes of the widest register that this is compiled for.
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
 #endif
 
 template <class R, class = void>

@@ -30,13 +30,6 @@ constexpr int64_t kBlock = 512;             // numbers in such a loop
 
 // As many doubles as a register holds, or one.
 #if defined(PYODE_VECTORS)
-#if defined(__AVX512F__)
-constexpr int kRegister = 64;  // bytes
-#elif defined(__AVX__)
-constexpr int kRegister = 32;
-#else
-constexpr int kRegister = 16;
-#endif
 using Side = Vector<double, kRegister>;
 #else
 using Side = double;
