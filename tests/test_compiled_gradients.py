@@ -52,6 +52,13 @@ def test_cubics_between_fixed_steps(method):
         assert_close(*found, 1e-11)
 
 
+@pytest.mark.parametrize("n", [2, 33, 200])
+def test_a_first_solve_of_any_number_of_fixed_steps(n):
+    arguments = {"method": "rk4", "options": {"step_size": 1.0 / n}}
+    found = [gradients(solve, time=False, **arguments) for solve in (compiled(pyode.odeint), pyode.odeint)]
+    assert_close(*found, 1e-11)
+
+
 def test_gradcheck():
     field = Field()
     f = strict(field)

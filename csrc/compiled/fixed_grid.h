@@ -51,7 +51,8 @@ class FixedGridSolve : Blocks<F> {
     int64_t i = 1;
     for (int64_t n = 0; n + 1 < solve.n_ends; ++n) {
       if (this->interruption.after(operations, spent)) return;
-      if (solve.tape) memcpy(static_cast<V*>(solve.tape) + (n * this->blocks + b) * D, y, sizeof y);
+      const bool noted = solve.tape && n < solve.capacity;
+      if (noted) memcpy(static_cast<V*>(solve.tape) + (n * this->blocks + b) * D, y, sizeof y);
       const int64_t i_begin = i;
       const double size = ends[n + 1] - ends[n];
       const V dt = broadcast<V>(static_cast<T>(size));
@@ -74,7 +75,7 @@ class FixedGridSolve : Blocks<F> {
       }
       memcpy(y, y1, sizeof y);
       if (i < grid.n_times && output_time(grid, i, 0) == ends[n + 1]) write(y, b, i++);
-      if (solve.tape && b == 0)
+      if (noted && b == 0)
         solve.steps[n] = {
             ends[n], size, ends[n + 1], static_cast<double>(static_cast<const T*>(solve.stage_times)[n * S]),
             i_begin, i,    false,       n - 1};

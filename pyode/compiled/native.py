@@ -210,6 +210,11 @@ class Plan:
         self.shape, self.dtype = shape, dtype
         self._pointers: tuple[list[int], Any] = ([], None)
 
+    @property
+    def n_steps(self) -> int:
+        """How many steps a fixed grid has; 0 where the method chooses them."""
+        return max(int(self._form.n_ends) - 1, 0)
+
     def run(
         self, y0: Tensor, inputs: list[Tensor], tape: Tape | None = None, states: RowStates | None = None
     ) -> tuple[Tensor, Solve]:

@@ -224,7 +224,7 @@ class _Recorded(torch.autograd.Function):
         library = plan.library
         numbers = -(-rows // library.lanes) * library.lanes * (y0.numel() // rows)
         while True:
-            tape = Tape(library.capacity, numbers, y0.dtype)
+            tape = Tape(plan.n_steps or library.capacity, numbers, y0.dtype)
             ys, solve = plan.run(y0, inputs, tape)
             n = solve.sample.n_accepted
             fits = n <= tape.capacity
