@@ -139,7 +139,7 @@ class SampleSolve : SideBySide<F> {
  public:
   static int64_t workspace(int64_t) { return 0; }
 
-  explicit SampleSolve(CompiledSolve& s) : solve(s) {}
+  SampleSolve(CompiledSolve& s, void*) : solve(s) {}
 
   void run() {
     F::prepare(solve.inputs, fixed_);
@@ -168,7 +168,10 @@ class SampleSolve : SideBySide<F> {
 
   T* output(int64_t i, int64_t row) const { return static_cast<T*>(solve.out) + (i * solve.rows + row) * D; }
 
-  void evaluate(V t, const V* y, V* k) const { F::rows(t, y, k, solve.inputs, fixed_, timed_); }
+  void evaluate(V t, const V* y, V* k) const {
+    typename F::Kept passing;
+    F::rows(t, y, k, solve.inputs, fixed_, timed_, passing);
+  }
 
   void work() {
     Lanes x;

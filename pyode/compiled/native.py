@@ -17,6 +17,7 @@ from .._ops import native as ops
 from .._ops.contract import INTEGER_FIELDS, REAL_FIELDS, Grid, Policy
 from .build import build
 
+MOST_RECORDED = 1 << 21  # bytes of all evaluations; what leaves the second-level cache is as soon computed again
 _MOST_KEPT = 1 << 24  # bytes of workspace that a thread keeps for its next solve
 
 
@@ -59,7 +60,7 @@ class Solve(Structure):
         ("first_steps", c_void_p),
         ("ends", c_void_p), ("n_ends", c_int64), ("stage_times", c_void_p), ("cubic", c_int64),
         ("threads", c_int64), ("run_parallel", c_void_p), ("interrupted", c_void_p),
-        ("tape", c_void_p), ("steps", c_void_p), ("capacity", c_int64), ("n_steps", c_int64),
+        ("tape", c_void_p), ("record", c_int64), ("steps", c_void_p), ("capacity", c_int64), ("n_steps", c_int64),
         ("gradient", c_void_p), ("y0_gradient", c_void_p), ("gradients", c_void_p),
         ("arriving_states", c_void_p), ("arrival_times", c_void_p), ("n_arrivals", c_int64),
         ("integral_rtol", c_double), ("integral_atol", c_double), ("seminorm", c_int64),
@@ -131,6 +132,8 @@ class Library:
         assert library.arguments_size() == ctypes.sizeof(Solve)
         library.lanes.restype = c_int64
         self.lanes = int(library.lanes())
+        library.record.restype = c_int64
+        self.record = int(library.record())  # bytes that the evaluations of a block of rows leave in a step
         for prefix in ("", "reversal_") if gradient else ("",):
             getattr(library, prefix + "workspace").restype = c_int64
             getattr(library, prefix + "workspace").argtypes = (c_int64,)
@@ -214,6 +217,15 @@ class Plan:
     def n_steps(self) -> int:
         """How many steps a fixed grid has; 0 where the method chooses them."""
         return max(int(self._form.n_ends) - 1, 0)
+
+    def tape(self, y0: Tensor, rows: int) -> Tape:
+        """For a solve of about as many steps as the last one."""
+        library, capacity = self.library, self.n_steps or self.library.capacity
+        blocks = -(-rows // library.lanes)
+        record = library.record
+        if capacity * blocks * record > MOST_RECORDED:
+            record = library.lanes * (y0.numel() // rows) * y0.itemsize
+        return Tape(capacity, blocks * record, record)
 
     def run(
         self, y0: Tensor, inputs: list[Tensor], tape: Tape | None = None, states: RowStates | None = None
@@ -312,16 +324,17 @@ class Tape:
 
     Args:
         capacity: of so many steps.
-        numbers: of a state, with the last block's padding.
-        dtype: of the state.
+        bytes_a_step: of what is noted of each.
+        record: bytes of a block's part of it; 0 where rows have steps of their own.
     """
 
-    def __init__(self, capacity: int, numbers: int, dtype: torch.dtype) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, bytes_a_step: int, record: int = 0) -> None:
+        self.capacity, self.record = capacity, record
         # Vectors want to begin at multiples of 64 bytes, which torch gives.
-        self.states = torch.empty(capacity * numbers, dtype=dtype)
+        self.memory = torch.empty(capacity * bytes_a_step, dtype=torch.uint8)
         self.steps = (TapeStep * capacity)()
 
     def attach(self, solve: Solve) -> None:
         """Lets a solve note its steps here."""
-        solve.tape, solve.steps, solve.capacity = self.states.data_ptr(), ctypes.addressof(self.steps), self.capacity
+        solve.tape, solve.steps, solve.capacity = self.memory.data_ptr(), ctypes.addressof(self.steps), self.capacity
+        solve.record = self.record

@@ -219,7 +219,7 @@ class _RecordedSamples(torch.autograd.Function):
     ) -> Tensor:
         library, states = plan.library, RowStates(len(y0))
         while True:
-            tape = Tape(max(library.capacity, 32 * len(y0)), y0[0].numel(), y0.dtype)
+            tape = Tape(max(library.capacity, 32 * len(y0)), y0[0].nbytes)
             ys, solve = plan.run(y0, inputs, tape, states)
             library.capacity = solve.n_steps + solve.n_steps // 4 + 4
             if solve.n_steps <= tape.capacity:

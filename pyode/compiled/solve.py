@@ -21,7 +21,7 @@ from ..stepping.course import stage_times
 from ..stepping.fixed_grid import grid_of
 from .arguments import WithArgs
 from .dynamics import CompiledDynamics
-from .native import Plan, Solve, Tape
+from .native import Plan, Solve
 
 if TYPE_CHECKING:
     from .entry import Entry
@@ -222,9 +222,8 @@ class _Recorded(torch.autograd.Function):
         *wanted: Tensor,
     ) -> Tensor:
         library = plan.library
-        numbers = -(-rows // library.lanes) * library.lanes * (y0.numel() // rows)
         while True:
-            tape = Tape(plan.n_steps or library.capacity, numbers, y0.dtype)
+            tape = plan.tape(y0, rows)
             ys, solve = plan.run(y0, inputs, tape)
             n = solve.sample.n_accepted
             fits = n <= tape.capacity
