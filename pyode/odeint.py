@@ -126,7 +126,7 @@ def odeint(
     if type(func) is CompiledDynamics and not options and event_fn is None and not args:
         from .compiled.solve import solve_again  # only those who compile wait for its import
 
-        again = solve_again(func, y0, t, rtol, atol, method, lambda y: odeint(func.func, y, t, rtol, atol, method))
+        again = solve_again(func, y0, t, rtol, atol, method)
         if again is not None:
             return again
     key = None  # of a per-sample solve that may be done again
@@ -318,9 +318,10 @@ def _native_loop(
     from .compiled.solve import compiled_loop
 
     assert problem.compiled is not None
+    bare = replace(problem, y0=problem.y0.detach())  # what is kept for the next solve holds no graph
 
     def eagerly(y0: Tensor) -> Tensor:
-        return loop_of(replace(problem, y0=y0), Hooks(fail=lambda _: None)).solve(y0, problem.first_step)
+        return loop_of(replace(bare, y0=y0), Hooks(fail=lambda _: None)).solve(y0, problem.first_step)
 
     if problem.form.per_sample:
         return sample_loop(

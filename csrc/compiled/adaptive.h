@@ -332,11 +332,11 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
 
   void note_step(const Sample& s) {
     const int64_t n = s.n_accepted - 1;
+    solve.n_steps = s.n_accepted;
     if (n >= solve.capacity) return;
     for (int64_t b = 0; b < blocks; ++b) memcpy(this->record(n, b), y_ + b * D, sizeof(V) * D);
     solve.steps[n] = {s.t_prev,       s.dt_prev,    s.t,      static_cast<double>(first_time_),
                       s.output_begin, s.output_end, chained_, n - 1};
-    solve.n_steps = s.n_accepted;
   }
 
   void restart_behind_jump(const Sample& s) {

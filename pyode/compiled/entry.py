@@ -30,6 +30,7 @@ class Entry:
     Where `per_sample`, every row has a time and a step-size controller of its own.
 
     Attributes:
+        method: whose steps are compiled in.
         rows: whether rows are computed side by side; otherwise the state is one row.
         mixed: why it is, if so.
         origin: the entry of which this is a copy with other tensors in `args`, or itself.
@@ -63,7 +64,7 @@ class Entry:
                     raise
                 self.mixed = str(error).splitlines()[0]
                 lowered = self._lower(func, shapes, is_tuple, dtype, rows=False)
-        self._method = method
+        self.method = method
         self._inputs, self._given = lowered.inputs, dict[int, Tensor]()
         self.origin = self
         self._forms = [(x.dtype, x.shape) for x in self._inputs]
@@ -138,7 +139,7 @@ class Entry:
         """The library that has the gradient too, with respect to the state and to some of the inputs."""
         if wanted not in self._trained:
             with _tracing:
-                source = solver_source(self._adjoint(wanted), self._method, self._per_sample)
+                source = solver_source(self._adjoint(wanted), self.method, self._per_sample)
                 self._trained[wanted] = self._build(source, gradient=True)
         return self._trained[wanted]
 
@@ -146,13 +147,13 @@ class Entry:
         """The library of the continuous adjoint's backward solve, likewise."""
         if wanted not in self._backsolving:
             with _tracing:
-                source = backsolve_source(self._adjoint(wanted), self._method)
+                source = backsolve_source(self._adjoint(wanted), self.method)
                 self._backsolving[wanted] = self._build(source)
         return self._backsolving[wanted]
 
     def _check_stack(self, dynamics: Dynamics) -> None:
         """Raises CompileError where a block of rows, with a step's stages and what they are computed by, is too big."""
-        states = (3 if dynamics.has_way_back else 1) * (len(self._method.rows) + 4)
+        states = (3 if dynamics.has_way_back else 1) * (len(self.method.rows) + 4)
         numbers = dynamics.local_numbers + states * sum(dynamics.widths)
         if numbers * (REGISTER if self.rows else self._dtype.itemsize) > MOST_STACK:
             raise CompileError(f"rows of {sum(dynamics.widths)} numbers, with which the stack would overflow")
@@ -167,7 +168,7 @@ class Entry:
             lowered = Lowering(traced, self._dtype, self.rows, totals=True, inputs=self._inputs, own_times=times)
             adjoint = Dynamics(
                 lowered.outputs, self._dtype, self.rows, times, lowered.pulled, lowered.gradients,
-                evaluations=len(self._method.rows) + 2,
+                evaluations=len(self.method.rows) + 2,
             )  # fmt: skip
             self._check_stack(adjoint)
             self._adjoints[wanted] = adjoint
