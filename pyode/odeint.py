@@ -123,20 +123,30 @@ def odeint(
             return found
     if type(options) is dict and len(options) == 1 and "compile" in options:
         func, options = compiled_by(options["compile"], func) or func, None
-    if type(func) is CompiledDynamics and not options and event_fn is None and not args:
-        from .compiled.solve import solve_again  # only those who compile wait for its import
-
-        again = solve_again(func, y0, t, rtol, atol, method)
-        if again is not None:
-            return again
     key = None  # of a per-sample solve that may be done again
-    if type(func) is CompiledDynamics and options == PER_SAMPLE and event_fn is None and not args:
-        from .compiled.samples import key_of, samples_again
+    plain = not options or options == PER_SAMPLE
+    if type(func) is CompiledDynamics and plain and event_fn is None and type(args) is tuple:
+        from .compiled.prepared import key_of  # only those who compile wait for its import
 
-        key = key_of(y0, rtol, atol, "odeint", method)
-        loop = samples_again(func, key, y0, t, raise_it)
-        if loop is not None:
-            return loop.solve(y0)
+        compiled = func.with_args(args)
+
+        def eagerly(y: Tensor) -> Tensor:
+            found: Tensor = odeint(compiled.func, y, t, rtol, atol, method, options)
+            return found
+
+        if not options:
+            from .compiled.solve import solve_again
+
+            again = solve_again(compiled, key_of(y0, rtol, atol, method), y0, t, eagerly)
+            if again is not None:
+                return again
+        else:
+            from .compiled.samples import samples_again
+
+            key = key_of(y0, rtol, atol, "odeint", method)
+            loop = samples_again(compiled, key, y0, t, eagerly, raise_it)
+            if loop is not None:
+                return loop.solve(y0)
     by_loop = not (options or event_fn is not None or args or isinstance(func, CompiledDynamics))
     kind = kind_of(func, y0, t, rtol, atol, method) if by_loop else None
     idle = None if kind is None else idle_loops.take(kind)
@@ -318,10 +328,9 @@ def _native_loop(
     from .compiled.solve import compiled_loop
 
     assert problem.compiled is not None
-    bare = replace(problem, y0=problem.y0.detach())  # what is kept for the next solve holds no graph
 
     def eagerly(y0: Tensor) -> Tensor:
-        return loop_of(replace(bare, y0=y0), Hooks(fail=lambda _: None)).solve(y0, problem.first_step)
+        return loop_of(replace(problem, y0=y0), Hooks(fail=lambda _: None)).solve(y0, problem.first_step)
 
     if problem.form.per_sample:
         return sample_loop(

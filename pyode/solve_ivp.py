@@ -143,13 +143,24 @@ def solve_ivp(
         type(func) is CompiledDynamics
         and control == "per_sample"
         and gradient == "direct"
-        and not (args or options or event_fn is not None or dense_output or progress)
+        and type(args) is tuple
+        and not (options or event_fn is not None or dense_output or progress)
     ):
-        from .compiled.samples import key_of, samples_again  # only those who compile wait for its import
+        from .compiled.prepared import key_of  # only those who compile wait for its import
+        from .compiled.samples import samples_again
+
+        compiled = func.with_args(args)
+
+        def eagerly(y: Tensor) -> Tensor:
+            found: Tensor = solve_ivp(
+                compiled.func, y, t, method=method, rtol=rtol, atol=atol, controller=controller,
+                first_step=first_step, max_num_steps=max_num_steps, throw=False,
+            ).ys  # fmt: skip
+            return found
 
         key = key_of(y0, rtol, atol, "solve_ivp", method, controller, first_step, max_num_steps)
         errors: list[SolveError] = []
-        again = samples_again(func, key, y0, t, errors.append)
+        again = samples_again(compiled, key, y0, t, eagerly, errors.append)
         if again is not None:
             ys = again.solve(y0)
             if errors and throw:

@@ -129,7 +129,7 @@ class Statements:
         members: declarations of what outlives them: nodes that are computed once a solve, once a stage, and for each
             row if they are kept.
         constants: definitions.
-        sums, totals, collected: sums over rows: declarations of those of a part of the rows, of all, and how to get there.
+        sums, totals, collected: sums over rows: declarations for a part of the rows, for all, and how to get there.
         kept_numbers: of a row.
     """
 
@@ -320,7 +320,9 @@ class Statements:
             or not all(x.place.differs for x in node.inputs)
         )
         self.sums.append(f"    {'V' if lanes else 'T'} {number}[{n}];")
-        self.collected.append(f"    collect_sums<{n}>(parts, n, step, [](const Sums& s) {{ return s.{number}; }}, {name});")
+        self.collected.append(
+            f"    collect_sums<{n}>(parts, n, step, [](const Sums& s) {{ return s.{number}; }}, {name});"
+        )
         if len(node.inputs) == 1:
             (x,) = node.inputs
             (shape,) = without_ones(x.shape)

@@ -104,13 +104,14 @@ class Library:
         self.lanes = int(library.lanes())
         library.record.restype = c_int64
         self.record = int(library.record())  # bytes that the evaluations of a block of rows leave in a step
-        for prefix in ("", "reversal_") if gradient else ("",):
+        prefixes = ("", "reversal_") if gradient else ("",)
+        for prefix in prefixes:
             getattr(library, prefix + "workspace").restype = c_int64
             getattr(library, prefix + "workspace").argtypes = (c_int64,)
             getattr(library, prefix + "solve").restype = None
             getattr(library, prefix + "solve").argtypes = (POINTER(Solve),)
         self._library = library
-        self._functions = {prefix: getattr(library, prefix + "solve") for prefix in ("", *(["reversal_"] if gradient else []))}
+        self._functions = {prefix: getattr(library, prefix + "solve") for prefix in prefixes}
         self.capacity = 32  # steps that a tape has room for; as many as the last solve took, and some
 
     def workspace(self, name: str, rows: int) -> int:

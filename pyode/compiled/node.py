@@ -73,6 +73,4 @@ def solve_recorded(
 
 def is_recorded(inputs: list[Tensor], y0: Tensor, t: Tensor) -> bool:
     """Whether gradients are wanted."""
-    return torch.is_grad_enabled() and (
-        y0.requires_grad or t.requires_grad or any(x.requires_grad for x in inputs)
-    )
+    return torch.is_grad_enabled() and (y0.requires_grad or t.requires_grad or any(x.requires_grad for x in inputs))

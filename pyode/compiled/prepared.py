@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._ops import backend_for, native
+from .arguments import WithArgs
 from .dynamics import CompiledDynamics
 
 if TYPE_CHECKING:
@@ -24,9 +24,8 @@ class Prepared:
     Attributes:
         key: all that it depends on beside the times and these numbers.
         t, version: the times, and how often they had been written to.
-        entry, plan: what was compiled.
+        entry, plan: what was compiled; whatever tensors are in `args`.
         trained: which of func's tensors get gradients; None if the library has no gradient.
-        eagerly: the same solve by a loop, for gradients of gradients.
     """
 
     key: tuple[Any, ...]
@@ -35,26 +34,38 @@ class Prepared:
     entry: Entry
     plan: Plan
     trained: tuple[int, ...] | None
-    eagerly: Callable[[Tensor], Tensor]
 
-    def serves(self, compiled: CompiledDynamics, key: tuple[Any, ...], y0: Tensor, t: Any) -> bool:
-        """Whether a solve is the same but for these numbers, and nothing that func was compiled for has changed."""
-        return (
+    def serves(
+        self, compiled: CompiledDynamics | WithArgs, key: tuple[Any, ...], y0: Tensor, t: Any
+    ) -> tuple[list[Tensor], bool] | None:
+        """Whether a solve is the same but for these numbers, and nothing that func was compiled for has changed.
+
+        Returns:
+            If so, the tensors that func uses, and whether gradients are wanted.
+        """
+        if not (
             t is self.t
             and key == self.key
             and t._version == self.version
             and y0.is_contiguous()
             and backend_for(y0) is native
             and compiled.unchanged()
-            and self._has_gradients(y0)
-        )
-
-    def _has_gradients(self, y0: Tensor) -> bool:
-        """Whether it has those that are wanted."""
+        ):
+            return None
+        inputs = compiled.inputs_of(self.entry)
         if not torch.is_grad_enabled():
-            return True
-        wanted = trained(self.entry.inputs)
-        return not self.t.requires_grad and (wanted == self.trained or not (wanted or y0.requires_grad))
+            return inputs, False
+        wanted = trained(inputs)
+        if not wanted and not y0.requires_grad and not t.requires_grad:
+            return inputs, False
+        return None if t.requires_grad or wanted != self.trained else (inputs, True)
+
+
+def key_of(y0: Any, rtol: Any, atol: Any, *others: Any) -> tuple[Any, ...] | None:
+    """All that a solve depends on beside the times, if it is a plain one; others are compared by ==."""
+    if type(y0) is not Tensor or type(rtol) is not float or type(atol) is not float:
+        return None
+    return (y0.shape, y0.dtype, rtol, atol, *others)
 
 
 def trained(inputs: list[Tensor]) -> tuple[int, ...]:

@@ -26,26 +26,20 @@ if TYPE_CHECKING:
     from .entry import Entry
 
 
-def key_of(y0: Any, rtol: Any, atol: Any, *others: Any) -> tuple[Any, ...] | None:
-    """All that a solve depends on beside the times, if it is a plain one; others are compared by ==."""
-    if type(y0) is not Tensor or type(rtol) is not float or type(atol) is not float:
-        return None
-    return (y0.shape, y0.dtype, y0.device, rtol, atol, *others)
-
-
 def samples_again(
-    compiled: CompiledDynamics,
+    compiled: CompiledDynamics | WithArgs,
     key: tuple[Any, ...] | None,
     y0: Any,
     t: Any,
+    eagerly: Callable[[Tensor], Tensor],
     fail: Callable[[SolveError], None],
 ) -> CompiledSamples | None:
     """The last solve's loop, if that was the same but for y0's numbers; it saves what checking the arguments costs."""
     last = compiled.last_samples
-    if key is None or not isinstance(last, Prepared) or not last.serves(compiled, key, y0, t):
+    if key is None or not isinstance(last, Prepared):
         return None
-    recorded = is_recorded(last.entry.inputs, y0, t)
-    return CompiledSamples(last.plan, last.entry, recorded, last.eagerly, fail)
+    found = last.serves(compiled, key, y0, t)
+    return None if found is None else CompiledSamples(last.plan, last.entry, *found, eagerly, fail)
 
 
 def sample_loop(
@@ -87,16 +81,17 @@ def sample_loop(
         return None
     rows, t = len(y0), times.tensor
     plan = Plan(library, y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, per_sample=True)
-    if key is not None and not isinstance(compiled, WithArgs):
+    if key is not None:
         wanted = trained(entry.inputs) if recorded else None
-        compiled.last_samples = Prepared(key, t, t._version, entry, plan, wanted, eagerly)
-    return CompiledSamples(plan, entry, recorded, eagerly, fail)
+        compiled.last_samples = Prepared(key, t, t._version, entry.origin, plan, wanted)
+    return CompiledSamples(plan, entry, entry.inputs, recorded, eagerly, fail)
 
 
 class CompiledSamples:
     """A loop for samples with steps of their own.
 
     Attributes:
+        inputs: the tensors that func uses.
         failed: whether some have failed.
     """
 
@@ -105,25 +100,21 @@ class CompiledSamples:
     _solve: Solve | None = None  # as it has ended
     _states: RowStates
 
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The tensors that func uses."""
-        return self._entry.inputs
-
     def __init__(
         self,
         plan: Plan,
         entry: Entry,
+        inputs: list[Tensor],
         recorded: bool,
         eagerly: Callable[[Tensor], Tensor],
         fail: Callable[[SolveError], None],
     ) -> None:
-        self._plan, self._entry, self._recorded = plan, entry, recorded
+        self._plan, self._entry, self.inputs, self._recorded = plan, entry, inputs, recorded
         self._fail, self._eagerly = fail, eagerly
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
         """Returns the states at the output times, [T, *y0.shape]. The plan has the first step."""
-        inputs, self._states = self._entry.inputs, RowStates(len(y0))
+        inputs, self._states = self.inputs, RowStates(len(y0))
         if self._recorded:
             ys, self._solve = solve_recorded(self._plan, inputs, self._eagerly, y0, self._states)
         else:

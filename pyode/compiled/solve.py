@@ -22,34 +22,28 @@ from .dynamics import CompiledDynamics
 from .native import Solve
 from .node import is_recorded, solve_recorded
 from .plan import Plan
-from .prepared import Prepared, trained
+from .prepared import Prepared, key_of, trained
 
 if TYPE_CHECKING:
     from .entry import Entry
 
 
 def solve_again(
-    compiled: CompiledDynamics,
+    compiled: CompiledDynamics | WithArgs,
+    key: tuple[Any, ...] | None,
     y0: Any,
     t: Any,
-    rtol: Any,
-    atol: Any,
-    method: str | None,
+    eagerly: Callable[[Tensor], Tensor],
 ) -> Tensor | None:
-    """The states at the output times where the last solve was the same but for y0's numbers; None if not.
-
-    It saves what checking the arguments costs, which is more than a small solve.
-    """
+    """The states at the output times where the last solve was the same but for y0's numbers; None if not."""
     last = compiled.last
-    if not (isinstance(last, Prepared) and type(y0) is Tensor and type(rtol) is float and type(atol) is float):
+    if key is None or not isinstance(last, Prepared):
         return None
-    if not last.serves(compiled, (y0.shape, y0.dtype, rtol, atol, method), y0, t):
+    found = last.serves(compiled, key, y0, t)
+    if found is None:
         return None
-    inputs = last.entry.inputs
-    if is_recorded(inputs, y0, t):
-        ys, solve = solve_recorded(last.plan, inputs, last.eagerly, y0)
-    else:
-        ys, solve = last.plan.run(y0, inputs)
+    inputs, recorded = found
+    ys, solve = solve_recorded(last.plan, inputs, eagerly, y0) if recorded else last.plan.run(y0, inputs)
     return ys if solve.sample.status == _SUCCESS else None  # what is wrong is said by the long way
 
 
@@ -106,7 +100,7 @@ def compiled_loop(
 
     key = None
     if not (form.is_tuple or options or steps) and type(rtol) is float and type(atol) is float:
-        key = (y0.shape, y0.dtype, rtol, atol, None if method.name == DEFAULT else method.name)
+        key = key_of(y0, rtol, atol, None if method.name == DEFAULT else method.name)
     return CompiledLoop(compiled, plan, entry, times.tensor, method, key, recorded, fail, eagerly)
 
 
@@ -145,9 +139,7 @@ class CompiledLoop:
             ys, self._solve = plan.run(y0, entry.inputs)
         if self._key is not None:
             wanted = trained(entry.inputs) if self._recorded else None
-            self._compiled.last = Prepared(
-                self._key, self._t, self._t._version, entry, plan, wanted, self._eagerly
-            )  # fmt: skip
+            self._compiled.last = Prepared(self._key, self._t, self._t._version, entry.origin, plan, wanted)
         sample = self._solve.sample
         self.last_step = abs(sample.dt_prev) if self._method.adaptive else None
         if sample.status != _SUCCESS:

@@ -74,9 +74,7 @@ def solver_source(dynamics: Dynamics, tableau: Tableau, per_sample: bool = False
 
 def backsolve_source(dynamics: Dynamics, tableau: Tableau) -> str:
     """A whole file with the backward solve of the continuous adjoint."""
-    solver = (
-        "using Solver = AdaptiveSolve<Augmented<Dynamics>, Method, AdjointIntegrals<Dynamics, Method>>;\n"
-    )
+    solver = "using Solver = AdaptiveSolve<Augmented<Dynamics>, Method, AdjointIntegrals<Dynamics, Method>>;\n"
     headers = ["adaptive.h", "integrals.h"]
     return _file(headers, [dynamics.source, method_source(tableau), solver], _functions("Solver", ""))
 

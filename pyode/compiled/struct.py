@@ -119,9 +119,7 @@ class Dynamics:
 
     def _way_back(self) -> str:
         statements = self._statements
-        sums, totals, collected = (
-            "\n".join(x) for x in (statements.sums, statements.totals, statements.collected)
-        )
+        sums, totals, collected = ("\n".join(x) for x in (statements.sums, statements.totals, statements.collected))
         sizes = [x.numel for x in self._gradients]
         return f"""
   struct Sums {{
