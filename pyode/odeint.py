@@ -15,6 +15,9 @@ from torch import Tensor
 from ._ops import backend_for
 from ._ops.contract import RightHandSide
 from .compiled.dynamics import CompiledDynamics, compiled_by
+from .compiled.prepared import key_of
+from .compiled.samples import sample_loop, samples_again
+from .compiled.solve import joint_loop, solve_again
 from .compiling import not_compiled
 from .control import (
     Times,
@@ -126,8 +129,6 @@ def odeint(
     key = None  # of a per-sample solve that may be done again
     plain = not options or options == PER_SAMPLE
     if type(func) is CompiledDynamics and plain and event_fn is None and type(args) is tuple:
-        from .compiled.prepared import key_of  # only those who compile wait for its import
-
         compiled = func.with_args(args)
 
         def eagerly(y: Tensor) -> Tensor:
@@ -135,14 +136,10 @@ def odeint(
             return found
 
         if not options:
-            from .compiled.solve import solve_again
-
             again = solve_again(compiled, key_of(y0, rtol, atol, method), y0, t, eagerly)
             if again is not None:
                 return again
         else:
-            from .compiled.samples import samples_again
-
             key = key_of(y0, rtol, atol, "odeint", method)
             loop = samples_again(compiled, key, y0, t, eagerly, raise_it)
             if loop is not None:
@@ -323,10 +320,6 @@ def compiled_loop(
 def _native_loop(
     problem: Problem, fail: Callable[[SolveError], None], key: tuple[Any, ...] | None = None
 ) -> Loop | None:
-    # Only those who compile wait for the import.
-    from .compiled.samples import sample_loop
-    from .compiled.solve import compiled_loop
-
     assert problem.compiled is not None
 
     def eagerly(y0: Tensor) -> Tensor:
@@ -337,7 +330,7 @@ def _native_loop(
             problem.compiled, problem.form, problem.y0, problem.times, problem.method, problem.rtol, problem.atol,
             problem.policy, problem.grid, problem.first_step, problem.options, eagerly, fail, key,
         )  # fmt: skip
-    return compiled_loop(
+    return joint_loop(
         problem.compiled, problem.form, problem.y0, problem.times, problem.method, problem.rtol, problem.atol,
         problem.policy, problem.grid, problem.options, fail, eagerly,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from . import methods
 from ._ops.contract import Policy, wide_dtype
 from .compiled.dynamics import CompiledDynamics
+from .compiled.prepared import key_of
+from .compiled.samples import CompiledSamples, samples_again
 from .compiling import not_compiled
 from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
 from .errors import InvalidValue, SolveError, Status
@@ -42,9 +44,6 @@ from .stepping.loops import Loop, SampleLoop
 from .stepping.segment import BatchSegment
 from .stepping.tape import Tape
 from .vmapped import solve_ivp_vmapped, under_vmap
-
-if TYPE_CHECKING:
-    from .compiled.samples import CompiledSamples
 
 # Options that are arguments here, or have no meaning, and what is instead.
 ARGUMENTS = {
@@ -146,9 +145,6 @@ def solve_ivp(
         and type(args) is tuple
         and not (options or event_fn is not None or dense_output or progress)
     ):
-        from .compiled.prepared import key_of  # only those who compile wait for its import
-        from .compiled.samples import samples_again
-
         compiled = func.with_args(args)
 
         def eagerly(y: Tensor) -> Tensor:

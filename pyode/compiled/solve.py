@@ -50,7 +50,7 @@ def solve_again(
 _SUCCESS = int(Status.SUCCESS)
 
 
-def compiled_loop(
+def joint_loop(
     compiled: CompiledDynamics | WithArgs,
     form: Form,
     y0: Tensor,
