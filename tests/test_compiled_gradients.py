@@ -108,6 +108,15 @@ def test_parameters_used_before_the_rows_come_in():
     assert_close(*found, 1e-10)
 
 
+def test_matrices_bigger_than_a_threads_stack():
+    a = (torch.randn(1500, 1500) / 100).requires_grad_()
+    y0, t = torch.randn(3, 1500), torch.tensor([0.0, 0.3])
+    found = []
+    for f in (strict(lambda t, y: y @ (a - a.T)), lambda t, y: y @ (a - a.T)):
+        found.append(torch.autograd.grad(loss_of(pyode.odeint(f, y0, t, method="euler")), a))
+    assert_close(*found, 1e-4)
+
+
 def test_a_state_that_is_one_row():
     mass = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
     y0, t = kepler_start(0.3), tensor(0.0, 1.0, 2.0)

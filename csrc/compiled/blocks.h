@@ -57,6 +57,7 @@ struct CompiledSolve {
   int64_t seminorm;  // whether the integrals have no share in the norm
   // What comes back.
   double* states;  // of rows with steps of their own, [kRowWords, rows]
+  int64_t n_failed;  // of these rows
   Sample sample;
   int64_t evaluations;
   int64_t finite_start;  // after a failure before the first step: whether y0 and f(t0, y0) are finite
@@ -64,8 +65,8 @@ struct CompiledSolve {
 
 constexpr int64_t kInterrupted = -1;  // a status beside those of the controller
 
-/// What is told of a row with steps of its own: the words of its Sample, then, as integers, how often f was evaluated
-/// behind a jump, its last step's index on the tape, and finite_start.
+/// What is told of a row with steps of its own: the words of its Sample, then, as integers, how often f was evaluated,
+/// its last step's index on the tape, and finite_start.
 constexpr int kRowWords = kWords + 3;
 
 inline namespace PYODE_LEVEL {

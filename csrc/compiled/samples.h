@@ -402,7 +402,9 @@ class SampleSolve : SideBySide<F> {
       bool finite = true;
       for (int d = 0; d < D; ++d) finite = finite && is_finite(x.y[d][l]) && is_finite(x.k[0][d][l]);
       store_sample({solve.states, solve.rows, solve.rows}, row, s);
-      const int64_t more[] = {x.jumps[l], x.last[l], finite};
+      const int64_t evaluations = solve.evaluations + (s.n_accepted + s.n_rejected) * (S - 1) + x.jumps[l];
+      const int64_t more[] = {evaluations, x.last[l], finite};
+      if (s.status != kSuccess) __atomic_fetch_add(&solve.n_failed, 1, __ATOMIC_RELAXED);
       for (int i = 0; i < kRowWords - kWords; ++i) memcpy(&solve.states[(kWords + i) * solve.rows + row], &more[i], 8);
       for (int64_t i = s.output_end; i < solve.grid.n_times; ++i) this->get_row(x.y, l, output(i, row));
       x.busy.set(l, 0);

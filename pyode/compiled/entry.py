@@ -176,7 +176,10 @@ class Entry:
 
     def fits(self) -> bool:
         """Whether the inputs are still of their shapes and dtypes."""
-        return all(x.dtype is dtype and x.shape == shape for x, (dtype, shape) in zip(self._inputs, self._forms))
+        for x, (dtype, shape) in zip(self._inputs, self._forms):
+            if x.dtype is not dtype or x.shape != shape:
+                return False
+        return True
 
     def rows_of(self, shape: torch.Size) -> int:
         """How many rows a state has whose first part has this shape."""

@@ -64,22 +64,26 @@ class Solve(Structure):
         ("gradient", c_void_p), ("y0_gradient", c_void_p), ("gradients", c_void_p),
         ("arriving_states", c_void_p), ("arrival_times", c_void_p), ("n_arrivals", c_int64),
         ("integral_rtol", c_double), ("integral_atol", c_double), ("seminorm", c_int64),
-        ("states", c_void_p), ("sample", _Sample), ("evaluations", c_int64), ("finite_start", c_int64),
+        ("states", c_void_p), ("n_failed", c_int64), ("sample", _Sample), ("evaluations", c_int64),
+        ("finite_start", c_int64),
     )  # fmt: skip
 
 
 class _Workspace(threading.local):
-    """A thread's memory for solves, kept if it is not big."""
+    """A thread's memory for solves, kept if it is not big: its size, its address, and itself."""
 
-    memory: Tensor | None = None
+    kept: tuple[int, int, Tensor] | None = None
 
-    def take(self, size: int) -> Tensor:
-        memory, self.memory = self.memory, None
-        return torch.empty(size, dtype=torch.uint8) if memory is None or len(memory) < size else memory
+    def take(self, size: int) -> tuple[int, int, Tensor]:
+        kept, self.kept = self.kept, None
+        if kept is None or kept[0] < size:
+            memory = torch.empty(size, dtype=torch.uint8)
+            kept = size, memory.data_ptr(), memory
+        return kept
 
-    def put(self, memory: Tensor) -> None:
-        if len(memory) <= _MOST_KEPT:
-            self.memory = memory
+    def put(self, memory: tuple[int, int, Tensor]) -> None:
+        if memory[0] <= _MOST_KEPT:
+            self.kept = memory
 
 
 _workspace = _Workspace()
@@ -121,7 +125,7 @@ class Library:
     def call(self, name: str, solve: Solve, workspace: int) -> None:
         """Calls a native function, with workspace; raises what a signal's handler has raised meanwhile."""
         memory = _workspace.take(workspace)
-        solve.workspace, solve.threads = memory.data_ptr(), torch.get_num_threads()
+        solve.workspace, solve.threads = memory[1], torch.get_num_threads()
         self._functions[name](byref(solve))
         _workspace.put(memory)
         if solve.sample.status < 0:

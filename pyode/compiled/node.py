@@ -66,8 +66,8 @@ def solve_recorded(
         states: where rows with steps of their own tell how they ended.
     """
     ended: list[Solve] = []
-    wanted = [x for x in inputs if x.requires_grad]
-    ys: Tensor = _apply((plan, inputs, eagerly, states), ended, y0, *wanted)  # type: ignore[no-untyped-call]
+    what = plan, inputs, eagerly, states
+    ys: Tensor = _apply(what, ended, y0, *[x for x in inputs if x.requires_grad])  # type: ignore[no-untyped-call]
     return ys, ended[0]
 
 

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from .._ops import native as ops
 from .._ops.contract import INTEGER_FIELDS, REAL_FIELDS, Grid, Policy
+from ..solution import SampleStats
 from .native import GridForm, Library, PolicyForm, Solve, TapeStep
 
 MOST_RECORDED = 1 << 21  # bytes of all evaluations; what leaves the second-level cache is as soon computed again
 _MOST_SPARE = 4  # tapes that wait for the next solve, of so many bytes
 _MOST_SPARE_BYTES = 1 << 24
-_ROW_FIELDS = (*REAL_FIELDS, *INTEGER_FIELDS, "n_jumps", "last", "finite_start")
+_ROW_FIELDS = (*REAL_FIELDS, *INTEGER_FIELDS, "n_f_evals", "last", "finite_start")
+_COUNTS = tuple(map(_ROW_FIELDS.index, ("status", "n_f_evals", "n_accepted", "n_rejected", "size1")))
 
 
 class RowStates:
@@ -31,6 +33,12 @@ class RowStates:
         """[rows] of a field."""
         words = self.words[_ROW_FIELDS.index(name)]
         return words if name in REAL_FIELDS else words.view(torch.int64)
+
+    def outcome(self) -> tuple[Tensor, SampleStats]:
+        """[rows] every row's status, and its counts, in memory of their own."""
+        words = self.words[_COUNTS, :]
+        status, n_f_evals, n_accepted, n_rejected, _ = words.view(torch.int64).unbind()
+        return status, SampleStats(n_f_evals, n_accepted, n_rejected, words[-1])
 
 
 class Tape:

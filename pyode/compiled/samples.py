@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from .node import is_recorded, solve_recorded
 from .plan import Plan, RowStates
 from .prepared import Prepared, trained
 
-if TYPE_CHECKING:
-    from .entry import Entry
-
 
 def samples_again(
     compiled: CompiledDynamics | WithArgs,
@@ -39,7 +36,7 @@ def samples_again(
     if key is None or not isinstance(last, Prepared):
         return None
     found = last.serves(compiled, key, y0, t)
-    return None if found is None else CompiledSamples(last.plan, last.entry, *found, eagerly, fail)
+    return None if found is None else CompiledSamples(last.plan, *found, eagerly, fail)
 
 
 def sample_loop(
@@ -84,7 +81,7 @@ def sample_loop(
     if key is not None:
         wanted = trained(entry.inputs) if recorded else None
         compiled.last_samples = Prepared(key, t, t._version, entry.origin, plan, wanted)
-    return CompiledSamples(plan, entry, entry.inputs, recorded, eagerly, fail)
+    return CompiledSamples(plan, entry.inputs, recorded, eagerly, fail)
 
 
 class CompiledSamples:
@@ -103,13 +100,12 @@ class CompiledSamples:
     def __init__(
         self,
         plan: Plan,
-        entry: Entry,
         inputs: list[Tensor],
         recorded: bool,
         eagerly: Callable[[Tensor], Tensor],
         fail: Callable[[SolveError], None],
     ) -> None:
-        self._plan, self._entry, self.inputs, self._recorded = plan, entry, inputs, recorded
+        self._plan, self.inputs, self._recorded = plan, inputs, recorded
         self._fail, self._eagerly = fail, eagerly
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
@@ -120,22 +116,22 @@ class CompiledSamples:
         else:
             ys, self._solve = self._plan.run(y0, inputs, self._states)
         self._n_times = len(ys)
-        status = self._states["status"]
-        self.failed = bool(status.any())  # success is 0
+        self.failed = self._solve.n_failed > 0
         if self.failed:
-            self._fail(self._error(int(status.nonzero()[0])))
+            self._fail(self._error(int(self._states["status"].nonzero()[0])))  # success is 0
         return ys
+
+    def outcome(self) -> tuple[Tensor, SampleStats]:
+        """[B] how each sample has ended, and what it has taken."""
+        return self._states.outcome()
 
     def status_of_samples(self) -> Tensor:
         """[B] how each has ended."""
-        return self._states["status"].clone()
+        return self.outcome()[0]
 
     def stats_of_samples(self) -> SampleStats:
         """What each sample has taken."""
-        assert self._solve is not None
-        accepted, rejected = self._states["n_accepted"].clone(), self._states["n_rejected"].clone()
-        evals = self._solve.evaluations + (accepted + rejected) * len(self._entry.method.rows) + self._states["n_jumps"]
-        return SampleStats(evals, accepted, rejected, self._states["size1"].clone())
+        return self.outcome()[1]
 
     def left(self) -> Tensor:
         """Which outputs have not been reached: [T, B]."""
