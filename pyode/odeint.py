@@ -166,20 +166,26 @@ def odeint(
         )  # fmt: skip
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn, args)
     params = options.get("params")
-    if gradient == "direct" or not torch.is_grad_enabled() or undone_natively(problem, choice, params):
-        solved = solve(problem, key=key)
-        if kind is not None:
-            keep(kind, problem.form, solved.loop)
-    else:
-        listed = parameters_of(func, args, params)
+
+    def solve_by_tape() -> Solved:
         done: list[Solved] = []
 
         def carry_out(quiet: Problem, tape: Tape) -> Tensor:
             done.append(solve(quiet, tape=tape))
             return done[0].ys
 
+        listed = parameters_of(func, args, params)
         ys = solve_checkpointed(problem, listed, choice, carry_out, params != ())
-        solved = replace(done[0], ys=ys)
+        return replace(done[0], ys=ys)
+
+    if gradient == "direct" or not torch.is_grad_enabled():
+        solved = solve(problem, key=key)
+        if kind is not None:
+            keep(kind, problem.form, solved.loop)
+    elif undone_natively(choice, params):
+        solved = solve(problem, otherwise=solve_by_tape)
+    else:
+        solved = solve_by_tape()
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved.end), ys)
 
@@ -200,15 +206,12 @@ def parameters_of(func: Func, args: Any, params: Iterable[Tensor] | None) -> lis
     return [x for _, x in reachable((written, args))]
 
 
-def undone_natively(problem: Problem, choice: dict[str, Any], params: Iterable[Tensor] | None) -> bool:
+def undone_natively(choice: dict[str, Any], params: Iterable[Tensor] | None) -> bool:
     """Whether a compiled solve's own gradient is what "checkpoint" asks for: it undoes the steps, from every state.
 
     Not where it is to keep fewer states, or to have gradients to some tensors only.
     """
-    watched = problem.event is not None or bool(problem.callbacks) or len(problem.times.values) == 1
-    if problem.compiled is None or watched or params is not None or not choice.keys() <= {"gradient"}:
-        return False
-    return compiled_loop(problem, lambda _: None) is not None
+    return params is None and choice.keys() <= {"gradient"}
 
 
 def solve_checkpointed(
@@ -372,9 +375,21 @@ def solve(
     watch: Callable[[Segment], Tensor | None] | None = None,
     tape: Tape | None = None,
     key: tuple[Any, ...] | None = None,
+    otherwise: Callable[[], Solved] | None = None,
 ) -> Solved:
-    """Carries out a solve; `watch` is told every accepted step, and the tape notes it; for a key see samples_again."""
+    """Carries out a solve.
+
+    Args:
+        problem: the solve.
+        watch: is told every accepted step.
+        tape: notes it.
+        key: see `samples_again`.
+        otherwise: what is done where it can't be one native call; by default a loop.
+    """
     y0, times, options = problem.y0, problem.times, problem.options
+    watched = problem.event is not None or watch is not None or tape is not None or bool(problem.callbacks)
+    if otherwise is not None and (watched or problem.compiled is None or len(times.values) == 1):
+        return otherwise()
     if len(times.values) == 1:
         return Solved(y0.unsqueeze(0).clone(), times.values[0], 1)
     solved = Solved(y0, times.values[-1], len(times.values))
@@ -396,9 +411,10 @@ def solve(
         warn(f"the solve failed, and its last state stands for the rest: {error}")
         failures.append(error.t)
 
-    watched = problem.event is not None or watch is not None or tape is not None or bool(problem.callbacks)
     with on_device_of(y0):
         loop = None if watched else compiled_loop(problem, fail, key)
+        if loop is None and otherwise is not None:
+            return otherwise()
         if loop is None:
             loop = loop_of(problem, Hooks(watch=watch, tape=tape, fail=fail, **problem.callbacks))  # type: ignore[arg-type]
         try:

@@ -214,8 +214,10 @@ def solve_ivp(
     watched = bool(watchers or bar or problem.callbacks)
     loops: list[Loop] = []
 
-    def carry_out(problem: Problem, tape: Tape | None = None) -> Tensor:
+    def carry_out(problem: Problem, tape: Tape | None = None, otherwise: Callable[[], Tensor] | None = None) -> Tensor:
         loop = None if watched or tape is not None else compiled_loop(problem, failures.append, key)
+        if loop is None and otherwise is not None:
+            return otherwise()
         if loop is None:
             func = carried_out.func
             loop = loop_of(carried_out if tape is None else replace(problem, func=func), replace(hooks, tape=tape))
@@ -234,9 +236,14 @@ def solve_ivp(
         return torch.cat([ys, events.state.reshape(1, *ys.shape[1:])])
 
     with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
-        taped = gradient == "checkpoint" and torch.is_grad_enabled()
-        if taped and (watched or not undone_natively(problem, choice, params)):
-            ys = solve_checkpointed(problem, parameters_of(func, args, params), choice, carry_out, params != ())
+        if gradient == "checkpoint" and torch.is_grad_enabled():
+
+            def solve_by_tape() -> Tensor:
+                listed = parameters_of(func, args, params)
+                return solve_checkpointed(problem, listed, choice, carry_out, params != ())
+
+            natively = undone_natively(choice, params)
+            ys = carry_out(problem, otherwise=solve_by_tape) if natively else solve_by_tape()
         else:
             ys = carry_out(replace(problem, y0=problem.y0.detach()) if adjoint else problem)
     (loop,) = loops

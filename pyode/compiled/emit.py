@@ -131,6 +131,7 @@ class Statements:
         constants: definitions.
         sums, totals, collected: sums over rows: declarations for a part of the rows, for all, and how to get there.
         kept_numbers: of a row.
+        stage_numbers: that are computed once a stage.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Statements:
         self.totals: list[str] = []
         self.collected: list[str] = []
         self._names: dict[int, str] = {}
+        self.stage_numbers = 0
         nodes = in_order([*outputs, *others])
         kept, again = _shared(nodes)
         self.kept_numbers = sum(node.numel for node in kept)
@@ -227,6 +229,7 @@ class Statements:
             self._names[id(node)] = f"totals.{number}"
         elif node.place in (Place.SOLVE, Place.STAGE):
             self.members[node.place].append(f"    {declaration}")
+            self.stage_numbers += node.numel if node.place is Place.STAGE else 0
             self._names[id(node)] = f"{'fixed' if node.place is Place.SOLVE else 'timed'}.{number}"
         elif id(node) in self._kept:
             self.members[Place.ROW].append(f"    {declaration}")

@@ -154,8 +154,8 @@ class Entry:
     def _check_stack(self, dynamics: Dynamics) -> None:
         """Raises CompileError where a block of rows, with a step's stages and what they are computed by, is too big."""
         states = (3 if dynamics.has_way_back else 1) * (len(self.method.rows) + 4)
-        numbers = dynamics.local_numbers + states * sum(dynamics.widths)
-        if numbers * (REGISTER if self.rows else self._dtype.itemsize) > MOST_STACK:
+        state = sum(dynamics.widths) * (REGISTER if self.rows else self._dtype.itemsize)
+        if dynamics.local_bytes + states * state > MOST_STACK:
             raise CompileError(f"rows of {sum(dynamics.widths)} numbers, with which the stack would overflow")
 
     def _adjoint(self, wanted: tuple[int, ...]) -> Dynamics:

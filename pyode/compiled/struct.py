@@ -31,7 +31,7 @@ class Dynamics:
     Attributes:
         source: the struct.
         has_way_back: whether it has the vector-Jacobian product.
-        local_numbers: how many numbers of a row lie on the stack while a step is taken, beside the solver's own.
+        local_bytes: of the stack, while a block of rows takes a step, beside the solver's own.
     """
 
     def __init__(
@@ -47,7 +47,8 @@ class Dynamics:
         self.widths = [out.numel for out in outputs]
         self._starts = [sum(self.widths[:i]) for i in range(len(outputs) + 1)]
         others = [*(pulled or ()), *gradients]
-        most_kept = MOST_KEPT // (evaluations * (REGISTER if rows else dtype.itemsize))
+        register = REGISTER if rows else dtype.itemsize
+        most_kept = MOST_KEPT // (evaluations * register)
         statements = Statements(outputs, others, self._starts, rows, most_kept)
         self._statements, self._gradients, self.has_way_back = statements, gradients, pulled is not None
         self._time = "V" if own_times else "T"
@@ -55,7 +56,8 @@ class Dynamics:
         self._store(pulled or (), "to", Place.BACK)
         self._store_gradients()
         codes = [statements.code[place] for place in (Place.ROW, Place.BACK)]
-        self.local_numbers = evaluations * statements.kept_numbers + sum(code.local_numbers for code in codes)
+        local_numbers = evaluations * statements.kept_numbers + sum(code.local_numbers for code in codes)
+        self.local_bytes = local_numbers * register + evaluations * statements.stage_numbers * dtype.itemsize
         self._operations = sum(code.operations for code in codes)
         self.source = self._struct(_SCALARS[dtype], rows)
 
