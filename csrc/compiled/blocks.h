@@ -56,7 +56,7 @@ struct CompiledSolve {
   double integral_rtol, integral_atol;
   int64_t seminorm;  // whether the integrals have no share in the norm
   // What comes back.
-  double* states;  // of rows with steps of their own, [kRowWords, rows]
+  double* states;    // of rows with steps of their own, [kRowWords, rows]
   int64_t n_failed;  // of these rows
   Sample sample;
   int64_t evaluations;

@@ -86,7 +86,8 @@ PYODE_HD V over_all_lanes(V* x) {
   return x[0];
 }
 
-/// out[i] = the sum over n parts, `step` apart, and their lanes, always in the same order; read(part) are its N numbers.
+/// out[i] = the sum over n parts, `step` apart, and their lanes, always in the same order; read(part) are its N
+/// numbers.
 template <int N, class Sums, class Read, class T>
 PYODE_HD void collect_sums(const Sums* parts, int64_t n, int64_t step, Read read, T* out) {
   using X = std::remove_const_t<std::remove_pointer_t<decltype(read(*parts))>>;
@@ -122,8 +123,8 @@ struct StepBack {
   static constexpr int D = G::size, S = M::evaluations;
 
   using Record = Evaluations<G, M>;
-  Record again;          // what the step has computed, if it had to be computed again
-  const Record* record;  // or was noted
+  Record again;                   // what the step has computed, if it had to be computed again
+  const Record* record;           // or was noted
   V k[S][D], gk[S][D], start[D];  // gk, start: the gradients of k, and of the state at the step's start
   V dt;
   Time times[S];
