@@ -1,27 +1,25 @@
-"""options={"device_loop": True}: a whole adaptive solve as one launch on a GPU, captured once and used again.
-
-A captured solve is kept for solves of the same kind: of the same func, shapes, dtypes, method and constants of the
-controller. What differs from one to the next is copied in: start, times, tolerances, args. Parameters are read in
-place.
-"""
+"""options={"device_loop": True}: a whole adaptive solve as one launch on a GPU."""
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._ops import backend_for, native
 from ._ops.contract import Flag, Grid
-from .compiled.arguments import Slots, kind_of
-from .compiled.guards import Guards
+from .captures import (
+    BoundFunc,
+    Captured,
+    CaptureError,
+    captured_for,
+    captured_solves,
+    fill_tolerances,
+    places_for_tolerances,
+    surroundings,
+)
 from .control import Times
 from .errors import warn
 from .methods import Tableau
@@ -32,99 +30,6 @@ from .stepping.captured import CapturedLoop
 from .stepping.hooks import Hooks
 from .stepping.outcome import Outcome
 from .stepping.outputs import column
-from .tree import Tree
-
-Key = tuple[Any, ...]
-
-STEPS_A_TURN = 4  # of the device's loop: a turn itself takes as long as a few small kernels
-
-
-@dataclass
-class Captured:
-    """A captured solve.
-
-    Attributes:
-        loop: its memory.
-        graph: what is launched.
-        slots: one tensor for each tensor in args.
-        guards: on what func was when it was captured.
-        tensors: those that func reads in place, with their addresses.
-    """
-
-    loop: CapturedLoop
-    graph: native.GraphLoop
-    slots: list[Tensor]
-    guards: Guards
-    tensors: list[tuple[Tensor, int]]
-
-    def holds(self) -> bool:
-        """Whether a launch would still do what func does."""
-        return self.guards.hold() and all(x.data_ptr() == address for x, address in self.tensors)
-
-
-class CapturedSolves:
-    """Those not in use, the least recently used first. One in use is not among them: a launch has its memory for it."""
-
-    MOST = 16
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[Key, list[Captured]] = OrderedDict()
-        self._lock = threading.Lock()
-        self.n_captures = 0
-
-    def take(self, key: Key) -> Captured | None:
-        """Returns one for a key, which is then no longer here."""
-        with self._lock:
-            found = self._kept.pop(key, [])
-            fits = next((captured for captured in found if captured.holds()), None)
-            rest = [captured for captured in found if captured is not fits and captured.holds()]
-            if rest:
-                self._kept[key] = rest
-            stale = [captured for captured in found if captured is not fits and not any(captured is x for x in rest)]
-        for captured in stale:
-            captured.graph.wait()
-        return fits
-
-    def put(self, key: Key, captured: Captured) -> None:
-        """Keeps one."""
-        dropped = None
-        with self._lock:
-            self._kept.setdefault(key, []).append(captured)
-            self._kept.move_to_end(key)
-            if sum(map(len, self._kept.values())) > self.MOST:
-                oldest = next(iter(self._kept))
-                dropped = self._kept[oldest].pop(0)
-                if not self._kept[oldest]:
-                    del self._kept[oldest]
-        if dropped is not None:
-            dropped.graph.wait()
-
-    def forget(self, owner: int) -> None:
-        """Drops those of a func that is no more."""
-        with self._lock:
-            gone = [self._kept.pop(key) for key in list(self._kept) if key[0][0] == owner]
-        for captured in (captured for some in gone for captured in some):
-            captured.graph.wait()
-
-    def clear(self) -> None:
-        """Forgets all."""
-        with self._lock:
-            gone, self._kept = self._kept, OrderedDict()
-        for captured in (captured for some in gone.values() for captured in some):
-            captured.graph.wait()
-
-
-def _repeat(work: Callable[[], None], times: int) -> None:
-    for _ in range(times):
-        work()
-
-
-captured_solves = CapturedSolves()
-_capturing = threading.RLock()  # one capture at a time
-
-
-class CaptureError(RuntimeError):
-    """A solve can't be captured; says why."""
 
 
 class DeviceLoop(Outcome):
@@ -142,18 +47,51 @@ class DeviceLoop(Outcome):
         assert isinstance(problem.method, Tableau)
         self.problem, self.hooks, self.tableau, self.times = problem, hooks, problem.method, problem.times
         self.layout = _layout_of(problem)
-        self.func, args = problem.written, problem.args
-        self.tree = Tree(args) if args else None
-        self.leaves = self.tree.leaves(args) if self.tree is not None else []
         self.evals_before_steps = 1 if problem.first_step is not None else 2
-        self.key = self._key()
-        self.captured = captured_solves.take(self.key) or self._capture()
+        self.bound = BoundFunc(problem.written, problem.args)
+        self.key = (self.bound.key, *self._kind(), surroundings())
+        self.captured = captured_for(self.key, self.bound, problem.y0.device, self._make, self._fill)
+
+    def _kind(self) -> tuple[object, ...]:
+        problem, form, grid, y0 = self.problem, self.problem.form, self.problem.grid, self.problem.y0
+        prescribed = (None if stops is None else stops.shape for stops in (grid.step_t, grid.jump_t))
+        tolerances = (isinstance(tolerance, Tensor) for tolerance in (problem.rtol, problem.atol))
+        return (
+            (y0.shape, y0.dtype, y0.device, form.per_sample, tuple(form.shapes), form.tree and str(form.tree.spec)),
+            (problem.method.name, astuple(problem.policy), grid.times.shape, *prescribed, *tolerances),
+            problem.first_step is None,
+        )
+
+    def _make(self, func: Func, slots: list[Tensor]) -> tuple[CapturedLoop, list[Tensor]]:
+        problem, y0, layout = self.problem, self.problem.y0, _layout_of(self.problem)
+        stops = (None if x is None else torch.empty_like(x) for x in (problem.grid.step_t, problem.grid.jump_t))
+        grid = Grid(torch.empty_like(problem.grid.times), *stops)
+        dynamics = Dynamics(for_one_sample(func, problem.form), problem.form, y0, partial(native.copy, layout))
+        loop = CapturedLoop(
+            dynamics, self.tableau, layout, *places_for_tolerances(problem.rtol, problem.atol, y0.device),
+            problem.policy, grid, Times(grid.times, problem.times.values),
+            y0=y0, first_step=problem.first_step is not None,
+        )  # fmt: skip
+        return loop, []
+
+    def _fill(self, captured: Captured) -> None:
+        loop, problem = captured.loop, self.problem
+        loop.y.copy_(problem.y0)
+        loop.grid.times.copy_(problem.grid.times)
+        for name in ("step_t", "jump_t"):
+            if (stops := getattr(problem.grid, name)) is not None:
+                getattr(loop.grid, name).copy_(stops)
+        fill_tolerances(loop, problem.rtol, problem.atol)
+        if loop.first_step is not None and problem.first_step is not None:
+            loop.first_step.fill_(problem.first_step)
+        for slot, given in zip(captured.slots, self.bound.tensors):
+            slot.detach().copy_(given)
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
-        """Returns the states at the output times, [T, *y0.shape]; see AdaptiveLoop."""
+        """Returns the states at the output times, [T, *y0.shape], from the problem's start and first step."""
         captured, loop, y = self.captured, self.captured.loop, None
         with captured.graph.in_use():
-            self._copy_in(captured, y0)
+            self._fill(captured)
             captured.graph.launch()
             out = loop.out.clone()
             self.controller, self._crossings = loop.controller.readings(), loop.crossings.clone()
@@ -173,94 +111,16 @@ class DeviceLoop(Outcome):
     @property
     def n_evals(self) -> int:
         """See Outcome; those that a turn of the loop makes in vain, behind the end, are none."""
-        steps = self.controller.field("n_accepted") + self.controller.field("n_rejected")
-        turns, crossed = torch.stack([steps.max(), self._crossings[1, 0]]).tolist() if len(steps) else (0, 0)
-        return self.evals_before_steps + turns * len(self.tableau.rows) + crossed
-
-    def _key(self) -> Key:
-        problem, form, grid, y0 = self.problem, self.problem.form, self.problem.grid, self.problem.y0
-        prescribed = (None if stops is None else stops.shape for stops in (grid.step_t, grid.jump_t))
-        tolerances = (isinstance(tolerance, Tensor) for tolerance in (problem.rtol, problem.atol))
-        return (
-            (id(_owner(self.func)), getattr(self.func, "__func__", None), kind_of(self.leaves), _spec(self.tree)),
-            (y0.shape, y0.dtype, y0.device, form.per_sample, tuple(form.shapes), _spec(form.tree)),
-            (problem.method.name, astuple(problem.policy), grid.times.shape, *prescribed, *tolerances),
-            problem.first_step is None,
-            (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
-            torch.get_float32_matmul_precision(),
-        )
-
-    def _copy_in(self, captured: Captured, y0: Tensor) -> None:
-        loop, problem = captured.loop, self.problem
-        loop.y.copy_(y0)
-        loop.grid.times.copy_(problem.grid.times)
-        for name in ("step_t", "jump_t"):
-            if (stops := getattr(problem.grid, name)) is not None:
-                getattr(loop.grid, name).copy_(stops)
-        for tolerance, given in ((loop.rtol, problem.rtol), (loop.atol, problem.atol)):
-            assert isinstance(tolerance, Tensor)
-            tolerance.copy_(given) if isinstance(given, Tensor) else tolerance.fill_(given)
-        if loop.first_step is not None and problem.first_step is not None:
-            loop.first_step.fill_(problem.first_step)
-        for slot, given in zip(captured.slots, (x for x in self.leaves if isinstance(x, Tensor))):
-            slot.detach().copy_(given)
-
-    def _capture(self) -> Captured:
-        problem = self.problem
-        slots = None if self.tree is None else Slots(self.func, self.tree, self.leaves)
-        try:
-            graph = native.GraphLoop(problem.y0.device)
-        except RuntimeError as error:
-            raise CaptureError(str(error)) from error
-        with _capturing, graph.aside(), torch.no_grad():
-            loop = self._loop(for_one_sample(slots or self.func, problem.form))
-            captured = Captured(loop, graph, [] if slots is None else slots.tensors, Guards(self.func), [])
-            self._copy_in(captured, problem.y0)
-            _warm_up(loop, problem.y0.device)
-            captured.guards = Guards(self.func, captured.guards)
-            captured.tensors = [(x, x.data_ptr()) for x in captured.guards.tensors]
-            loop.controller.stay_on_device(graph.condition)
-            try:
-                graph.capture(loop.open, partial(_repeat, loop.step, STEPS_A_TURN))
-            except RuntimeError as error:
-                raise CaptureError(f"func can't be captured: {str(error).splitlines()[0]}") from error
-        loop.dynamics = None  # type: ignore[assignment]  # func may go
-        weakref.finalize(_owner(self.func), captured_solves.forget, self.key[0][0])
-        captured_solves.n_captures += 1
-        return captured
-
-    def _loop(self, func: Func) -> CapturedLoop:
-        """With memory of its own, on the current stream."""
-        problem, y0, layout = self.problem, self.problem.y0, _layout_of(self.problem)
-        stops = (None if x is None else torch.empty_like(x) for x in (problem.grid.step_t, problem.grid.jump_t))
-        grid = Grid(torch.empty_like(problem.grid.times), *stops)
-        rtol, atol = (
-            torch.empty_like(x) if isinstance(x, Tensor) else torch.zeros((), dtype=torch.float64, device=y0.device)
-            for x in (problem.rtol, problem.atol)
-        )
-        return CapturedLoop(
-            Dynamics(func, problem.form, y0, partial(native.copy, layout)), self.tableau, layout, rtol, atol,
-            problem.policy, grid, Times(grid.times, problem.times.values),
-            y0=y0, first_step=problem.first_step is not None,
-        )  # fmt: skip
+        return self.evals_before_steps + evals_of(self.controller, self._crossings, self.tableau)
 
 
-def _warm_up(loop: CapturedLoop, device: torch.device) -> None:
-    """Lets func, and the libraries that it uses, do what they do once; and sees whether it is random."""
-    before = native.random_state(device)
-    loop.open()
-    loop.step()
-    if not torch.equal(before, native.random_state(device)):
-        raise CaptureError("func uses random numbers, which would be the same ones at every launch")
-
-
-def _owner(func: Any) -> Any:
-    """What a bound method, which is made anew whenever it is named, is a method of; or else func."""
-    return getattr(func, "__self__", func)
-
-
-def _spec(tree: Tree | None) -> str:
-    return "" if tree is None else str(tree.spec)
+def evals_of(controller: native.Readings, crossings: Tensor, tableau: Tableau) -> int:
+    """How often func was called in the steps of all samples together, and behind discontinuities."""
+    steps = controller.field("n_accepted") + controller.field("n_rejected")
+    if len(steps) == 0:
+        return 0
+    turns, crossed = torch.stack([steps.max(), crossings[1, 0]]).tolist()
+    return int(turns * len(tableau.rows) + crossed)
 
 
 def _layout_of(problem: Problem) -> native.Layout:

@@ -72,6 +72,14 @@ for shape, dtype in (((7, 3), torch.float32), ((300, 1001), torch.float32), ((33
         exact = y0 * torch.exp(-0.5 * t[-1])
         assert (pyode.odeint(f, y0, t, rtol=1e-5, atol=1e-7)[-1] - exact).abs().max() < 1e-4
         pyode.odeint(lambda t, y: (-y[0], y[0]), (y0, y0), t, rtol=1e-4, atol=1e-6)
+    for odeint in (pyode.odeint, pyode.odeint_adjoint):
+        with torch.set_grad_enabled(odeint is not pyode.odeint):
+            func = torch.nn.Linear(shape[-1], shape[-1], bias=False, device="cuda", dtype=dtype)
+            given = {"rtol": 1e-3, "atol": 1e-5, "options": {"device_loop": True, "jump_t": [0.4]}}
+            y = odeint(lambda t, y: func(y), y0, t, **given, **({"adjoint_params": tuple(func.parameters())}
+                       if odeint is pyode.odeint_adjoint else {}))
+            if y.requires_grad:
+                y.abs().square().mean().backward()
 torch.cuda.synchronize()
 print("solved")
 '
@@ -89,7 +97,7 @@ if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n 8); fi
 benchmarks() {
   "$python" -m pytest -o addopts= -q benchmarks/bench_gpu.py -k launches
   local status=$?
-  "$python" -m benchmarks gpu --seconds 3 --save "$folder/gpu.json" && return "$status"
+  XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" -m benchmarks gpu gpu_large --seconds 2 --save "$folder/gpu.json" && return "$status"
 }
 export -f sanitizer benchmarks
 export python short_solve folder

@@ -169,6 +169,10 @@ class Quadrature:
             self.ops.finish_step(layout, interpolant, controller, value, gs, end, out)
         del self._evaluations[1:]
 
+    def copies(self) -> list[Tensor]:
+        """The values at the last output time, after a loop on the device."""
+        return [out[1].clone() for out in self._outputs]
+
     def accept(self) -> None:
         """Moves to the step's end; the last evaluation is the next step's first."""
         self.values = self._ends
