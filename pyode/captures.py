@@ -6,11 +6,11 @@ one to the next is copied in: start, times, tolerances, args. Parameters are rea
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -52,9 +52,20 @@ class BoundFunc:
         self.leaves = self.tree.leaves(args) if self.tree is not None else []
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         # A bound method is made anew whenever it is named.
-        self.owner = getattr(func, "__self__", func)
+        self.owner: Any = getattr(func, "__self__", func)
         which = getattr(func, "__func__", None)
         self.key: Key = id(self.owner), which, kind_of(self.leaves), self.tree and str(self.tree.spec)
+
+    def kept(self) -> tuple[Callable[[], Any], list[Any]]:
+        """What tells whether the func is still that of the key: a reference to it, weak if it can be, and its args.
+
+        An id is given out again when its owner is gone.
+        """
+        try:
+            owner: Callable[[], Any] = weakref.ref(self.owner)
+        except TypeError:
+            owner = partial(_itself, self.owner)
+        return owner, [leaf for leaf in self.leaves if not isinstance(leaf, Tensor)]
 
     def with_slots(self) -> tuple[Func, list[Tensor]]:
         """A function of (t, y) with empty tensors in the places of those in args, and these tensors."""
@@ -62,6 +73,10 @@ class BoundFunc:
             return self.func, []
         slots = Slots(self.func, self.tree, self.leaves)
         return slots, slots.tensors
+
+
+def _itself(x: Any) -> Any:
+    return x
 
 
 @dataclass
@@ -73,6 +88,7 @@ class Captured:
         graph: what is launched.
         slots: one tensor for each tensor in args.
         inputs: other tensors to be filled before a launch.
+        kept: see BoundFunc.
         guards: on what func was when it was captured.
         tensors: those that func reads in place, with their addresses.
         filled: what the inputs that stay the same are filled with.
@@ -82,13 +98,15 @@ class Captured:
     graph: native.GraphLoop
     slots: list[Tensor]
     inputs: list[Tensor]
+    kept: tuple[Callable[[], Any], list[Any]]
     guards: Guards
     tensors: list[tuple[Tensor, int]] = field(default_factory=list)
     filled: Any = None
 
     def holds(self) -> bool:
         """Whether a launch would still do what func does."""
-        return self.guards.hold() and all(x.data_ptr() == address for x, address in self.tensors)
+        alive = self.kept[0]() is not None
+        return alive and self.guards.hold() and all(x.data_ptr() == address for x, address in self.tensors)
 
 
 class CapturedSolves:
@@ -98,8 +116,17 @@ class CapturedSolves:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Key, list[Captured]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what the collector finalizes within it comes here too
+        self._watched: set[int] = set()  # ids of funcs
         self.n_captures = 0
+
+    def watch(self, owner: Any) -> None:
+        """Lets go of those of a func, of which there is a new one, when the func is no more."""
+        self.n_captures += 1
+        with self._lock, contextlib.suppress(TypeError):
+            if id(owner) not in self._watched:
+                weakref.finalize(owner, self.forget, id(owner)).atexit = False
+                self._watched.add(id(owner))
 
     def take(self, key: Key) -> Captured | None:
         """Returns one for a key, which is then no longer here."""
@@ -131,6 +158,7 @@ class CapturedSolves:
     def forget(self, owner: int) -> None:
         """Drops those of a func that is no more."""
         with self._lock:
+            self._watched.discard(owner)
             gone = [self._kept.pop(key) for key in list(self._kept) if key[0][0] == owner]
         for captured in (captured for some in gone for captured in some):
             captured.graph.wait()
@@ -181,7 +209,7 @@ def captured_for(
             stand_ins = {id(x): slot for x, slot in zip(bound.tensors, slots)}
             stand_ins |= {name: x for name, x in others.items() if name in replaced}
             loop, inputs = make(func, stand_ins)
-            captured = Captured(loop, graph, slots, inputs, before)
+            captured = Captured(loop, graph, slots, inputs, bound.kept(), before)
             fill(captured)
             n_steps = _warm_up(loop, device)
             a_turn = next((steps for most, steps in STEPS_A_TURN if n_steps <= most), MOST_A_TURN)
@@ -193,12 +221,11 @@ def captured_for(
     captured.guards = Guards(bound.func, before)
     captured.tensors = [(x, x.data_ptr()) for x in captured.guards.tensors]
     loop.dynamics = None  # type: ignore[assignment]  # func may go
-    weakref.finalize(bound.owner, captured_solves.forget, id(bound.owner))
-    captured_solves.n_captures += 1
+    captured_solves.watch(bound.owner)
     return captured
 
 
-@contextmanager
+@contextlib.contextmanager
 def _nothing_cast_before() -> Iterator[None]:
     """Within it autocast keeps no copies of parameters, which would go into a graph in their places."""
     caches = torch.is_autocast_cache_enabled()
