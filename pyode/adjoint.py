@@ -23,7 +23,7 @@ from .gradients.vjp import Circumstances
 from .odeint import odeint, solve
 from .parameters import find_parameters, lost_gradient, named_parameters
 from .problem import Problem, pose
-from .samples import Samples
+from .samples.batch import Samples
 from .state import Dynamics, Form, Func, State
 from .stepping.adaptive import AdaptiveLoop
 from .stepping.fixed_grid import check_interp
