@@ -12,7 +12,7 @@ from enum import IntEnum
 
 
 class Status(IntEnum):
-    """How a solve, or one sample of it, stands. The first five are those of csrc/core/controller.h."""
+    """How a solve, or one sample of it, stands. The first five are those of csrc/core/step_state.h."""
 
     SUCCESS = 0
     RUNNING = 1

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
-import scipy.integrate
 import torch
 from ensembles import counts, decay, oscillators, van_der_pol
 
@@ -97,44 +95,6 @@ def test_odeint_has_the_same_control():
         joint = pyode.odeint(van_der_pol, y0[b : b + 1], T, rtol=1e-6, atol=1e-8)
         assert torch.equal(whole[:, b], alone[:, 0])
         assert torch.equal(alone, joint)
-
-
-# Against others.
-
-
-def test_the_work_of_the_mean_sample_is_that_of_solving_each_alone_and_results_are_scipys():
-    y0, t = oscillators(256), torch.linspace(0, 8, 3, dtype=F64)
-    with torch.no_grad():
-        together = solve_ivp(van_der_pol, y0, t, rtol=1e-5, atol=1e-7)
-        joint = solve_ivp(van_der_pol, y0, t, rtol=1e-5, atol=1e-7, control="joint")
-    checked = range(0, 256, 51)
-    accepted = []
-    for b in checked:
-        mu = float(y0[b, 2])
-        reference = scipy.integrate.solve_ivp(
-            lambda t, y, mu=mu: [y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]],
-            (0, 8), [2.0, 0.0], t_eval=t.numpy(), rtol=1e-9, atol=1e-11, method="LSODA",
-        )  # fmt: skip
-        assert np.allclose(together.ys[:, b, :2].numpy(), reference.y.T, atol=2e-2 * max(1, np.abs(reference.y).max()))
-        alone = solve_ivp(van_der_pol, y0[b : b + 1], t, rtol=1e-5, atol=1e-7)
-        accepted.append((int(together.stats.n_accepted[b]), int(alone.stats.n_accepted)))
-    mean, apart = np.mean(accepted, axis=0)
-    assert abs(mean - apart) <= 0.05 * apart
-    assert together.stats.n_steps.double().mean() < 0.7 * float(joint.stats.n_steps)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_torchode_takes_about_as_many_steps_to_the_same_solutions():
-    torchode = pytest.importorskip("torchode")
-    y0, t = oscillators(16, stiffest=10.0), torch.linspace(0, 5, 4, dtype=F64)
-    term = torchode.ODETerm(lambda t, y: van_der_pol(t, y))
-    control = torchode.IntegralController(1e-6, 1e-4, safety=0.9, factor_min=0.2, factor_max=10.0, term=term)
-    solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), control)
-    theirs = solver.solve(torchode.InitialValueProblem(y0=y0, t_eval=t.expand(16, -1)))
-    ours = solve_ivp(van_der_pol, y0, t, rtol=1e-4, atol=1e-6)
-    assert torch.allclose(ours.ys.transpose(0, 1), theirs.ys, atol=0.05, rtol=0.05)
-    # Its error weights, controller and norm are the same; it grows after a rejection, and chooses another first step.
-    assert torch.allclose(ours.stats.n_accepted.double(), theirs.stats["n_accepted"].double(), rtol=0.05, atol=3)
 
 
 # What func is given.
