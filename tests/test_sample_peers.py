@@ -102,5 +102,5 @@ class TestTorchode:
         # t + (t1 - t) may fall short of t1 by a rounding, for which it takes one more step.
         more = (theirs.stats["n_accepted"] - ours.stats.n_accepted)[same]
         assert bool(((more == 0) | (more == 1)).all())
-        assert ((ours.ys[-1] - theirs.ys[:, -1]) / y0[:, :1])[same].abs().max() < 1e-10
+        assert ((ours.ys[-1] - theirs.ys[:, -1]) / y0[:, :1])[same].abs().max() < 0.1 * RTOL
         assert len(set(ours.stats.n_accepted.tolist())) > 10
