@@ -38,7 +38,7 @@ _SENTENCES = {
         "solve in float64."
     ),
     Status.TOO_MANY_STEPS: (
-        "max_num_steps was reached. Raise options['max_num_steps'] or loosen rtol and atol; a problem that needs very "
+        "max_num_steps was reached. Raise it or loosen rtol and atol; a problem that needs very "
         "many steps is often stiff."
     ),
     Status.NON_FINITE: (
