@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -297,6 +298,12 @@ def test_an_exception_of_funcs_passes_through_a_progress_bar_unchanged():
     for backend in ("auto", "reference"):
         with pyode.backend(backend), pytest.raises(KeyError, match="mine"):
             solve_ivp(f, Y0, T, progress=True)
+
+
+def test_progress_without_tqdm_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(InvalidValue, match="pip install tqdm"):
+        solve_ivp(decay, Y0, T, progress=True)
 
 
 def test_progress_shows_the_slowest_samples_time(monkeypatch):
