@@ -110,8 +110,8 @@ def solve_ivp(
         params: for gradient="adjoint" and "checkpoint": the tensors to which gradients are wanted beside y0, t and
             those in args; by default all that require gradient and can be found in func. One that func turns out to
             depend on and that is not among them is told in a warning, but for params=().
-        adjoint_options: of the backward solve: rtol, atol, method, and other options; rtol, atol and method are the
-            forward solve's by default.
+        adjoint_options: of the backward solve: rtol, atol and method, which are the forward solve's by default, and
+            other options, which are not. The controller, step_t and jump_t are the forward solve's.
         options: further ones, as `odeint`'s: min_step, max_step, safety, ifactor, dfactor, norm, step_t, jump_t, ...
 
     Returns:
