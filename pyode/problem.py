@@ -38,8 +38,15 @@ from .stepping.hooks import Callback
 
 @dataclass
 class Problem:
-    """A solve with all its arguments checked."""
+    """A solve with all its arguments checked.
 
+    Attributes:
+        written: func as the user gave it, which takes the args.
+        func: the function of (t, y) that comes of it.
+    """
+
+    written: Func
+    args: tuple[Any, ...]
     func: Func
     form: Form
     y0: Tensor  # packed
@@ -100,7 +107,9 @@ def pose(
     if t.device != packed.device:
         warn("t is not on the same device as y0. Coercing to y0.device.")
     return Problem(
-        func=_for_one_sample(with_args(func, args), form),
+        written=func,
+        args=tuple(args),
+        func=for_one_sample(with_args(func, args), form),
         form=form,
         y0=packed,
         times=times,
@@ -132,7 +141,7 @@ def is_per_sample(options: dict[str, Any], method: Method) -> bool:
     return bool(control == "per_sample")
 
 
-def _for_one_sample(func: Func, form: Form) -> Func:
+def for_one_sample(func: Func, form: Form) -> Func:
     """A single sample's func is given its time as [1], like that of several."""
     return partial(_call_with_vector, func) if form.per_sample and form.samples == 1 else func
 

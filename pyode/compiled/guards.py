@@ -49,6 +49,11 @@ class Guards:
         }
         self._cells = [(cell, value) for cell, value in self._cells if id(cell) not in self._counting]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All whose identity is looked at."""
+        return [x for x in (*(item for *_, item in self._items), *(x for _, x in self._cells)) if isinstance(x, Tensor)]
+
     def hold(self) -> bool:
         """Whether nothing has changed."""
         try:

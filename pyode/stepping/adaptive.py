@@ -19,11 +19,11 @@ from torch import Tensor
 from .._ops import autograd, backend_of, reference
 from .._ops.contract import Flag, Grid, Layout, Phase, Policy, RightHandSide
 from ..control import Times
-from ..errors import SolveError, Status
+from ..errors import Status
 from ..methods import Tableau
-from ..solution import SampleStats, Stats
 from .course import table_of
 from .hooks import NO_HOOKS, Hooks
+from .outcome import Outcome
 from .outputs import Output, RecordedBatchOutput, RecordedOutput, column, interpolant_of
 from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment, unmoved
@@ -62,7 +62,7 @@ class _Ballast(threading.local):
 _ballast = _Ballast()
 
 
-class AdaptiveLoop:
+class AdaptiveLoop(Outcome):
     """An adaptive explicit Runge-Kutta solve.
 
     Args:
@@ -141,7 +141,7 @@ class AdaptiveLoop:
             flags = self._first_step(y, ks[0], first_step)
         if tape is not None:
             tape.keep_first()
-        self._evals_before_steps, self._n_jumps = dynamics.n_evals, 0
+        self.evals_before_steps, self.n_jumps = dynamics.n_evals, 0
         while flags & _RUNNING:
             if hooks.step is not None:
                 hooks.step(self._field("t"), y, abs(self._field("dt_whole")))
@@ -205,7 +205,7 @@ class AdaptiveLoop:
                 if tape is not None:
                     tape.keep_last()
         if flags & _FAILED:
-            hooks.fail(self._error(y, ks[0]))
+            hooks.fail(self.error(y, ks[0]))
         if flags & _FAILED or hooks.watch_batch is not None:  # some outputs may not have been reached
             if shift is not None:
                 shift = shift.reshape(()) if layout.samples == 1 else column(shift, y)
@@ -310,42 +310,14 @@ class AdaptiveLoop:
         running, failed = (bool(some.any()) for some in (status == int(Status.RUNNING), status > int(Status.RUNNING)))
         return _RUNNING * running | _FAILED * failed
 
-    def status_of_samples(self) -> Tensor:
-        """[B] how each sample stands."""
-        status: Tensor = self.controller.field("status").cpu().clone()
-        return status
-
-    def stats_of_samples(self) -> SampleStats:
-        """What each sample has taken."""
-        field = self.controller.field
-        accepted, rejected = field("n_accepted").cpu().clone(), field("n_rejected").cpu().clone()
-        if self.layout.samples == 1:
-            evals = torch.tensor([self.dynamics.n_evals])
-        else:
-            evals = self._evals_before_steps + (accepted + rejected) * len(self.tableau.rows) + self._n_jumps
-        return SampleStats(evals, accepted, rejected, field("size1").cpu().clone())
-
-    def left(self) -> Tensor:
-        """Which outputs have not been reached: [T, B], or [T] of the only sample."""
-        ends = self.controller.field("output_end")
-        left: Tensor = torch.arange(len(self.times.values))[:, None] >= ends.cpu()
-        return (left[:, 0] if self.layout.samples == 1 else left).to(self.layout.device)
+    @property
+    def n_evals(self) -> int:
+        """How often func was called."""
+        return self.dynamics.n_evals
 
     def _field(self, name: str) -> float:
         """A number of the only sample's step state."""
         return float(self.controller.field(name))
-
-    @property
-    def last_step(self) -> float | None:
-        """The size of the step taken last, where there is one controller."""
-        return abs(float(self.controller.field("dt_prev"))) if self.layout.samples == 1 else None
-
-    def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
-        """Adds the solve's counts."""
-        if stats is not None:
-            stats.n_f_evals += self.dynamics.n_evals - evals_before
-            stats.n_accepted += int(self.controller.field("n_accepted").sum())
-            stats.n_rejected += int(self.controller.field("n_rejected").sum())
 
     def _at_start(self, y0: Tensor) -> Tensor:
         # By two, so that it is a view as times of stages are: torch.compile would compile func anew for what is none.
@@ -427,20 +399,9 @@ class AdaptiveLoop:
         if self.layout.samples == 1 or self.grid.jump_t is None:
             return y, self.dynamics(behind[0], y), behind[0]
         jumped = self._on_jump() & (self.controller.field("status") == int(Status.RUNNING))
-        self._n_jumps = self._n_jumps + jumped.cpu()
+        self.n_jumps = self.n_jumps + jumped.cpu()
         behind = torch.where(jumped.to(t.device), behind, t if self.hooks.tape is None else self._first_times())
         return y, self._select(self.dynamics(behind, y), k, jumped.to(torch.int64)), behind
-
-    def _error(self, y: Tensor, k: Tensor) -> SolveError:
-        statuses = self.controller.field("status")
-        b = int((statuses > int(Status.RUNNING)).nonzero()[0])
-        status = Status(int(statuses[b]))
-        t, dt, accepted, rejected = (
-            self.controller.field(name)[b].item() for name in ("t", "dt_prev", "n_accepted", "n_rejected")
-        )
-        if status is Status.NON_FINITE and accepted + rejected == 0 and (y.isfinite() & k.isfinite()).all():
-            status = Status.STEP_TOO_SMALL  # all is finite, but a tolerance is 0 where y0 is 0
-        return SolveError(status, float(t), float(dt), int(accepted + rejected), None if len(statuses) == 1 else b)
 
 
 @lru_cache(maxsize=64)

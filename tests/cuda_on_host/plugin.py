@@ -7,9 +7,13 @@ As far as the code between can tell, every state is on a GPU: steps are read bac
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import os
 import sys
+
+import torch
 
 
 def _load() -> None:
@@ -25,6 +29,32 @@ def _load() -> None:
     assert native.build_info()["cuda"] == "on the host"
     native.on_gpu = lambda device: True
     native.current_stream = lambda device: 0
+    native.random_state = lambda device: torch.get_rng_state()
+
+    class GraphLoop:
+        """Repeats the body itself, as the kernels on the host set the condition."""
+
+        def __init__(self, device):
+            self.handle = native._C.GraphLoop()
+            self.condition = self.handle.condition
+            self.aside = self.in_use = contextlib.nullcontext
+
+        def capture(self, opening, body):
+            loop = opening.__self__
+            self.parts = loop, loop.dynamics, opening, body
+
+        def launch(self):
+            loop, dynamics, opening, body = self.parts
+            goes_on = ctypes.c_uint.from_address(self.condition)
+            loop.dynamics, goes_on.value = dynamics, 1
+            opening()
+            while goes_on.value:
+                body()
+
+        def wait(self):
+            pass
+
+    native.GraphLoop = GraphLoop
 
 
 _load()
