@@ -33,7 +33,7 @@ from .odeint import (
 from .problem import Problem, pose
 from .samples.batch import Samples
 from .samples.observers import Observers, observers_of
-from .samples.outcome import Outcome, outcome_of, solution_of, solution_of_native
+from .samples.results import Results, results_of, solution_of, solution_of_native
 from .solution import Solution
 from .state import Func, State
 from .stepping.adaptive import AdaptiveLoop
@@ -176,17 +176,17 @@ def solve_ivp(
             ys = run(problem)
     if failures and throw:
         raise failures[0]
-    outcome, events = outcome_of(run.loop, failures, problem), observers.events
+    results, events = results_of(run.loop, failures, problem), observers.events
     flat = ys.reshape(len(ys), *samples.y0.shape)
     if events is not None:
         if len(flat) > len(t):
             flat, events.state = flat[:-1], flat[-1]
-        outcome = outcome.until(events, samples, t)
+        results = results.until(events, samples, t)
     if adjoint is not None:
         wanted = [x for x in parameters_of(func, args, params) if x.requires_grad]
-        flat = _differentiable(adjoint, problem, samples, t, flat, outcome, events, wanted)
+        flat = _differentiable(adjoint, problem, samples, t, flat, results, events, wanted)
     moved = t[0] - t[0].detach() if t.requires_grad and adjoint is None else None
-    return solution_of(problem, samples, t, flat, outcome, events, observers.dense, moved)
+    return solution_of(problem, samples, t, flat, results, events, observers.dense, moved)
 
 
 def _with_arguments(
@@ -270,7 +270,7 @@ def _differentiable(
     samples: Samples,
     t: Tensor,
     ys: Tensor,
-    outcome: Outcome,
+    results: Results,
     events: SampleEvents | None,
     params: list[Tensor],
 ) -> Tensor:
@@ -281,7 +281,7 @@ def _differentiable(
         end_t, end_y = events.time, events.state
     solved = SolvedSamples(
         problem.func, samples.func(problem), adjoint, problem.form.segments, samples.times_of(t),
-        outcome.reached.to(samples.clock), ys, end_t, end_y, outcome.stats.last_dt.to(samples.clock),
+        results.reached.to(samples.clock), ys, end_t, end_y, results.stats.last_dt.to(samples.clock),
     )  # fmt: skip
     ys, end_y = SampleAdjoint.apply(solved, t, samples.y0, *params)  # type: ignore[no-untyped-call]
     if events is not None:

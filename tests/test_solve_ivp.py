@@ -264,6 +264,7 @@ def test_joint_control_is_for_all_methods(method):
         ({"event_fn": 3}, InvalidType, "event_fn"),
         ({"event_fn": lambda t, y: y.sum()}, DynamicsError, r"\[B\] or \[B, E\]"),
         ({"event_fn": lambda t, y: 1.0}, DynamicsError, "tensor"),
+        ({"event_fn": lambda t, y: y[:, 0] * 1j}, DynamicsError, "real"),
     ],
 )
 def test_what_is_wrong_is_told(wrong, error, match):
@@ -306,7 +307,9 @@ def test_progress_without_tqdm_is_told(monkeypatch):
         solve_ivp(decay, Y0, T, progress=True)
 
 
-def test_progress_shows_the_slowest_samples_time(monkeypatch):
+@pytest.fixture
+def shown(monkeypatch):
+    """What a progress bar has shown: fractions, and what is beside them."""
     tqdm = pytest.importorskip("tqdm")
     shown = []
 
@@ -316,12 +319,25 @@ def test_progress_shows_the_slowest_samples_time(monkeypatch):
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
     monkeypatch.setattr("pyode.progress.INTERVAL", 0.0)
+    return shown
+
+
+@pytest.mark.parametrize("control", ["per_sample", "joint"])
+def test_progress_shows_the_slowest_samples_time(shown, control):
     ends = torch.tensor([1.0, 4.0, -0.1], dtype=F64)
-    solution = solve_ivp(van_der_pol, oscillators(3, stiffest=5.0), torch.stack([0 * ends, ends]), progress=True)
-    fractions = [n for n, _ in shown if _]
+    t = torch.stack([0 * ends, ends]) if control == "per_sample" else torch.tensor([0.0, 4.0], dtype=F64)
+    solution = solve_ivp(van_der_pol, oscillators(3, stiffest=5.0), t, control=control, progress=True)
+    fractions = [n for n, beside in shown if beside]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
     assert 0 < fractions[0] < 0.5
     assert len(fractions) > int(solution.stats.n_steps.max())
     assert f"rejected {int(solution.stats.n_rejected.sum())}" in shown[-1][1]
     assert "dt " in shown[-1][1]
+
+
+def test_progress_of_a_solve_that_fails_stands_still(shown):
+    y0 = torch.tensor([[0.1], [2.0]], dtype=F64)
+    solution = solve_ivp(lambda t, y: y * y, y0, torch.tensor([0.0, 1.0], dtype=F64), progress=True, throw=False)
+    assert not solution.success
+    assert shown[-1][0] == pytest.approx(0.5, abs=1e-3)  # where it blows up

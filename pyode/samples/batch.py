@@ -73,8 +73,8 @@ class Samples:
         def event(t: Tensor, flat: Tensor) -> Tensor:
             t = t.to(flat.device, wide_dtype(flat.device))
             value = event_fn(t if per_sample else t[0], self.of_user(flat))
-            if not isinstance(value, Tensor) or (value.numel() == 0 and self.count):
-                raise DynamicsError(f"event_fn must return a tensor of numbers, not {value!r}")
+            if not isinstance(value, Tensor) or value.is_complex() or (value.numel() == 0 and self.count):
+                raise DynamicsError(f"event_fn must return a tensor of real numbers, not {value!r}")
             if per_sample and (value.dim() not in (1, 2) or len(value) != self.count):
                 shape = tuple(value.shape)
                 raise DynamicsError(f"event_fn must return [B] or [B, E], here with B = {self.count}, not {shape}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Outcome:
+class Results:
     """How each of B samples has fared.
 
     Attributes:
@@ -36,7 +36,7 @@ class Outcome:
     stats: SampleStats
     reached: Tensor
 
-    def until(self, events: SampleEvents, samples: Samples, t: Tensor) -> Outcome:
+    def until(self, events: SampleEvents, samples: Samples, t: Tensor) -> Results:
         """The same for samples of which some ended at an event."""
         met, sign = events.index >= 0, torch.sign(samples.t1 - samples.t0)
         before = sign * (samples.times_of(t) - events.time) <= 0
@@ -47,11 +47,11 @@ class Outcome:
         )
 
 
-def outcome_of(loop: Any, failures: list[SolveError], problem: Problem) -> Outcome:
+def results_of(loop: Any, failures: list[SolveError], problem: Problem) -> Results:
     """That of a loop which has done its solve, and told of its failures."""
     if isinstance(loop, SampleLoop):
         left = loop.left()
-        return Outcome(loop.status_of_samples(), loop.stats_of_samples(), ~(left if left.dim() == 2 else left[:, None]))
+        return Results(loop.status_of_samples(), loop.stats_of_samples(), ~(left if left.dim() == 2 else left[:, None]))
     counts = Stats()
     loop.add_to(counts)
     n_f_evals, n_accepted, n_rejected = (
@@ -60,7 +60,7 @@ def outcome_of(loop: Any, failures: list[SolveError], problem: Problem) -> Outco
     last_dt = torch.tensor([loop.last_step or 0.0], dtype=torch.float64)
     sign, values = problem.times.sign, problem.times.values
     end = failures[0].t if failures else values[-1]
-    return Outcome(
+    return Results(
         torch.tensor([int(failures[0].status if failures else Status.SUCCESS)]),
         SampleStats(n_f_evals, n_accepted, n_rejected, last_dt),
         torch.tensor([[sign * (value - end) <= 0] for value in values]),
@@ -72,7 +72,7 @@ def solution_of(
     samples: Samples,
     t: Tensor,
     ys: Tensor,
-    outcome: Outcome,
+    results: Results,
     events: SampleEvents | None,
     dense: SampleDenseOutput | None,
     start: Tensor | None,
@@ -88,13 +88,13 @@ def solution_of(
     event_y = nan.expand_as(samples.y0)
     if events is not None:
         event_t, event_index, event_y = moved_events(events, samples.func(problem), samples, start)
-    if not bool(outcome.reached.all()):
-        ys = torch.where(outcome.reached.to(ys.device).unsqueeze(-1), ys, nan)
+    if not bool(results.reached.all()):
+        ys = torch.where(results.reached.to(ys.device).unsqueeze(-1), ys, nan)
     return Solution(
         ts=t,
         ys=samples.of_user(ys),
-        status=outcome.status,
-        stats=outcome.stats,
+        status=results.status,
+        stats=results.stats,
         interpolant=None if dense is None else dense.stacked(event_t),
         event_t=event_t,
         event_index=event_index,
