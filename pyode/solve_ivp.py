@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,7 +17,6 @@ from .compiling import not_compiled
 from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
 from .errors import InvalidValue, SolveError
 from .gradients.backsolve_samples import SampleBacksolveConfig
-from .gradients.samples import SampleAdjoint, SolvedSamples
 from .methods import Tableau
 from .methods.external import ScipySolver
 from .odeint import (
@@ -31,13 +29,13 @@ from .odeint import (
     undone_natively,
 )
 from .problem import Problem, pose
+from .samples.adjoint import with_adjoint
 from .samples.batch import Samples
 from .samples.observers import Observers, observers_of
-from .samples.results import Results, results_of, solution_of, solution_of_native
+from .samples.results import results_of, solution_of, solution_of_native
 from .solution import Solution
 from .state import Func, State
 from .stepping.adaptive import AdaptiveLoop
-from .stepping.event import SampleEvents
 from .stepping.loops import Loop
 from .stepping.tape import Tape
 from .vmapped import solve_ivp_vmapped, under_vmap
@@ -184,7 +182,12 @@ def solve_ivp(
         results = results.until(events, samples, t)
     if adjoint is not None:
         wanted = [x for x in parameters_of(func, args, params) if x.requires_grad]
-        flat = _differentiable(adjoint, problem, samples, t, flat, results, events, wanted)
+        end = None if events is None else (events.time, events.state)
+        flat, state = with_adjoint(
+            adjoint, problem, samples, t, flat, results.reached, results.stats.last_dt, end, wanted
+        )
+        if events is not None:
+            events.state = state
     moved = t[0] - t[0].detach() if t.requires_grad and adjoint is None else None
     return solution_of(problem, samples, t, flat, results, events, observers.dense, moved)
 
@@ -262,31 +265,6 @@ class _Run:
             return ys
         events.note_on(tape, len(ys))
         return torch.cat([ys, events.state.reshape(1, *ys.shape[1:])])
-
-
-def _differentiable(
-    adjoint: SampleBacksolveConfig,
-    problem: Problem,
-    samples: Samples,
-    t: Tensor,
-    ys: Tensor,
-    results: Results,
-    events: SampleEvents | None,
-    params: list[Tensor],
-) -> Tensor:
-    """The states [T, B, D], and those of the events, with the adjoint solve behind them."""
-    if events is None:
-        end_t, end_y = samples.t0 * math.nan, torch.full_like(samples.y0, math.nan)
-    else:
-        end_t, end_y = events.time, events.state
-    solved = SolvedSamples(
-        problem.func, samples.func(problem), adjoint, problem.form.segments, samples.times_of(t),
-        results.reached.to(samples.clock), ys, end_t, end_y, results.stats.last_dt.to(samples.clock),
-    )  # fmt: skip
-    ys, end_y = SampleAdjoint.apply(solved, t, samples.y0, *params)  # type: ignore[no-untyped-call]
-    if events is not None:
-        events.state = end_y
-    return ys
 
 
 def _adjoint_of(

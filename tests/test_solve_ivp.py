@@ -336,6 +336,15 @@ def test_progress_shows_the_slowest_samples_time(shown, control):
     assert "dt " in shown[-1][1]
 
 
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "adjoint"])
+def test_progress_is_shown_with_any_gradient(shown, gradient):
+    y0 = Y0.clone().requires_grad_()
+    solution = solve_ivp(decay, y0, T, gradient=gradient, params=(), progress=True)
+    assert shown[-1][0] == 1.0
+    (found,) = torch.autograd.grad(solution.ys[-1].sum(), y0)
+    assert torch.allclose(found, torch.exp(-T[-1]).expand(3, 1), rtol=1e-2)
+
+
 def test_progress_of_a_solve_that_fails_stands_still(shown):
     y0 = torch.tensor([[0.1], [2.0]], dtype=F64)
     solution = solve_ivp(lambda t, y: y * y, y0, torch.tensor([0.0, 1.0], dtype=F64), progress=True, throw=False)
