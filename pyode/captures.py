@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -144,13 +145,14 @@ def captured_for(
     key: Key,
     bound: BoundFunc,
     device: torch.device,
-    make: Callable[[Func, list[Tensor]], tuple[CapturedLoop, list[Tensor]]],
+    make: Callable[[Func, dict[int, Tensor]], tuple[CapturedLoop, list[Tensor]]],
     fill: Callable[[Captured], None],
 ) -> Captured:
     """A captured solve for a key, which begins with that of the func: one that was kept, or a new one.
 
     Args:
-        make: from func and the tensors that stand for those in args makes the loop and further inputs.
+        make: from func and, by id, what stands for the tensors in args and for those that func finds by itself, makes
+            the loop and further inputs.
         fill: copies in what a launch is to work on.
 
     Raises:
@@ -163,23 +165,42 @@ def captured_for(
         graph = native.GraphLoop(device)
     except RuntimeError as error:
         raise CaptureError(str(error)) from error
-    with _capturing, graph.aside(), torch.no_grad():
+    with _capturing, graph.aside(), torch.no_grad(), _nothing_cast_before():
         func, slots = bound.with_slots()
-        loop, inputs = make(func, slots)
-        captured = Captured(loop, graph, slots, inputs, Guards(bound.func))
-        fill(captured)
-        _warm_up(loop, device)
-        captured.guards = Guards(bound.func, captured.guards)
-        captured.tensors = [(x, x.data_ptr()) for x in captured.guards.tensors]
-        loop.controller.stay_on_device(graph.condition)
-        try:
-            graph.capture(loop.open, partial(_repeat, loop.step, STEPS_A_TURN))
-        except RuntimeError as error:
-            raise CaptureError(f"func can't be captured: {str(error).splitlines()[0]}") from error
+        before = Guards(bound.func)
+        # A graph that somebody else holds has a tensor's gradient summed up on his stream. These are in none: the same
+        # memory as tensors of their own.
+        others = {id(x): x.detach().requires_grad_() for x in before.tensors if x.requires_grad}
+        with before.replaced(others) as replaced:
+            stand_ins = {id(x): slot for x, slot in zip(bound.tensors, slots)}
+            stand_ins |= {name: x for name, x in others.items() if name in replaced}
+            loop, inputs = make(func, stand_ins)
+            captured = Captured(loop, graph, slots, inputs, before)
+            fill(captured)
+            _warm_up(loop, device)
+            loop.controller.stay_on_device(graph.condition)
+            try:
+                graph.capture(loop.open, partial(_repeat, loop.step, STEPS_A_TURN))
+            except RuntimeError as error:
+                raise CaptureError(f"func can't be captured: {str(error).splitlines()[0]}") from error
+    captured.guards = Guards(bound.func, before)
+    captured.tensors = [(x, x.data_ptr()) for x in captured.guards.tensors]
     loop.dynamics = None  # type: ignore[assignment]  # func may go
     weakref.finalize(bound.owner, captured_solves.forget, id(bound.owner))
     captured_solves.n_captures += 1
     return captured
+
+
+@contextmanager
+def _nothing_cast_before() -> Iterator[None]:
+    """Within it autocast keeps no copies of parameters, which would go into a graph in their places."""
+    caches = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(caches)
 
 
 def _warm_up(loop: CapturedLoop, device: torch.device) -> None:

@@ -62,7 +62,7 @@ class DeviceLoop(Outcome):
             problem.first_step is None,
         )
 
-    def _make(self, func: Func, slots: list[Tensor]) -> tuple[CapturedLoop, list[Tensor]]:
+    def _make(self, func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedLoop, list[Tensor]]:
         problem, y0, layout = self.problem, self.problem.y0, _layout_of(self.problem)
         stops = (None if x is None else torch.empty_like(x) for x in (problem.grid.step_t, problem.grid.jump_t))
         grid = Grid(torch.empty_like(problem.grid.times), *stops)

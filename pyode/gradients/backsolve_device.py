@@ -137,12 +137,13 @@ class DeviceBacksolve(Outcome):
         """See Outcome."""
         return self.evals_before_steps + evals_of(self.controller, self._crossings, self.tableau)
 
-    def _make(self, func: Func, slots: list[Tensor]) -> tuple[CapturedLoop, list[Tensor]]:
+    def _make(self, func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedLoop, list[Tensor]]:
         config, ys, form = self.config, self.ys, self.problem.form
         n, segments = ys[0].numel(), form.segments
         layout = native.Layout(1, 2 * n, (*segments, *(n + s for s in segments[1:])), ys.dtype, ys.device)
-        stands_for = {id(x): slot for x, slot in zip(self.bound.tensors, slots)}
-        params = tuple(stands_for.get(id(p), p) for p in self.params)
+        if any(id(p) not in stand_ins for p in self.params):
+            raise CaptureError("a tensor that wants a gradient is a global variable of func's, or in a tuple")
+        params = tuple(stand_ins[id(p)] for p in self.params)
         forward = Dynamics(func, form, ys[0], partial(native.copy, layout))
         dynamics = AdjointDynamics(forward, params, False, config.warns)
         rtol, atol = (x if isinstance(x, float) else float(x.min()) for x in (config.rtol, config.atol))
