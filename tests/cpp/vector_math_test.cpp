@@ -327,7 +327,7 @@ int main(int argc, char** argv) {
   check_two(
       "minimum", [](auto x, auto y) { return math::minimum(x, y); },
       [](auto x, auto y) { return x != x || x < y ? x : y; }, 0);
-  for (double order : {1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 2.5}) {
+  for (double order : {1.0, 2.0, 3.0, 5.0, 7.0, 8.0, 12.0, 13.0, 2.5}) {
     check_inverse_root("root", order, true);
     check_inverse_root("farroot", order, false);
   }
