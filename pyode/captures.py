@@ -21,12 +21,16 @@ from torch import Tensor
 from ._ops import native
 from .compiled.arguments import Slots, kind_of
 from .compiled.guards import Guards
+from .errors import Status
 from .state import Func
 from .stepping.captured import CapturedLoop
 from .tree import Tree
 
 Key = tuple[Any, ...]
-STEPS_A_TURN = 4  # of the device's loop: a turn itself takes as long as a few small kernels
+# How many steps a turn of the device's loop takes, in solves of up to so many steps; in longer ones, MOST_A_TURN. A
+# turn itself takes as long as a few small kernels, but what of the last one lies behind the end is in vain.
+STEPS_A_TURN = ((8, 1), (24, 2), (96, 4))
+MOST_A_TURN = 8
 
 
 class CaptureError(RuntimeError):
@@ -71,6 +75,7 @@ class Captured:
         inputs: other tensors to be filled before a launch.
         guards: on what func was when it was captured.
         tensors: those that func reads in place, with their addresses.
+        filled: what the inputs that stay the same are filled with.
     """
 
     loop: CapturedLoop
@@ -79,6 +84,7 @@ class Captured:
     inputs: list[Tensor]
     guards: Guards
     tensors: list[tuple[Tensor, int]] = field(default_factory=list)
+    filled: Any = None
 
     def holds(self) -> bool:
         """Whether a launch would still do what func does."""
@@ -177,10 +183,11 @@ def captured_for(
             loop, inputs = make(func, stand_ins)
             captured = Captured(loop, graph, slots, inputs, before)
             fill(captured)
-            _warm_up(loop, device)
+            n_steps = _warm_up(loop, device)
+            a_turn = next((steps for most, steps in STEPS_A_TURN if n_steps <= most), MOST_A_TURN)
             loop.controller.stay_on_device(graph.condition)
             try:
-                graph.capture(loop.open, partial(_repeat, loop.step, STEPS_A_TURN))
+                graph.capture(loop.open, partial(_repeat, loop.step, a_turn))
             except RuntimeError as error:
                 raise CaptureError(f"func can't be captured: {str(error).splitlines()[0]}") from error
     captured.guards = Guards(bound.func, before)
@@ -203,13 +210,21 @@ def _nothing_cast_before() -> Iterator[None]:
         torch.set_autocast_cache_enabled(caches)
 
 
-def _warm_up(loop: CapturedLoop, device: torch.device) -> None:
-    """Lets func, and the libraries that it uses, do what they do once; and sees whether it is random."""
+def _warm_up(loop: CapturedLoop, device: torch.device) -> int:
+    """Solves, driven by the host, and returns in how many steps; of a long solve it takes the first.
+
+    So func, and the libraries that it uses, have done what they do once. Raises CaptureError if func is random.
+    """
+    most = STEPS_A_TURN[-1][0]
     before = native.random_state(device)
     loop.open()
-    loop.step()
-    if not torch.equal(before, native.random_state(device)):
-        raise CaptureError("func uses random numbers, which would be the same ones at every launch")
+    for n in range(1, most + 2):
+        loop.step()
+        if not torch.equal(before, native.random_state(device)):
+            raise CaptureError("func uses random numbers, which would be the same ones at every launch")
+        if not bool((loop.controller.field("status") == int(Status.RUNNING)).any()):
+            return n
+    return most + 1
 
 
 def _repeat(work: Callable[[], None], times: int) -> None:

@@ -40,6 +40,7 @@ from .vmapped import odeint_vmapped, under_vmap
 
 GRADIENTS = ("direct", "adjoint", "checkpoint")
 PER_SAMPLE = {"control": "per_sample"}
+ON_DEVICE = {"device_loop": True}
 GRADIENT_OPTIONS = ("gradient", "checkpoints", "graph_bytes")
 GRAPH_BYTES = 1 << 24  # by default
 STEPS_TRIED = 4  # of a solve that chooses its steps, to find out whether compiling pays
@@ -119,6 +120,12 @@ def odeint(
         found = odeint_vmapped(
             odeint, take_steps, func, y0, t, options, args, event_fn, rtol=rtol, atol=atol, method=method
         )
+        if found is not None:
+            return found
+    if options == ON_DEVICE and not args and event_fn is None:
+        from .device_loop import solve_again as again_on_device  # only those who ask for it wait for its import
+
+        found = again_on_device(func, y0, t, rtol, atol, method)
         if found is not None:
             return found
     if type(options) is dict and len(options) == 1 and "compile" in options:
