@@ -20,10 +20,11 @@ from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.samples import SampleAdjoint, SolvedSamples
 from .gradients.twice import backsolve_with_graph
 from .gradients.vjp import Circumstances
-from .odeint import odeint, solve
+from .odeint import odeint
 from .parameters import find_parameters, lost_gradient, named_parameters
 from .problem import Problem, pose
 from .samples import Samples
+from .solving import solve
 from .state import Dynamics, Form, Func, State
 from .stepping.adaptive import AdaptiveLoop
 from .stepping.fixed_grid import check_interp

@@ -54,6 +54,7 @@ class Problem:
     callbacks: dict[str, Callback]
     event: Callable[[float, Tensor], Tensor] | None
     compiled: CompiledDynamics | WithArgs | None = None
+    kind: tuple[Any, ...] | None = None  # by which what is made for this solve is kept for others; see again.py
 
     def event_time(self, end: float) -> Tensor:
         """The time at which a solve with an event has ended, as t has times."""

@@ -21,19 +21,12 @@ from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.samples import SampleAdjoint, SolvedSamples
 from .methods import Tableau
 from .methods.external import ScipySolver
-from .odeint import (
-    GRADIENTS,
-    compiled_loop,
-    loop_of,
-    on_device_of,
-    parameters_of,
-    solve_checkpointed,
-    undone_natively,
-)
+from .odeint import GRADIENTS
 from .problem import Problem, pose
 from .progress import Progress
 from .samples import RunningRows, SampleDenseOutput, Samples
 from .solution import SampleStats, Solution, Stats
+from .solving import compiled_loop, loop_of, on_device_of
 from .state import Func, State
 from .stepping.adaptive import AdaptiveLoop
 from .stepping.event import SampleEvents
@@ -41,6 +34,7 @@ from .stepping.hooks import Hooks
 from .stepping.loops import Loop, SampleLoop
 from .stepping.segment import BatchSegment
 from .stepping.tape import Tape
+from .taped import parameters_of, solve_checkpointed, undone_natively
 from .vmapped import solve_ivp_vmapped, under_vmap
 
 if TYPE_CHECKING:
@@ -168,7 +162,7 @@ def solve_ivp(
     if found.adaptive and not isinstance(found, ScipySolver):
         options["max_num_steps"] = max_num_steps
     problem = pose(func, y0, t, rtol, atol, method, options, None, args, strict=True)
-    problem = replace(problem, policy=_policy_of(problem.policy, controller))
+    problem = replace(problem, policy=_policy_of(problem.policy, controller), kind=key)
     adjoint = gradient == "adjoint" and torch.is_grad_enabled()
     backward = backward_config(problem, controller, adjoint_options, params != ()) if adjoint else None
     steered = isinstance(found, Tableau) and found.adaptive
@@ -208,7 +202,7 @@ def solve_ivp(
     loops: list[Loop] = []
 
     def carry_out(problem: Problem, tape: Tape | None = None) -> Tensor:
-        loop = None if watched or tape is not None else compiled_loop(problem, failures.append, key)
+        loop = None if watched or tape is not None else compiled_loop(problem, failures.append)
         if loop is None:
             func = carried_out.func
             loop = loop_of(carried_out if tape is None else replace(problem, func=func), replace(hooks, tape=tape))
