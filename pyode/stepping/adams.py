@@ -21,9 +21,9 @@ from ..control import Times
 from ..errors import SolveError, Status
 from ..methods.adams import Row, VariableAdams, Weights
 from ..solution import Stats
-from .adaptive import Norm
 from .fixed_grid import Outputs
 from .hooks import NO_HOOKS, Hooks
+from .measure import Norm
 from .segment import AdamsSegment, unmoved, weighted
 
 # Tolerances: the error of a step that is 1 / safety times as long as the one chosen. Shampine and Gordon choose half a
