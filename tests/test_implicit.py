@@ -286,10 +286,23 @@ def test_a_solve_without_an_answer_says_so(method):
     assert (failure.value.status, failure.value.t, failure.value.dt) == (Status.NOT_CONVERGED, 0.0, 0.25)
 
 
-def test_a_func_that_is_not_finite_is_told_apart():
+@METHODS
+@pytest.mark.parametrize("func", [
+    lambda t, y: y / 0,
+    lambda t, y: torch.where(t > 0, math.nan, -y),  # at the start it is finite
+    lambda t, y: torch.where(t > 0, math.nan, -y.detach()),
+], ids=["everywhere", "in the stages", "in the stages, without a derivative"])  # fmt: skip
+def test_a_func_that_is_not_finite_is_told_apart(method, func):
     with pytest.raises(SolveError) as failure:
-        pyode.odeint(lambda t, y: y / 0, tensor(1.0), tensor(0, 0.25), method="trbdf2")
+        pyode.odeint(func, tensor(1.0), tensor(0, 0.25), method=method)
     assert failure.value.status is Status.NON_FINITE
+
+
+def test_a_gradient_that_is_not_finite_is_passed_on_as_by_explicit_methods(by):
+    for method in ("rk4", "trbdf2"):
+        y0 = Y0.clone().requires_grad_()
+        pyode.odeint(f, y0, tensor(0, 0.1), method=method)[-1].backward(torch.full_like(Y0, math.nan))
+        assert y0.grad.isnan().all()
 
 
 def test_max_iters_bounds_the_iterations():
