@@ -35,6 +35,8 @@ from .state import Form, Func, State, check_y0, with_args
 from .stepping.fixed_grid import check_interp
 from .stepping.hooks import Callback
 
+PER_SAMPLE = "with control='per_sample'"
+
 
 @dataclass
 class Problem:
@@ -112,7 +114,7 @@ def pose(
         policy=policy_from(options, found),
         grid=grid_from(options, times, packed.device),
         first_step=first_step_from(options),
-        callbacks=callbacks_of(func, found, times.tensor, form.unpack, per_sample=form.per_sample),
+        callbacks=callbacks_of(func, found, times.tensor, form.unpack, silent=PER_SAMPLE if form.per_sample else ""),
         event=None if event_fn is None else event_of(event_fn, args, form, packed.device),
         compiled=None if compiled is None else compiled.with_args(args),
     )

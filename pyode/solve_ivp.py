@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import methods
 from ._ops.contract import Policy, wide_dtype
+from .callbacks import callbacks_of
 from .compiled.dynamics import CompiledDynamics
 from .compiling import not_compiled
 from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
@@ -165,6 +166,8 @@ def solve_ivp(
     problem = replace(problem, policy=_policy_of(problem.policy, controller), kind=key)
     adjoint = gradient == "adjoint" and torch.is_grad_enabled()
     backward = backward_config(problem, controller, adjoint_options, params != ()) if adjoint else None
+    if backward is not None:
+        callbacks_of(func, backward.tableau, t, lambda z: z, "_adjoint", "in solve_ivp's backward solve")  # warns
     steered = isinstance(found, Tableau) and found.adaptive
     if (event_fn is not None or dense_output) and not steered:
         raise InvalidValue(

@@ -147,6 +147,7 @@ def solve(
 ) -> Solved:
     """Carries out a solve; `watch` is told every accepted step, and the tape notes it."""
     y0, times, options = problem.y0, problem.times, problem.options
+    stats = options.get("stats")
     if len(times.values) == 1:
         return Solved(y0.unsqueeze(0).clone(), times.values[0], 1)
     solved = Solved(y0, times.values[-1], len(times.values))
@@ -156,6 +157,8 @@ def solve(
         skip = bool(options.get("skip_initial_event", False))
         watch = search = EventSearch(problem.event, times.values[0], y0, times.values[-1], tolerance, skip)
         if search.time is not None:
+            if stats is not None:
+                stats.n_events += 1
             return Solved(torch.stack([y0, y0]), search.time, 1)
 
     failures: list[float] = []  # not put into `solved` by `fail`, which the loop knows: all would live on in a cycle
@@ -176,20 +179,22 @@ def solve(
         try:
             solved.ys, solved.loop = loop.solve(y0, problem.first_step), loop
         finally:
-            loop.add_to(options.get("stats"))
+            loop.add_to(stats)
     if problem.kind is not None and problem.compiled is None:
         keep(problem.kind, problem.form, loop)
     if search is not None:
         if search.time is not None:
             solved.end, solved.n_reached = search.time, 1
+            if stats is not None:
+                stats.n_events += 1
             if tape is not None:
                 assert isinstance(search.segment, RungeKuttaSegment)
                 x = search.segment.position(search.time)
                 tape.add_event(len(tape.steps) - 1, Passed(1, 0, x, search.segment.polynomial, timed=False), last=True)
         elif not failures:
-            stats = Stats()
-            loop.add_to(stats)
-            fail(SolveError(Status.NO_EVENT, solved.end, loop.last_step or math.nan, stats.n_steps))
+            counts = Stats()
+            loop.add_to(counts)
+            fail(SolveError(Status.NO_EVENT, solved.end, loop.last_step or math.nan, counts.n_steps))
     if failures:
         solved.end = failures[-1]
         solved.n_reached = sum(times.sign * (t - solved.end) <= 0 for t in times.values)

@@ -226,6 +226,7 @@ class March:
             moved = field("accepted") != 0
             first = self._first_times(tape)
             times, dt = torch.where(moved.to(times.device), times, first), torch.where(moved, dt, 0.0)
+        dt = dt.to(loop.grid.times.device)
         several = passed_by_samples(loop.controller, loop.grid.times, polynomial) if flags & _OUTPUT else ()
         return Step(dt, times, self._opening, loop.on_jump() if flags & _JUMP else False, tuple(several))
 

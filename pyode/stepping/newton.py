@@ -65,7 +65,6 @@ class Newton:
         for _ in range(self.max_iters):
             self.counts.n_newton += 1
             trial = Linearization(phi, at.x.detach() + damping * correction)
-            self.finite = bool(trial.value.detach().isfinite().all())
             scale = size(trial.x.detach())
             length = _largest(correction, scale)
             after = linear.solve(trial.residual, scale)
@@ -78,7 +77,7 @@ class Newton:
                 else:
                     damping /= 2
                 if damping < LEAST_DAMPING:
-                    return None
+                    break
                 continue
             if rate > linear.slow and linear.renew(trial):
                 after = linear.solve(trial.residual, scale)
@@ -86,6 +85,7 @@ class Newton:
             if damping == 1 and max(rate, linear.precision) * _largest(correction, scale) <= self.tolerance:
                 return at.x.detach() + correction
             damping = min(1.0, 2 * damping)
+        self.finite = bool(trial.value.isfinite().all())
         return None
 
     def differentiable(self, phi: Map, x: Tensor, size: Map, failure: Callable[[], Exception]) -> Tensor:

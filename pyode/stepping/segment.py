@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._ops import autograd, backend_of, reference
-from .._ops.contract import Layout
+from .._ops.contract import Layout, clock_device
 from ..methods.adams import Formulas
 
 
@@ -87,7 +87,7 @@ class BatchSegment:
 
     Args:
         layout, polynomial, y, ks: as RungeKuttaSegment's.
-        controller: of all samples, which has just judged the step.
+        controller: of all samples, which has just judged the step; times are on the `clock_device`.
         dt: [B] the step sizes as they were used, with a graph if they have a gradient.
         shift: [B] how far each step has moved; None if that has no gradient.
     """
@@ -105,10 +105,13 @@ class BatchSegment:
         self.layout, self.polynomial, self.controller = layout, polynomial, controller
         self.y, *self.ks = (x.reshape(layout.samples, layout.size) for x in (y, *ks))
         self.shift = shift
-        # Copies: the next step's take their places.
-        self.t0, self.t1, self.size = (controller.field(name).clone() for name in ("t_prev", "t", "dt_prev"))
-        self.accepted = controller.field("accepted") != 0
-        self.dt = dt if dt.requires_grad else self.size
+        # Copies: the next step's take their places. The twin's controller keeps its clock on the host everywhere.
+        clock = clock_device(layout.device)
+        self.t0, self.t1, self.size = (
+            controller.field(name).to(clock, copy=True) for name in ("t_prev", "t", "dt_prev")
+        )
+        self.accepted = controller.field("accepted").to(clock) != 0
+        self.dt = dt.to(clock) if dt.requires_grad else self.size
 
     def position(self, t: Tensor) -> Tensor:
         """Where in the step times lie, [B], from 0 to 1."""
@@ -119,7 +122,7 @@ class BatchSegment:
 
         Samples that stood still are given their state.
         """
-        rows: Any = slice(None) if some is None else some
+        rows: Any = slice(None) if some is None else some.to(self.t0.device)
         here = rows if some is None else some.to(self.y.device)
         t, t0, t1, dt = (v[rows] for v in (t.to(self.t0), self.t0, self.t1, self.dt))
         elapsed = t - t0 - (0.0 if self.shift is None else self.shift.to(t0)[rows])
