@@ -140,38 +140,42 @@ def compiling_pays(problem: Problem) -> bool:
     return compiled.pays(native_loop, eager_loop, y0, (problem.method.name, problem.form.per_sample))
 
 
+def search_of(problem: Problem) -> EventSearch | None:
+    """The search for a problem's event, begun at the start; None if it has none."""
+    if problem.event is None:
+        return None
+    values, options = problem.times.values, problem.options
+    tolerance = problem.atol if isinstance(problem.atol, float) else float(problem.atol.min())
+    skip = bool(options.get("skip_initial_event", False))
+    return EventSearch(problem.event, values[0], problem.y0, values[-1], tolerance, skip)
+
+
 def solve(
-    problem: Problem,
-    watch: Callable[[Segment], Tensor | None] | None = None,
-    tape: Tape | None = None,
+    problem: Problem, watch: Callable[[Segment], Tensor | None] | None = None, tape: Tape | None = None
 ) -> Solved:
-    """Carries out a solve; `watch` is told every accepted step, and the tape notes it."""
+    """Carries out a solve; `watch` is told every accepted step, if there is no event, and the tape notes it."""
     y0, times, options = problem.y0, problem.times, problem.options
     stats = options.get("stats")
     if len(times.values) == 1:
         return Solved(y0.unsqueeze(0).clone(), times.values[0], 1)
     solved = Solved(y0, times.values[-1], len(times.values))
-    search = None
-    if problem.event is not None:
-        tolerance = problem.atol if isinstance(problem.atol, float) else float(problem.atol.min())
-        skip = bool(options.get("skip_initial_event", False))
-        watch = search = EventSearch(problem.event, times.values[0], y0, times.values[-1], tolerance, skip)
-        if search.time is not None:
-            if stats is not None:
-                stats.n_events += 1
-            return Solved(torch.stack([y0, y0]), search.time, 1)
-
+    search = search_of(problem)
+    if search is not None and search.time is not None:
+        if stats is not None:
+            stats.n_events += 1
+        return Solved(torch.stack([y0, y0]), search.time, 1)
     failures: list[float] = []  # not put into `solved` by `fail`, which the loop knows: all would live on in a cycle
 
     def fail(error: SolveError) -> None:
-        if problem.event is not None and error.status is Status.TOO_MANY_STEPS:
+        if search is not None and error.status is Status.TOO_MANY_STEPS:
             error = SolveError(Status.NO_EVENT, error.t, error.dt, error.n_steps)
         if options.get("on_failure", "raise") == "raise":
             raise error
         warn(f"the solve failed, and its last state stands for the rest: {error}")
         failures.append(error.t)
 
-    watched = problem.event is not None or watch is not None or tape is not None or bool(problem.callbacks)
+    watch = search or watch
+    watched = watch is not None or tape is not None or bool(problem.callbacks)
     with on_device_of(y0):
         loop = None if watched else compiled_loop(problem, fail)
         if loop is None:
@@ -182,19 +186,18 @@ def solve(
             loop.add_to(stats)
     if problem.kind is not None and problem.compiled is None:
         keep(problem.kind, problem.form, loop)
-    if search is not None:
-        if search.time is not None:
-            solved.end, solved.n_reached = search.time, 1
-            if stats is not None:
-                stats.n_events += 1
-            if tape is not None:
-                assert isinstance(search.segment, RungeKuttaSegment)
-                x = search.segment.position(search.time)
-                tape.add_event(len(tape.steps) - 1, Passed(1, 0, x, search.segment.polynomial, timed=False), last=True)
-        elif not failures:
-            counts = Stats()
-            loop.add_to(counts)
-            fail(SolveError(Status.NO_EVENT, solved.end, loop.last_step or math.nan, counts.n_steps))
+    if search is not None and search.time is not None:
+        solved.end, solved.n_reached = search.time, 1
+        if stats is not None:
+            stats.n_events += 1
+        if tape is not None:
+            assert isinstance(search.segment, RungeKuttaSegment)
+            x = search.segment.position(search.time)
+            tape.add_event(len(tape.steps) - 1, Passed(1, 0, x, search.segment.polynomial, timed=False), last=True)
+    elif search is not None and not failures:
+        counts = Stats()
+        loop.add_to(counts)
+        fail(SolveError(Status.NO_EVENT, solved.end, loop.last_step or math.nan, counts.n_steps))
     if failures:
         solved.end = failures[-1]
         solved.n_reached = sum(times.sign * (t - solved.end) <= 0 for t in times.values)
