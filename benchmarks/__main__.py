@@ -27,6 +27,7 @@ SUITES = (
     "ensemble",
     "twin",
     "gpu",
+    "gpu_large",
 )
 RESULTS = Path(__file__).parent / "results"
 

@@ -26,8 +26,8 @@ from .problem import PER_SAMPLE, Problem, pose
 from .samples import Samples
 from .solving import solve
 from .state import Dynamics, Form, Func, State
-from .stepping.adaptive import AdaptiveLoop
 from .stepping.fixed_grid import check_interp
+from .stepping.outcome import Outcome
 from .vmapped import no_second_solve, under_vmap
 
 NOT_INHERITED = frozenset({"norm", "stats"})
@@ -198,7 +198,7 @@ def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: Sa
     loop, flat = solved.loop, solved.ys.reshape(len(solved.ys), *samples.y0.shape)
     if loop is None:  # there is only one time
         return samples.of_user(samples.y0[None])
-    assert isinstance(loop, AdaptiveLoop)
+    assert isinstance(loop, Outcome)
     left = loop.left()
     reached = ~(left if left.dim() == 2 else left[:, None])
     failed = ~reached[-1]  # from there on the last state stands for the rest
@@ -283,6 +283,10 @@ class _OdeintAdjoint(torch.autograd.Function):
                     native = backsolve_compiled(
                         problem.compiled, problem.form, times, config, ys, gradient, tuple(params)
                     )
+                if native is None and config.options.get("device_loop"):
+                    from .gradients.backsolve_device import backsolve_on_device  # likewise
+
+                    native = backsolve_on_device(problem, times, config, ys, gradient, tuple(params), with_time)
                 found = (
                     native
                     or Backsolve(

@@ -34,7 +34,9 @@ ADAPTIVE_OPTIONS = frozenset(
     ]
 )
 FIXED_STEP_OPTIONS = frozenset(["step_size", "grid_constructor", "interp", "perturb", "norm"])
-COMMON_OPTIONS = frozenset(["stats", "on_failure", "event_t_max", "skip_initial_event", "params", "control", "compile"])
+COMMON_OPTIONS = frozenset(
+    ["stats", "on_failure", "event_t_max", "skip_initial_event", "params", "control", "compile", "device_loop"]
+)
 CONTROLS = ("joint", "per_sample")
 # Exponents of the last errors, in units of 1 / order, and of the last ratios of step sizes: I is elementary control; PI
 # is PI.4.2, H211b has b = 4 (Soderlind 2003 and 2006); PID is SUNDIALS' (Hindmarsh et al. 2005).

@@ -59,6 +59,12 @@ def on_device_of(y: Tensor) -> AbstractContextManager[Any]:
 
 def loop_of(problem: Problem, hooks: Hooks, ends: Tensor | None = None) -> Loop:
     """The loop that carries out a solve; of a method that does not choose its steps with the given ends, if any."""
+    if problem.options.get("device_loop") and ends is None:
+        from .device_loop import device_loop  # only those who ask for it wait for its import
+
+        on_device = device_loop(problem, hooks)
+        if on_device is not None:
+            return on_device
     y0, form, options = problem.y0, problem.form, problem.options
     ops = backend_for(y0)
     layout = ops.Layout(form.samples, form.segments[-1], form.segments, y0.dtype, y0.device)

@@ -230,8 +230,7 @@ inline py::tuple take_steps(const OwnedLayout& where, const Table& table, const 
   Step step(where, std::move(y), ks);
   Evaluator evaluator(dynamics);
   ErrorNorm tolerances;
-  read_tolerance(rtol, &tolerances.rtol, &tolerances.rtol_each);
-  read_tolerance(atol, &tolerances.atol, &tolerances.atol_each);
+  read_tolerances(rtol, atol, tolerances);
   void* const outputs = address(out);
   if (!t0.is_none()) {
     step.copy_start(outputs);

@@ -28,8 +28,8 @@ __device__ double squared_ratio(const ErrorNorm& op, double dt, int64_t row, int
   const T* y0 = static_cast<const T*>(op.y0) + row + d;
   const T* y1 = static_cast<const T*>(op.y1) + row + d;
   using A = arithmetic_t<T>;
-  const A rtol = static_cast<A>(op.rtol_each ? op.rtol_each[d] : op.rtol);
-  const A atol = static_cast<A>(op.atol_each ? op.atol_each[d] : op.atol);
+  const A rtol = static_cast<A>(op.rtol_each ? op.rtol_each[d * op.rtol_stride] : op.rtol);
+  const A atol = static_cast<A>(op.atol_each ? op.atol_each[d * op.atol_stride] : op.atol);
   double r;
   if constexpr (kComplex) {
     const auto modulus = [](A re, A im) { return sqrt(re * re + im * im); };

@@ -16,13 +16,12 @@ from torch import Tensor
 from .._ops import backend_of, reference
 from .._ops.contract import Grid, Layout, Policy, RightHandSide
 from ..control import Times
-from ..errors import SolveError, Status
 from ..methods import Tableau
-from ..solution import SampleStats, Stats
 from .course import table_of
 from .hooks import NO_HOOKS, Hooks
 from .march import RUNNING, March
 from .measure import Measure, Norm
+from .outcome import Outcome
 from .outputs import interpolant_of
 from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment
@@ -30,7 +29,7 @@ from .segment import BatchSegment, RungeKuttaSegment
 AtJump = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class AdaptiveLoop:
+class AdaptiveLoop(Outcome):
     """An adaptive explicit Runge-Kutta solve.
 
     Args:
@@ -98,6 +97,11 @@ class AdaptiveLoop:
         """The method's, which is not always what outputs are interpolated by."""
         return _dense_output_of(self.tableau)
 
+    @property
+    def n_evals(self) -> int:
+        """How often func was called."""
+        return self.dynamics.n_evals
+
     def at_start(self, y0: Tensor) -> Tensor:
         """The time of the first evaluations, as func sees it."""
         # By two, so that it is a view as times of stages are: torch.compile would compile func anew for what is none.
@@ -132,51 +136,6 @@ class AdaptiveLoop:
         t0, t1, size = (self.field(name) for name in ("t_prev", "t", "dt_prev"))
         shift = None if shift is None else shift.reshape(())
         return RungeKuttaSegment(self.layout, polynomial, t0, t1, size, y, list(ks), dt, shift)
-
-    def status_of_samples(self) -> Tensor:
-        """[B] how each sample stands."""
-        status: Tensor = self.controller.field("status").cpu().clone()
-        return status
-
-    def stats_of_samples(self) -> SampleStats:
-        """What each sample has taken."""
-        field = self.controller.field
-        accepted, rejected = field("n_accepted").cpu().clone(), field("n_rejected").cpu().clone()
-        if self.layout.samples == 1:
-            evals = torch.tensor([self.dynamics.n_evals])
-        else:
-            evals = self.evals_before_steps + (accepted + rejected) * len(self.tableau.rows) + self.n_jumps
-        return SampleStats(evals, accepted, rejected, field("size1").cpu().clone())
-
-    def left(self) -> Tensor:
-        """Which outputs have not been reached: [T, B], or [T] of the only sample."""
-        ends = self.controller.field("output_end")
-        left: Tensor = torch.arange(len(self.times.values))[:, None] >= ends.cpu()
-        return (left[:, 0] if self.layout.samples == 1 else left).to(self.layout.device)
-
-    @property
-    def last_step(self) -> float | None:
-        """The size of the step taken last, where there is one controller."""
-        return abs(float(self.controller.field("dt_prev"))) if self.layout.samples == 1 else None
-
-    def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
-        """Adds the solve's counts."""
-        if stats is not None:
-            stats.n_f_evals += self.dynamics.n_evals - evals_before
-            stats.n_accepted += int(self.controller.field("n_accepted").sum())
-            stats.n_rejected += int(self.controller.field("n_rejected").sum())
-
-    def error(self, y: Tensor, k: Tensor) -> SolveError:
-        """Why the solve, or a sample, has failed at the state y with the derivative k."""
-        statuses = self.controller.field("status")
-        b = int((statuses > int(Status.RUNNING)).nonzero()[0])
-        status = Status(int(statuses[b]))
-        t, dt, accepted, rejected = (
-            self.controller.field(name)[b].item() for name in ("t", "dt_prev", "n_accepted", "n_rejected")
-        )
-        if status is Status.NON_FINITE and accepted + rejected == 0 and (y.isfinite() & k.isfinite()).all():
-            status = Status.STEP_TOO_SMALL  # all is finite, but a tolerance is 0 where y0 is 0
-        return SolveError(status, float(t), float(dt), int(accepted + rejected), None if len(statuses) == 1 else b)
 
 
 @lru_cache(maxsize=64)
