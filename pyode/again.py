@@ -18,7 +18,6 @@ from torch import Tensor
 from ._ops import backend_for, native
 from .callbacks import has_callbacks
 from .compiled.dynamics import CompiledDynamics
-from .control import Times
 from .state import Dynamics, Form, Func
 from .stepping.adaptive import AdaptiveLoop
 from .stepping.fixed_grid import FixedGridLoop
@@ -134,7 +133,5 @@ def keep(kind: Kind, form: Form, loop: Any) -> None:
         isinstance(loop, (AdaptiveLoop, FixedGridLoop))
         and loop.layout.samples * loop.layout.size * loop.layout.dtype.itemsize <= LARGEST
     ):
-        loop.times = Times(loop.times.tensor.detach().clone(), loop.times.values)  # the user's may change
-        if isinstance(loop, FixedGridLoop):
-            loop.grid = loop.times.tensor  # without options, steps end where the outputs are
+        loop.keep_times()
         idle_loops.put(kind, IdleLoop(form, loop))

@@ -189,6 +189,11 @@ class FixedGridLoop:
                 hooks.tape.left = torch.arange(len(values), device=y.device) >= i
         return outputs.collect()
 
+    def keep_times(self) -> None:
+        """Makes the times this loop's own, for another solve whose steps end there: the user's may change."""
+        self.times = Times(self.times.tensor.detach().clone(), self.times.values)
+        self.grid = self.times.tensor
+
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
         """Adds the solve's counts."""
         if stats is not None:

@@ -79,7 +79,7 @@ class March:
         begins = self.plain and first_step is None and loop.grid.times.dim() == 1 and samples == 1
         recorded = RecordedOutput if samples == 1 else RecordedBatchOutput
         self.output = recorded(loop, y0) if recording else Output(loop, y0, begun=not begins)
-        start = loop.at_start(y0)
+        start = loop.start()
         self._begins = start if begins else None
         self._opening: Tensor | None = start  # the time of a first evaluation, if the step before has not made it
         # The derivatives of the step under way. An old one is let go only when its successor is there: see _Ballast.
