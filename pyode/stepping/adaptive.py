@@ -139,12 +139,18 @@ class AdaptiveLoop(Outcome):
         return BatchSegment(self.layout, polynomial, self.controller, y, list(ks), dt, shift)
 
     def segment(
-        self, polynomial: Any, y: Tensor, ks: list[Tensor], dt: Tensor, shift: Tensor | None
+        self,
+        polynomial: Any,
+        y: Tensor,
+        ks: list[Tensor],
+        dt: Tensor,
+        shift: Tensor | None,
+        y1: Tensor | None = None,
     ) -> RungeKuttaSegment:
-        """The step just accepted, from y."""
+        """The step just accepted, from y, and to y1 where the polynomial leads there."""
         t0, t1, size = (self.field(name) for name in ("t_prev", "t", "dt_prev"))
         shift = None if shift is None else shift.reshape(())
-        return RungeKuttaSegment(self.layout, polynomial, t0, t1, size, y, list(ks), dt, shift)
+        return RungeKuttaSegment(self.layout, polynomial, t0, t1, size, y, list(ks), dt, shift, y1)
 
 
 @lru_cache(maxsize=64)

@@ -248,7 +248,8 @@ class FixedGridLoop:
             ks = [*ks, self.dynamics(t1, y1)]
         shift = course.grid[n] - course.grid[n].detach() if moving else None
         size = ends[n + 1] - ends[n]
-        return RungeKuttaSegment(self.layout, polynomial, ends[n], ends[n + 1], size, y, ks, course.sizes[n], shift)
+        dt = course.sizes[n]
+        return RungeKuttaSegment(self.layout, polynomial, ends[n], ends[n + 1], size, y, ks, dt, shift, y1)
 
 
 @lru_cache(maxsize=64)

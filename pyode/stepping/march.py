@@ -138,7 +138,7 @@ class March:
                 hooks.watch_batch(loop.batch_segment(loop.dense_output, self.y, self.ks, self.dt, self._shift))
             self.flags = self.flags & ~(RUNNING | _FAILED) | self._standing()
         if accepted and hooks.watch is not None:
-            return hooks.watch(loop.segment(loop.dense_output, self.y, self.ks, self.dt, self._shift))
+            return hooks.watch(loop.segment(loop.dense_output, self.y, self.ks, self.dt, self._shift, self.y1))
         return None
 
     def settle(self) -> None:

@@ -36,6 +36,7 @@ class RungeKuttaSegment:
         y, ks: the state at t0 and the derivatives.
         dt: `size` as a tensor, [1]; with a graph if the step size has a gradient.
         shift: how far the step has moved: 0, with the gradient of the solve's start; None if it hasn't one.
+        y1: the state at t1, if it is at hand.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class RungeKuttaSegment:
         ks: list[Tensor],
         dt: Tensor,
         shift: Tensor | None = None,
+        y1: Tensor | None = None,
     ) -> None:
         self.layout, self.polynomial = layout, polynomial
         self.t0, self.t1, self.size = t0, t1, size
-        self.y, self.ks, self.dt, self.shift = y, ks, dt, shift
+        self.y, self.ks, self.dt, self.shift, self.y1 = y, ks, dt, shift, y1
 
     def position(self, t: float) -> float:
         """Where in the step a time lies, from 0 to 1."""
@@ -60,6 +62,8 @@ class RungeKuttaSegment:
 
     def at(self, t: float, moved: Tensor | None = None) -> Tensor:
         """See Segment; `moved` is 0, with the gradient of this time."""
+        if moved is None and self.shift is None and self.y1 is not None and t == self.t1:
+            return self.y1
         weights, ops = self.polynomial.weights_at(self.position(t)), backend_of(self.layout)
         if moved is None and self.shift is None:
             return autograd.stage_combine(ops, self.layout, weights, self.y, self.ks, self.dt)
