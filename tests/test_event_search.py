@@ -157,6 +157,33 @@ class TestAnEndOfTheSearch:
 
 
 @INTERFACES
+@pytest.mark.parametrize("interp", ["linear", "cubic"])
+@pytest.mark.parametrize("method", ["euler", "rk4", "explicit_adams", "implicit_adams", "radauIIA5", "trbdf2"])
+def test_a_grid_that_is_prepared_in_parts_gives_what_the_whole_gives(method, interp, interface, monkeypatch):
+    found = []
+    for part in (7, 10**6):
+        monkeypatch.setattr(fixed_grid, "PART", part)
+        func, stats = AsModule(nn.Linear(2, 2, dtype=torch.float64)), Stats()
+        with torch.no_grad():
+            func.net.weight.copy_(torch.tensor([[0.0, 1.0], [-1.0, -0.1]]))
+            func.net.bias.zero_()
+        y0, t0 = leaf(tensor(1.0, 0.0)), leaf(torch.tensor(0.3, dtype=torch.float64))
+        time, states = pyode.odeint_event(
+            func, y0, t0, event_fn=lambda t, y: y[0] + 0.5, odeint_interface=getattr(pyode, interface), method=method,
+            rtol=1e-4, atol=1e-6, options={"step_size": 0.05, "interp": interp, "stats": stats},
+        )  # fmt: skip
+        gradients = torch.autograd.grad(time + states[-1, 1], (y0, t0, func.net.weight))
+        found.append((time, states, stats, gradients))
+    (time, states, stats, gradients), whole = found
+    assert stats.n_accepted > 4 * 7
+    assert stats == whole[2]
+    assert torch.equal(time, whole[0])
+    assert torch.equal(states, whole[1])
+    for ours, theirs in zip(gradients, whole[3]):  # of which other parts are added up first
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@INTERFACES
 @pytest.mark.parametrize("solve", [
     {}, {"method": "rk4", "options": {"step_size": 0.1}}, {"method": "adams"},
     {"method": "trbdf2", "options": {"step_size": 0.1}},

@@ -29,7 +29,8 @@ class ImplicitSteps:
     """
 
     def __init__(self, tableau: ImplicitTableau, course: Course) -> None:
-        self.tableau, self.course = tableau, course
+        self.tableau = tableau
+        self.move_to(course)
         layout, options = course.layout, course.options
         self.dtype = torch.promote_types(layout.real_dtype, torch.float32)
         width = 2 if layout.dtype.is_complex else 1
@@ -41,7 +42,10 @@ class ImplicitSteps:
             int(number_from(options, "max_iters", 100, 1, 2**31)),
             course.counts,
         )
-        self.times = course.stage_times((0.0, *tableau.abscissae))
+
+    def move_to(self, course: Course) -> None:
+        """See Steps."""
+        self.course, self.times = course, course.stage_times((0.0, *self.tableau.abscissae))
         self.under_way = -1
 
     def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken | SolveError:
@@ -62,16 +66,17 @@ class ImplicitSteps:
         slope = (course.dynamics if tableau.first_is_explicit else course.dynamics.trial)(start, y)
         ks = [slope] * len(tableau.weights)
         at, over = y.detach(), dt.detach()
+        failure = partial(_failure, course.grid.detach()[n : n + 2], course.counts.n_accepted)
         size = partial(self._size, at, over)
         for block in tableau.blocks if y.numel() else ():
             guess = self._vector([slope.detach()] * len(block))
             equation = partial(self._derivatives, block, times, at, [k.detach() for k in ks], over)
             x = self.newton.solve(equation, guess, size)
             if x is None:
-                return self._failure(n, Status.NOT_CONVERGED if self.newton.finite else Status.NON_FINITE)
+                return failure(Status.NOT_CONVERGED if self.newton.finite else Status.NON_FINITE)
             if torch.is_grad_enabled():
                 equation = partial(self._derivatives, block, times, y, ks.copy(), dt)
-                x = self.newton.differentiable(equation, x, size, partial(self._failure, n, Status.NOT_CONVERGED))
+                x = self.newton.differentiable(equation, x, size, partial(failure, Status.NOT_CONVERGED))
             for i, k in zip(block, self._states(x, y)):
                 ks[i] = k.to(y.dtype)
         if course.quadrature is not None:
@@ -107,6 +112,8 @@ class ImplicitSteps:
         largest = [part.amax().expand_as(part) if len(part) else part for part in torch.split(sizes, self.parts)]
         return torch.cat(largest).clamp_min(torch.finfo(self.dtype).tiny).repeat(len(x) // len(sizes))
 
-    def _failure(self, n: int, status: Status) -> SolveError:
-        t0, t1 = self.course.grid.detach()[n : n + 2].tolist()
-        return SolveError(status, t0, t1 - t0, n)
+
+def _failure(ends: Tensor, n: int, status: Status) -> SolveError:
+    """That of the step between these two times, behind n others."""
+    t0, t1 = ends.tolist()
+    return SolveError(status, t0, t1 - t0, n)
