@@ -190,9 +190,7 @@ class FixedGridLoop:
                 failure = SolveError(Status.TOO_MANY_STEPS, ends[n], ends[n] - ends[n - 1], self.counts.n_accepted)
             hooks.fail(failure)
             if moving and self.counts.n_accepted > 0:
-                t0 = course.grid[n].detach()
-                slope = self.dynamics(t0.to(y.device, self.layout.real_dtype), y)
-                y = unmoved(y, slope, course.grid[n] - t0)
+                y = self._unmoved(y, course.grid[n])
             for _ in values[i:]:
                 outputs.add(y)
             if hooks.tape is not None:
@@ -237,6 +235,11 @@ class FixedGridLoop:
             self.atol,
             self.counts,
         )
+
+    def _unmoved(self, y: Tensor, time: Tensor) -> Tensor:
+        """The state reached at a time, without its motion along the solution with that time."""
+        slope = self.dynamics(time.detach().to(y.device, self.layout.real_dtype), y)
+        return unmoved(y, slope, time - time.detach())
 
     def _noted(self, steps: Any, n: int, ends: list[float], outputs: range) -> Step:
         """Step n of a Runge-Kutta method, for a tape; of an implicit one the times are those of its ends."""
