@@ -71,14 +71,17 @@ struct Interpolate {
   int64_t out_stride;
 };
 
-/// The outputs which each sample's last step passed, and then, of those that accepted it, y = y1 and k0 = k1, in place.
-/// Only cuda: what a loop on the device does in place of the host's exchange of pointers.
+/// The outputs which each sample's last step passed; then, of those that accepted it, y = y1 and k0 = k1, in place; and
+/// the next step's first stage, y + dt w k0. Only cuda: what a loop on the device does in place of the host's exchange
+/// of pointers.
 struct FinishStep {
   Interpolate outputs;  // with y as its y, and k0 as its first k where that has a weight
   void* y;
   void* k0;
   const void* y1;
   const void* k1;
+  void* stage;  // may be null
+  double w;
 };
 
 /// out[b, :] = accepted[b] ? moved[b, :] : stayed[b, :], after a step which only some samples accepted.
@@ -134,6 +137,7 @@ const char* stage_combine(const Layout&, const StageCombine&);
 const char* stage_vjp(const Layout&, const StageVjp&);
 const char* error_norm(const Layout&, const ErrorNorm&);
 const char* interpolate(const Layout&, const Interpolate&);
+const char* measure_and_judge(const Layout&, const ErrorNorm&, const Control&);  // both, in one launch if that can be
 const char* finish_step(const Layout&, const FinishStep&);
 const char* select_rows(const Layout&, const SelectRows&);
 const char* control(const Layout&, const Control&);

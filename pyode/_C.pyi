@@ -121,7 +121,7 @@ class AdamsTable:
 
 def stage_combine(layout: Layout, weights: tuple[float, ...], y: Any, ks: list[Any], dt: Any, out: Any, /) -> None: ...
 def stages(
-    layout: Layout, table: Table, y: Any, ks: list[Any], dt: Any, times: tuple[Any, ...], dynamics: Any, /
+    layout: Layout, table: Table, y: Any, ks: list[Any], dt: Any, times: tuple[Any, ...], dynamics: Any, given: Any, /
 ) -> Any: ...
 def take_steps(
     layout: Layout,
@@ -195,6 +195,17 @@ def select_rows(layout: Layout, moved: Any, stayed: Any, accepted: Any, out: Any
 def raise_interruption() -> NoReturn: ...
 
 # Where it is built with CUDA.
+def measure_and_judge(
+    layout: Layout,
+    weights: tuple[float, ...],
+    y0: Any,
+    y1: Any,
+    ks: list[Any],
+    rtol: Any,
+    atol: Any,
+    controller: Controller,
+    /,
+) -> None: ...
 def finish_step(
     layout: Layout,
     interpolant: Interpolant,
@@ -204,6 +215,8 @@ def finish_step(
     y1: Any,
     out: Any,
     out_stride: int,
+    stage: Any,
+    w: float,
     /,
 ) -> None: ...
 

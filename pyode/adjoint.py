@@ -16,7 +16,7 @@ from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidValue, warn
 from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
-from .gradients.backsolve_samples import SampleBacksolveConfig
+from .gradients.backsolve_samples import SampleBacksolveConfig, warn_of_host
 from .gradients.samples import SampleAdjoint, SolvedSamples
 from .gradients.twice import backsolve_with_graph
 from .gradients.vjp import Circumstances
@@ -181,6 +181,7 @@ def _configure_samples(
             "norm is that of its state and adjoint"
         )
     check_options(options, method)
+    warn_of_host(options)
     rtol, atol = (
         check_tolerance(tolerance, name, problem.form, problem.y0[0])
         for tolerance, name in ((rtol, "adjoint_rtol"), (atol, "adjoint_atol"))

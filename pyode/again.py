@@ -25,7 +25,7 @@ from .stepping.hooks import NO_HOOKS, raise_it
 
 Kind = tuple[Any, ...]
 
-PER_SAMPLE = {"control": "per_sample"}
+PER_SAMPLE, ON_DEVICE = {"control": "per_sample"}, {"device_loop": True}
 LARGEST = 1 << 18  # bytes of a state; a loop keeps the memory of a few
 
 
@@ -40,6 +40,10 @@ def solve_again(
     """
     if not (type(y0) is Tensor and type(t) is Tensor and type(rtol) is float and type(atol) is float):
         return None, None
+    if options == ON_DEVICE:
+        from .device_loop import solve_again as again_on_device  # only those who ask for it wait for its import
+
+        return again_on_device(func, y0, t, rtol, atol, method), None
     if isinstance(func, CompiledDynamics):
         return _compiled_again(func, y0, t, rtol, atol, method, options)
     if options:

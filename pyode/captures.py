@@ -6,11 +6,11 @@ one to the next is copied in: start, times, tolerances, args. Parameters are rea
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,12 +21,16 @@ from torch import Tensor
 from ._ops import native
 from .compiled.arguments import Slots, kind_of
 from .compiled.guards import Guards
+from .errors import Status
 from .state import Func
 from .stepping.captured import CapturedLoop
 from .tree import Tree
 
 Key = tuple[Any, ...]
-STEPS_A_TURN = 4  # of the device's loop: a turn itself takes as long as a few small kernels
+# How many steps a turn of the device's loop takes, in solves of up to so many steps; in longer ones, MOST_A_TURN. A
+# turn itself takes as long as a few small kernels, but what of the last one lies behind the end is in vain.
+STEPS_A_TURN = ((8, 1), (24, 2), (96, 4))
+MOST_A_TURN = 8
 
 
 class CaptureError(RuntimeError):
@@ -48,9 +52,20 @@ class BoundFunc:
         self.leaves = self.tree.leaves(args) if self.tree is not None else []
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         # A bound method is made anew whenever it is named.
-        self.owner = getattr(func, "__self__", func)
+        self.owner: Any = getattr(func, "__self__", func)
         which = getattr(func, "__func__", None)
         self.key: Key = id(self.owner), which, kind_of(self.leaves), self.tree and str(self.tree.spec)
+
+    def kept(self) -> tuple[Callable[[], Any], list[Any]]:
+        """What tells whether the func is still that of the key: a reference to it, weak if it can be, and its args.
+
+        An id is given out again when its owner is gone.
+        """
+        try:
+            owner: Callable[[], Any] = weakref.ref(self.owner)
+        except TypeError:
+            owner = partial(_itself, self.owner)
+        return owner, [leaf for leaf in self.leaves if not isinstance(leaf, Tensor)]
 
     def with_slots(self) -> tuple[Func, list[Tensor]]:
         """A function of (t, y) with empty tensors in the places of those in args, and these tensors."""
@@ -58,6 +73,10 @@ class BoundFunc:
             return self.func, []
         slots = Slots(self.func, self.tree, self.leaves)
         return slots, slots.tensors
+
+
+def _itself(x: Any) -> Any:
+    return x
 
 
 @dataclass
@@ -69,20 +88,25 @@ class Captured:
         graph: what is launched.
         slots: one tensor for each tensor in args.
         inputs: other tensors to be filled before a launch.
+        kept: see BoundFunc.
         guards: on what func was when it was captured.
         tensors: those that func reads in place, with their addresses.
+        filled: what the inputs that stay the same are filled with.
     """
 
     loop: CapturedLoop
     graph: native.GraphLoop
     slots: list[Tensor]
     inputs: list[Tensor]
+    kept: tuple[Callable[[], Any], list[Any]]
     guards: Guards
     tensors: list[tuple[Tensor, int]] = field(default_factory=list)
+    filled: Any = None
 
     def holds(self) -> bool:
         """Whether a launch would still do what func does."""
-        return self.guards.hold() and all(x.data_ptr() == address for x, address in self.tensors)
+        alive = self.kept[0]() is not None
+        return alive and self.guards.hold() and all(x.data_ptr() == address for x, address in self.tensors)
 
 
 class CapturedSolves:
@@ -92,8 +116,17 @@ class CapturedSolves:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Key, list[Captured]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what the collector finalizes within it comes here too
+        self._watched: set[int] = set()  # ids of funcs
         self.n_captures = 0
+
+    def watch(self, owner: Any) -> None:
+        """Lets go of those of a func, of which there is a new one, when the func is no more."""
+        self.n_captures += 1
+        with self._lock, contextlib.suppress(TypeError):
+            if id(owner) not in self._watched:
+                weakref.finalize(owner, self.forget, id(owner)).atexit = False
+                self._watched.add(id(owner))
 
     def take(self, key: Key) -> Captured | None:
         """Returns one for a key, which is then no longer here."""
@@ -125,6 +158,7 @@ class CapturedSolves:
     def forget(self, owner: int) -> None:
         """Drops those of a func that is no more."""
         with self._lock:
+            self._watched.discard(owner)
             gone = [self._kept.pop(key) for key in list(self._kept) if key[0][0] == owner]
         for captured in (captured for some in gone for captured in some):
             captured.graph.wait()
@@ -175,23 +209,23 @@ def captured_for(
             stand_ins = {id(x): slot for x, slot in zip(bound.tensors, slots)}
             stand_ins |= {name: x for name, x in others.items() if name in replaced}
             loop, inputs = make(func, stand_ins)
-            captured = Captured(loop, graph, slots, inputs, before)
+            captured = Captured(loop, graph, slots, inputs, bound.kept(), before)
             fill(captured)
-            _warm_up(loop, device)
+            n_steps = _warm_up(loop, device)
+            a_turn = next((steps for most, steps in STEPS_A_TURN if n_steps <= most), MOST_A_TURN)
             loop.controller.stay_on_device(graph.condition)
             try:
-                graph.capture(loop.open, partial(_repeat, loop.step, STEPS_A_TURN))
+                graph.capture(loop.open, partial(_repeat, loop.step, a_turn))
             except RuntimeError as error:
                 raise CaptureError(f"func can't be captured: {str(error).splitlines()[0]}") from error
     captured.guards = Guards(bound.func, before)
     captured.tensors = [(x, x.data_ptr()) for x in captured.guards.tensors]
     loop.dynamics = None  # type: ignore[assignment]  # func may go
-    weakref.finalize(bound.owner, captured_solves.forget, id(bound.owner))
-    captured_solves.n_captures += 1
+    captured_solves.watch(bound.owner)
     return captured
 
 
-@contextmanager
+@contextlib.contextmanager
 def _nothing_cast_before() -> Iterator[None]:
     """Within it autocast keeps no copies of parameters, which would go into a graph in their places."""
     caches = torch.is_autocast_cache_enabled()
@@ -203,13 +237,21 @@ def _nothing_cast_before() -> Iterator[None]:
         torch.set_autocast_cache_enabled(caches)
 
 
-def _warm_up(loop: CapturedLoop, device: torch.device) -> None:
-    """Lets func, and the libraries that it uses, do what they do once; and sees whether it is random."""
+def _warm_up(loop: CapturedLoop, device: torch.device) -> int:
+    """Solves, driven by the host, and returns in how many steps; of a long solve it takes the first.
+
+    So func, and the libraries that it uses, have done what they do once. Raises CaptureError if func is random.
+    """
+    most = STEPS_A_TURN[-1][0]
     before = native.random_state(device)
     loop.open()
-    loop.step()
-    if not torch.equal(before, native.random_state(device)):
-        raise CaptureError("func uses random numbers, which would be the same ones at every launch")
+    for n in range(1, most + 2):
+        loop.step()
+        if not torch.equal(before, native.random_state(device)):
+            raise CaptureError("func uses random numbers, which would be the same ones at every launch")
+        if not bool((loop.controller.field("status") == int(Status.RUNNING)).any()):
+            return n
+    return most + 1
 
 
 def _repeat(work: Callable[[], None], times: int) -> None:

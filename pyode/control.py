@@ -227,7 +227,11 @@ def first_step_from(options: dict[str, Any]) -> float | None:
 def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Grid:
     """The output times and the steps and discontinuities that the options prescribe, sorted."""
     device = clock_device(device)
-    values = times.tensor.detach().to(device, torch.float64, copy=True).contiguous()  # the user's may change
+    values = times.tensor.detach()
+    if device.type == "cuda" and values.device.type == "cpu":  # from such memory the copy does not make the host wait
+        values = values.to(torch.float64).contiguous().pin_memory().to(device, non_blocking=True)
+    else:
+        values = values.to(device, torch.float64, copy=True).contiguous()  # the user's may change
     if options.get("step_t") is None and options.get("jump_t") is None:
         return Grid(values)
     stops = {name: _stops(options.get(name), name, times) for name in ("step_t", "jump_t")}

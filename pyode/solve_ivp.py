@@ -18,7 +18,7 @@ from .compiled.dynamics import CompiledDynamics
 from .compiling import not_compiled
 from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
 from .errors import InvalidValue, SolveError, Status
-from .gradients.backsolve_samples import SampleBacksolveConfig
+from .gradients.backsolve_samples import SampleBacksolveConfig, warn_of_host
 from .gradients.samples import SampleAdjoint, SolvedSamples
 from .methods import Tableau
 from .methods.external import ScipySolver
@@ -269,6 +269,7 @@ def backward_config(
         for name in ("rtol", "atol")
     )
     check_options(options, method, strict=True)
+    warn_of_host(options)
     policy = replace(_policy_of(policy_from(options, method), controller), resume=True)
     return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options.get("stats"), warns)
 

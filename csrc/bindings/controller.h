@@ -80,6 +80,13 @@ class Controller {
 
   /// The flags; on CUDA they are still on the device, and -1 is returned.
   int64_t run(Phase phase, double first_step) {
+    prepare(phase, first_step);
+    PYODE_DISPATCH(where, control, op);
+    return where.cuda ? -1 : op.flags[op.turn];
+  }
+
+  /// What is to be carried out for a phase; a step's times are then those planned.
+  const Control& prepare(Phase phase, double first_step) {
     op.phase = phase;
     if (phase == Phase::try_first) {
       planned_ = &trial_times_.take(trial_times_like_);
@@ -89,8 +96,7 @@ class Controller {
     op.stage_times = planned_->data;
     op.first_step = first_step;
     op.turn = on_device_ ? 0 : 1 - op.turn;
-    PYODE_DISPATCH(where, control, op);
-    return where.cuda ? -1 : op.flags[op.turn];
+    return op;
   }
 
   /// The times planned last: all, and for each stage.

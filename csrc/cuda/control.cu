@@ -1,27 +1,17 @@
-#include "../control.h"
-#include "launch.cuh"
+#include "control.cuh"
 
 namespace pyode::cuda {
 namespace {
 
 template <class T>
 __global__ void control_kernel(const __grid_constant__ Control op) {
-  auto* flags = reinterpret_cast<unsigned long long*>(op.flags);
-  for (int64_t b = thread_index(); b < op.state.samples; b += thread_count())
-    atomicOr(flags + op.turn, static_cast<unsigned long long>(control_sample<T>(op, b)));
+  for (int64_t b = thread_index(); b < op.state.samples; b += thread_count()) add_flags(op, control_sample<T>(op, b));
   if (op.condition == 0) {
-    if (thread_index() == 0) flags[1 - op.turn] = 0;
+    if (thread_index() == 0) flags_at(op)[1 - op.turn] = 0;
     return;
   }
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x != 0 || atomicAdd(flags + 2, 1ull) + 1 < gridDim.x) return;
-  const unsigned long long all = atomicExch(flags, 0ull);  // of all blocks: this one is the last
-  flags[1] = all;
-  flags[2] = 0;
-#if PYODE_GRAPH_LOOPS
-  cudaGraphSetConditional(op.condition, (all & kAnyRunning) != 0);
-#endif
+  if (threadIdx.x == 0 && is_last_block(op)) conclude(op);
 }
 
 template <class T>

@@ -53,16 +53,24 @@ __global__ void interpolate_kernel(const __grid_constant__ Interpolate op, int64
 // A thread moves those numbers of a sample whose outputs it has written.
 template <class T>
 __global__ void finish_kernel(const __grid_constant__ FinishStep op, int64_t samples, int64_t size, int64_t cuts) {
+  using A = arithmetic_t<T>;
   for (int64_t task = blockIdx.x; task < samples * cuts; task += gridDim.x) {
     const int64_t b = task / cuts, cut = task % cuts;
     const Sample s = load_sample(op.outputs.state, b);
     interpolate_cut<T>(op.outputs, s, b, size, cut, cuts);
     __syncthreads();
-    if (!s.accepted) continue;
+    const T* const from = static_cast<const T*>(s.accepted ? op.y1 : op.y);
+    const T* const slope = static_cast<const T*>(s.accepted ? op.k1 : op.k0);
+    const A dt = static_cast<A>(s.dt), w = static_cast<A>(op.w);
     for (int64_t d = cut * blockDim.x + threadIdx.x; d < size; d += cuts * blockDim.x) {
       const int64_t at = b * size + d;
-      static_cast<T*>(op.y)[at] = static_cast<const T*>(op.y1)[at];
-      static_cast<T*>(op.k0)[at] = static_cast<const T*>(op.k1)[at];
+      const T y = from[at], k = slope[at];
+      if (s.accepted) {
+        static_cast<T*>(op.y)[at] = y;
+        static_cast<T*>(op.k0)[at] = k;
+      }
+      if (op.stage != nullptr)
+        static_cast<T*>(op.stage)[at] = dt == 0 ? y : store<T>(advance_state(load(y), dt, w * load(k)));
     }
   }
 }

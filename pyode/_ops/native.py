@@ -106,16 +106,18 @@ class Table(_C.Table):
         self, rows: tuple[tuple[float, ...], ...], weights: tuple[float, ...], error_weights: tuple[float, ...]
     ) -> None:
         super().__init__(rows, weights, error_weights)
-        self.rows, self.weights = rows, weights
+        self.rows, self.weights, self.error_weights = rows, weights, error_weights
 
 
 # How many hold on to a tensor's memory; None where torch doesn't tell: then none is given out again.
 _storage_uses = getattr(torch._C, "_storage_Use_Count", None) if hasattr(Tensor, "_use_count") else None
 
 
-def stage_combine(layout: Layout, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
-    """Returns y + dt sum_j w_j k_j; dt is [B] float64."""
-    out = torch.empty_like(y)
+def stage_combine(
+    layout: Layout, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Returns y + dt sum_j w_j k_j, which is written to `out` if that is given; dt is [B] float64."""
+    out = torch.empty_like(y) if out is None else out
     _C.stage_combine(layout.handle, weights, y, ks, dt, out)
     return out
 
@@ -128,13 +130,16 @@ def stages(
     dt: Tensor,
     times: tuple[Tensor, ...],
     dynamics: RightHandSide,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Evaluates a step's stages after the first: ks[j + 1] is the derivative at times[j] of row j's state.
+
+    The first of several such states may be given.
 
     Returns the last state. func is called from the compiled loop. A state's memory serves again for a later one when
     nobody holds on to it.
     """
-    return _C.stages(layout.handle, table, y, ks, dt, times, dynamics)  # type: ignore[no-any-return]
+    return _C.stages(layout.handle, table, y, ks, dt, times, dynamics, given)  # type: ignore[no-any-return]
 
 
 def take_steps(
@@ -325,10 +330,10 @@ class Readings:
         row = self._words[start : start + self._samples]
         return row if name in REAL_FIELDS else row.view(torch.int64)
 
-    def flags_of(self, turn: int) -> int:
-        """Those that a call has left; this waits for the device."""
+    def flags(self) -> list[int]:
+        """Those that calls have left, by turn; this waits for the device."""
         flags: list[int] = self._words[self._flags : self._flags + 2].view(torch.int64).tolist()
-        return flags[turn]
+        return flags
 
 
 class Controller(Readings):
@@ -415,7 +420,7 @@ class Controller(Readings):
     def read(self, flags: int) -> int:
         """The flags that a call of the handle returned, or those on the device, for which this waits."""
         if flags < 0:
-            return int(Flag.RUNNING) if self._on_device else self.flags_of(self.handle.turn)
+            return int(Flag.RUNNING) if self._on_device else self.flags()[self.handle.turn]
         return flags
 
     def stay_on_device(self, condition: int = 0) -> None:
@@ -456,6 +461,20 @@ def interpolate(
     _C.interpolate(layout.handle, interpolant, controller.handle, y, ks, out, layout.stride)
 
 
+def measure_and_judge(
+    layout: Layout,
+    weights: tuple[float, ...],
+    controller: Controller,
+    y0: Tensor,
+    y1: Tensor,
+    ks: list[Tensor],
+    rtol: float | Tensor,
+    atol: float | Tensor,
+) -> None:
+    """Controller.error_norm of the step just tried and Phase.JUDGE, in one launch if that can be. On CUDA alone."""
+    _C.measure_and_judge(layout.handle, weights, y0, y1, ks, rtol, atol, controller.handle)
+
+
 def finish_step(
     layout: Layout,
     interpolant: Interpolant,
@@ -464,12 +483,14 @@ def finish_step(
     ks: list[Tensor],
     y1: Tensor,
     out: Tensor,
+    stage: Tensor | None = None,
+    weight: float = 0.0,
 ) -> None:
     """Writes all outputs that the last step passed; then, where it was accepted, y1 to y and ks[-1] to ks[0], in place.
 
-    On CUDA alone.
+    With a stage, y + dt weight ks[0] of the next step is written there. On CUDA alone.
     """
-    _C.finish_step(layout.handle, interpolant, controller.handle, y, ks, y1, out, layout.stride)
+    _C.finish_step(layout.handle, interpolant, controller.handle, y, ks, y1, out, layout.stride, stage, weight)
 
 
 class GraphLoop:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._ops import backend_for, native
 from .._ops.autograd import plain
-from .._ops.contract import Flag, Grid
+from .._ops.contract import Flag, Grid, Layout
 from ..captures import (
     BoundFunc,
     Captured,
@@ -97,7 +97,7 @@ class DeviceBacksolve(Outcome):
         self.times, options = backwards(times, config.options)
         self.grid = grid_from(options, self.times, ys.device)
         n, segments = ys[0].numel(), problem.form.segments
-        self.layout = native.Layout(1, 2 * n, (*segments, *(n + s for s in segments[1:])), ys.dtype, ys.device)
+        self.layout = Layout(1, 2 * n, (*segments, *(n + s for s in segments[1:])), ys.dtype, ys.device)
         self.evals_before_steps = 1 if config.first_step is not None else 2
         self.bound = BoundFunc(problem.written, problem.args)
         stops = (None if x is None else len(x) for x in (self.grid.step_t, self.grid.jump_t))
@@ -124,7 +124,8 @@ class DeviceBacksolve(Outcome):
             captured.graph.launch()
             a, integrals = loop.out[-1, 1] + self.gradients[0], loop.quadrature.copies()
             self.controller, self._crossings = loop.controller.readings(), loop.crossings.clone()
-            failed = bool(self.controller.flags_of(1) & Flag.FAILED)
+            _, flags = self.controller.flags()
+            failed = bool(flags & Flag.FAILED)
             y, k = (loop.y.clone(), loop.k.clone()) if failed else (a, a)
         captured_solves.put(self.key, captured)
         self.add_to(self.config.options.get("stats"))

@@ -17,6 +17,7 @@ from torch import Tensor
 from .._ops import backend_for
 from .._ops.contract import Grid, Policy
 from ..control import Times
+from ..errors import warn
 from ..methods import Tableau
 from ..solution import Stats
 from ..state import Func
@@ -24,6 +25,15 @@ from ..stepping.adaptive import AdaptiveLoop
 from ..stepping.hooks import Hooks
 from ..stepping.segment import BatchSegment
 from .survey import Survey
+
+
+def warn_of_host(options: dict[str, Any]) -> None:
+    """Warns where a loop on the device is asked for."""
+    if options.get("device_loop") not in (None, False, "auto"):
+        warn(
+            "adjoint_options['device_loop']: the host drives the backward solve, because every sample has steps of its "
+            "own there"
+        )
 
 
 @dataclass

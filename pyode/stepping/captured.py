@@ -38,6 +38,7 @@ class CapturedLoop(AdaptiveLoop):
         super().__init__(*further, **more)
         B, clock = self.layout.samples, self.grid.times.device
         self.y, self.k = torch.empty_like(y0), torch.empty_like(y0)
+        self.stage = torch.empty_like(y0) if len(self.table.rows) > 1 else None
         self.out = y0.new_empty((len(self.times.values), *y0.shape))
         self.first_step = torch.zeros(B, dtype=torch.float64, device=clock) if first_step else None
         self.crossings = torch.zeros(2, B, dtype=torch.int64, device=clock)
@@ -57,6 +58,13 @@ class CapturedLoop(AdaptiveLoop):
         self.measure.start(self.dynamics, self.y, self.k, self.first_step)
         if self.quadrature is not None:
             self.quadrature.keep_integrands()
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        """The first stage's state, where the end of the step before has not left it."""
+        row = self.table.rows[0]
+        if self.stage is not None:
+            self.ops.stage_combine(self.layout, row, self.y, [self.k], self.controller.dt, self.stage)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -64,10 +72,14 @@ class CapturedLoop(AdaptiveLoop):
         controller, layout, y = self.controller, self.layout, self.y
         ks: list[Any] = [self.k, *[None] * len(self.table.rows)]
         times = controller.stage_times.unbind()
-        y1 = self.ops.stages(layout, self.table, y, ks, controller.dt, times, self.dynamics)
-        self.measure.step(y, y1, ks)
-        controller.run(Phase.JUDGE)
-        self.ops.finish_step(layout, self.interpolant, controller, y, ks, y1, self.out)
+        y1 = self.ops.stages(layout, self.table, y, ks, controller.dt, times, self.dynamics, self.stage)
+        if self.quadrature is None:
+            self.ops.measure_and_judge(layout, self.table.error_weights, controller, y, y1, ks, self.rtol, self.atol)
+        else:
+            self.measure.step(y, y1, ks)
+            controller.run(Phase.JUDGE)
+        weight = self.table.rows[0][0]
+        self.ops.finish_step(layout, self.interpolant, controller, y, ks, y1, self.out, self.stage, weight)
         if self.quadrature is not None:
             self.quadrature.finish_on_device(controller, self.interpolant)
         if self.grid.jump_t is not None:
@@ -92,3 +104,4 @@ class CapturedLoop(AdaptiveLoop):
         self.k.copy_(torch.where(mask, k, self.k))
         if quadrature is not None:
             quadrature.keep_integrands(jumped)
+        self._begin_step()
