@@ -19,11 +19,12 @@ from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
 from .gradients.backsolve_samples import SampleBacksolveConfig, warn_of_host
 from .gradients.twice import backsolve_with_graph
 from .gradients.vjp import Circumstances
-from .odeint import odeint, solve
+from .odeint import odeint
 from .parameters import find_parameters, lost_gradient, named_parameters
-from .problem import Problem, pose
+from .problem import PER_SAMPLE, Problem, pose
 from .samples.adjoint import with_adjoint
 from .samples.batch import Samples
+from .solving import solve
 from .state import Dynamics, Form, Func, State
 from .stepping.fixed_grid import check_interp
 from .stepping.outcome import Outcome
@@ -102,7 +103,7 @@ def odeint_adjoint(
     )
     warns = not warned and adjoint_params != ()
     if problem.form.per_sample:
-        callbacks_of(func, problem.method, problem.times.tensor, lambda z: z, "_adjoint", per_sample=True)  # warns
+        callbacks_of(func, problem.method, t, lambda z: z, "_adjoint", PER_SAMPLE)  # warns
         return _solve_samples(problem, params, t, _configure_samples(problem, *backward, warns=warns))
     config = _configure(func, problem, *backward, warns=warns)
     if len(params) < len(found) and callable((adjoint_options or {}).get("norm")):

@@ -42,8 +42,8 @@ _SENTENCES = {
         "many steps is often stiff."
     ),
     Status.NON_FINITE: (
-        "func or the state became inf or nan, and smaller steps did not help. The solution may blow up here; check "
-        "func at this time and state, shorten the time span, or scale the problem."
+        "func or the state became inf or nan, in smaller steps too where the method takes them. The solution may blow "
+        "up here; check func at this time and state, shorten the time span, or scale the problem."
     ),
     Status.EVENT: "The solve ended at its event.",
     Status.NO_EVENT: (

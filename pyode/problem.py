@@ -35,6 +35,8 @@ from .state import Form, Func, State, check_y0, with_args
 from .stepping.fixed_grid import check_interp
 from .stepping.hooks import Callback
 
+PER_SAMPLE = "with control='per_sample'"
+
 
 @dataclass
 class Problem:
@@ -43,6 +45,7 @@ class Problem:
     Attributes:
         written: func as the user gave it, which takes the args.
         func: the function of (t, y) that comes of it.
+        kind: by which what is made for this solve is kept for others; see again.py.
     """
 
     written: Func
@@ -61,6 +64,7 @@ class Problem:
     callbacks: dict[str, Callback]
     event: Callable[[float, Tensor], Tensor] | None
     compiled: CompiledDynamics | WithArgs | None = None
+    kind: tuple[Any, ...] | None = None
 
     def event_time(self, end: float) -> Tensor:
         """The time at which a solve with an event has ended, as t has times."""
@@ -120,7 +124,7 @@ def pose(
         policy=policy_from(options, found),
         grid=grid_from(options, times, packed.device),
         first_step=first_step_from(options),
-        callbacks=callbacks_of(func, found, times.tensor, form.unpack, per_sample=form.per_sample),
+        callbacks=callbacks_of(func, found, times.tensor, form.unpack, silent=PER_SAMPLE if form.per_sample else ""),
         event=None if event_fn is None else event_of(event_fn, args, form, packed.device),
         compiled=None if compiled is None else compiled.with_args(args),
     )

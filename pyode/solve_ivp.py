@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import methods
 from ._ops.contract import Policy
+from .callbacks import callbacks_of
 from .compiled.dynamics import CompiledDynamics
 from .compiling import not_compiled
 from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
@@ -19,25 +20,19 @@ from .errors import InvalidValue, SolveError
 from .gradients.backsolve_samples import SampleBacksolveConfig, warn_of_host
 from .methods import Tableau
 from .methods.external import ScipySolver
-from .odeint import (
-    GRADIENTS,
-    compiled_loop,
-    loop_of,
-    on_device_of,
-    parameters_of,
-    solve_checkpointed,
-    undone_natively,
-)
+from .odeint import GRADIENTS
 from .problem import Problem, pose
 from .samples.adjoint import with_adjoint
 from .samples.batch import Samples
 from .samples.observers import Observers, observers_of
 from .samples.results import results_of, solution_of, solution_of_native
 from .solution import Solution
+from .solving import compiled_loop, loop_of, on_device_of
 from .state import Func, State
 from .stepping.adaptive import AdaptiveLoop
 from .stepping.loops import Loop
 from .stepping.tape import Tape
+from .taped import parameters_of, solve_checkpointed, undone_natively
 from .vmapped import solve_ivp_vmapped, under_vmap
 
 # Options that are arguments here, or have no meaning, and what is instead.
@@ -155,16 +150,17 @@ def solve_ivp(
     memory: dict[str, Any] = {name: options.pop(name) for name in ("checkpoints", "graph_bytes") if name in options}
     options = _with_arguments(options, method, control, compile, first_step, max_num_steps)
     problem = pose(func, y0, t, rtol, atol, method, options, None, args, strict=True)
-    problem = replace(problem, policy=_policy_of(problem.policy, controller))
+    problem = replace(problem, policy=_policy_of(problem.policy, controller), kind=key)
     _check_method(problem, controller, event_fn is not None or dense_output, compact)
     graph = torch.is_grad_enabled()
     adjoint = None
     if graph and gradient == "adjoint":
         adjoint = _adjoint_of(problem, controller, adjoint_options, params != ())
+        callbacks_of(func, adjoint.tableau, t, lambda z: z, "_adjoint", "in solve_ivp's backward solve")  # warns
     samples = Samples(problem.form, problem.y0, t)
     observers = observers_of(problem, samples, event_fn, args, dense_output, compact, progress)
     failures: list[SolveError] = []
-    run = _Run(observers, failures.append, key)
+    run = _Run(observers, failures.append)
     with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
         if adjoint is not None:
             ys = run(replace(problem, y0=problem.y0.detach()))
@@ -229,7 +225,6 @@ class _Run:
     Args:
         observers: who is to look on.
         fail: called with a failure.
-        key: by which a native solve is remembered, if it is.
 
     Attributes:
         loop: what has carried it out.
@@ -237,8 +232,8 @@ class _Run:
 
     loop: Loop
 
-    def __init__(self, observers: Observers, fail: Callable[[SolveError], None], key: tuple[Any, ...] | None) -> None:
-        self.observers, self.fail, self.key = observers, fail, key
+    def __init__(self, observers: Observers, fail: Callable[[SolveError], None]) -> None:
+        self.observers, self.fail = observers, fail
 
     def is_undone_natively(self, problem: Problem, memory: dict[str, Any], params: Iterable[Tensor] | None) -> bool:
         """Whether gradient "checkpoint" needs no tape; see `undone_natively`."""
@@ -248,7 +243,7 @@ class _Run:
         """Returns the packed states at the output times; with a tape, behind them those at the events, if there are."""
         observers, loop = self.observers, None
         if tape is None and not observers.see_steps:
-            loop = compiled_loop(problem, self.fail, self.key)
+            loop = compiled_loop(problem, self.fail)
         if loop is None:
             hooks = observers.hooks(self.fail)
             loop = loop_of(replace(problem, func=observers.func), replace(hooks, tape=tape))

@@ -54,8 +54,8 @@ class CapturedLoop(AdaptiveLoop):
         self.out[: 1 if self.grid.times.dim() == 1 else None] = self.y  # a sample may have no way to go
         if self.quadrature is not None:
             self.quadrature.start_on_device()
-        self.ops.copy(self.layout, self.dynamics(self._at_start(self.y), self.y), self.k)
-        self._first_step(self.y, self.k, self.first_step)
+        self.ops.copy(self.layout, self.dynamics(self.start(), self.y), self.k)
+        self.measure.start(self.dynamics, self.y, self.k, self.first_step)
         if self.quadrature is not None:
             self.quadrature.keep_integrands()
         self._begin_step()
@@ -76,7 +76,7 @@ class CapturedLoop(AdaptiveLoop):
         if self.quadrature is None:
             self.ops.measure_and_judge(layout, self.table.error_weights, controller, y, y1, ks, self.rtol, self.atol)
         else:
-            self._measure(y, y1, ks)
+            self.measure.step(y, y1, ks)
             controller.run(Phase.JUDGE)
         weight = self.table.rows[0][0]
         self.ops.finish_step(layout, self.interpolant, controller, y, ks, y1, self.out, self.stage, weight)
