@@ -281,7 +281,7 @@ class _OdeintAdjoint(torch.autograd.Function):
                         problem.compiled, problem.form, times, config, ys, gradient, tuple(params)
                     )
                 if native is None and config.options.get("device_loop"):
-                    from .gradients.backsolve_device import backsolve_on_device  # likewise
+                    from .device_backsolve import backsolve_on_device  # likewise
 
                     native = backsolve_on_device(problem, times, config, ys, gradient, tuple(params), with_time)
                 found = (
