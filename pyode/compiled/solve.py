@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .entry import Entry
 
 
-def solve_again(
+def joint_again(
     compiled: CompiledDynamics | WithArgs,
     key: tuple[Any, ...] | None,
     y0: Any,

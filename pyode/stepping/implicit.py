@@ -29,7 +29,8 @@ class ImplicitSteps:
     """
 
     def __init__(self, tableau: ImplicitTableau, course: Course) -> None:
-        self.tableau, self.course = tableau, course
+        self.tableau = tableau
+        self.move_to(course)
         layout, options = course.layout, course.options
         self.dtype = torch.promote_types(layout.real_dtype, torch.float32)
         width = 2 if layout.dtype.is_complex else 1
@@ -41,11 +42,14 @@ class ImplicitSteps:
             int(number_from(options, "max_iters", 100, 1, 2**31)),
             course.counts,
         )
-        self.times = course.stage_times((0.0, *tableau.abscissae))
+
+    def move_to(self, course: Course) -> None:
+        """See Steps."""
+        self.course, self.times = course, course.stage_times((0.0, *self.tableau.abscissae))
         self.under_way = -1
 
     def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken | SolveError:
-        """See Steps; takes one, or returns an error: NOT_CONVERGED, or NON_FINITE where f(t0, y) is not finite."""
+        """See Steps; takes one, or returns an error: NOT_CONVERGED, or NON_FINITE where f became inf or nan."""
         self.under_way = begin
         step = self._step(begin, y)
         if isinstance(step, SolveError):
@@ -61,16 +65,18 @@ class ImplicitSteps:
         start, *times = (t.clone() if t.is_inference() else t for t in self.times[n].unbind())
         slope = (course.dynamics if tableau.first_is_explicit else course.dynamics.trial)(start, y)
         ks = [slope] * len(tableau.weights)
+        at, over = y.detach(), dt.detach()
+        failure = partial(_failure, course.grid.detach()[n : n + 2], course.counts.n_accepted)
+        size = partial(self._size, at, over)
         for block in tableau.blocks if y.numel() else ():
-            size, failure = partial(self._size, y.detach(), dt.detach()), partial(self._failure, n, slope.detach())
-            known = [k.detach() for k in ks]
             guess = self._vector([slope.detach()] * len(block))
-            x = self.newton.solve(partial(self._derivatives, block, times, y.detach(), known, dt.detach()), guess, size)
+            equation = partial(self._derivatives, block, times, at, [k.detach() for k in ks], over)
+            x = self.newton.solve(equation, guess, size)
             if x is None:
-                return failure()
+                return failure(Status.NOT_CONVERGED if self.newton.finite else Status.NON_FINITE)
             if torch.is_grad_enabled():
                 equation = partial(self._derivatives, block, times, y, ks.copy(), dt)
-                x = self.newton.differentiable(equation, x, size, failure)
+                x = self.newton.differentiable(equation, x, size, partial(failure, Status.NOT_CONVERGED))
             for i, k in zip(block, self._states(x, y)):
                 ks[i] = k.to(y.dtype)
         if course.quadrature is not None:
@@ -106,7 +112,8 @@ class ImplicitSteps:
         largest = [part.amax().expand_as(part) if len(part) else part for part in torch.split(sizes, self.parts)]
         return torch.cat(largest).clamp_min(torch.finfo(self.dtype).tiny).repeat(len(x) // len(sizes))
 
-    def _failure(self, n: int, slope: Tensor) -> SolveError:
-        status = Status.NOT_CONVERGED if bool(torch.isfinite(slope).all()) else Status.NON_FINITE
-        t0, t1 = self.course.grid.detach()[n : n + 2].tolist()
-        return SolveError(status, t0, t1 - t0, n)
+
+def _failure(ends: Tensor, n: int, status: Status) -> SolveError:
+    """That of the step between these two times, behind n others."""
+    t0, t1 = ends.tolist()
+    return SolveError(status, t0, t1 - t0, n)
