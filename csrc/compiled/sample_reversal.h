@@ -3,7 +3,7 @@
 #pragma once
 
 #include "reversal.h"
-#include "samples.h"
+#include "rows_side_by_side.h"
 
 namespace pyode {
 inline namespace PYODE_LEVEL {
