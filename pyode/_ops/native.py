@@ -539,9 +539,11 @@ class GraphLoop:
         """Within it work is done on a stream of its own, after all before, and before all behind."""
         outside = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(outside)
-        with torch.cuda.stream(self._stream):
-            yield
-        outside.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            outside.wait_stream(self._stream)
 
     def capture(self, opening: Callable[[], None], body: Callable[[], None]) -> None:
         """Captures both, without running them; to be called aside. The memory they work on is used ever after.
