@@ -48,7 +48,7 @@ def solved(f, y0, t, options=None, **arguments) -> tuple[object, pyode.Stats]:
 def steps_of(ys: Tensor) -> list[tuple[float, float]]:
     """The accepted steps of a compiled solve with gradients: start and size."""
     node = ys.grad_fn
-    return [(abs(step.t0), abs(step.dt)) for step in node.tape.steps[: node.solve.sample.n_accepted]]
+    return [(abs(step.t0), abs(step.dt)) for step in node.lent.tape.steps[: node.solve.sample.n_accepted]]
 
 
 @METHODS

@@ -27,7 +27,7 @@ class _Recorded(torch.autograd.Function):
         plan, inputs, _, states = what
         ys, solve, lent = plan.run_noting(y0, inputs, states)
         ended.append(solve)
-        ctx.what, ctx.notes = what, (solve, lent)
+        ctx.what, ctx.solve, ctx.lent = what, solve, lent
         ctx.save_for_backward(y0, *wanted)
         return ys
 
@@ -35,13 +35,12 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         y0, *wanted = ctx.saved_tensors
         plan, inputs, eagerly, _ = ctx.what
-        solve, _ = ctx.notes
         if torch.is_grad_enabled():  # this gradient is to have one itself
             needed = ctx.needs_input_grad[2:]
             asked = [x for x, need in zip([y0, *wanted], needed) if need]
             found = iter(torch.autograd.grad(eagerly(y0), asked, gradients, create_graph=True, allow_unused=True))
             return None, None, *(next(found) if need else None for need in needed)
-        start, of_wanted = plan.undo(solve, plain(gradients[0]), y0, inputs, wanted)
+        start, of_wanted = plan.undo(ctx.solve, plain(gradients[0]), y0, inputs, wanted)
         return None, None, start, *of_wanted
 
 
