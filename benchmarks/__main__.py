@@ -24,6 +24,7 @@ SUITES = (
     "large",
     "implicit",
     "batch",
+    "oscillators",
     "ensemble",
     "twin",
     "gpu",

@@ -17,13 +17,13 @@ from .control import Times, check_dict, check_options, check_tolerance, first_st
 from .errors import InvalidValue, warn
 from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
 from .gradients.backsolve_samples import SampleBacksolveConfig, warn_of_host
-from .gradients.samples import SampleAdjoint, SolvedSamples
 from .gradients.twice import backsolve_with_graph
 from .gradients.vjp import Circumstances
 from .odeint import odeint
 from .parameters import find_parameters, lost_gradient, named_parameters
 from .problem import PER_SAMPLE, Problem, pose
-from .samples import Samples
+from .samples.adjoint import with_adjoint
+from .samples.batch import Samples
 from .solving import solve
 from .state import Dynamics, Form, Func, State
 from .stepping.fixed_grid import check_interp
@@ -204,12 +204,8 @@ def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: Sa
     reached = ~(left if left.dim() == 2 else left[:, None])
     failed = ~reached[-1]  # from there on the last state stands for the rest
     end_t = torch.where(failed.to(samples.clock), loop.controller.field("t").to(samples.clock), torch.nan)
-    solution = SolvedSamples(
-        problem.func, samples.func(problem), config, problem.form.segments, samples.times_of(t),
-        reached.to(samples.clock), flat, end_t, torch.where(failed[:, None], flat[-1], torch.nan),
-        loop.stats_of_samples().last_dt.to(samples.clock),
-    )  # fmt: skip
-    flat, end_y = SampleAdjoint.apply(solution, t, samples.y0, *params)  # type: ignore[no-untyped-call]
+    end = end_t, torch.where(failed[:, None], flat[-1], torch.nan)
+    flat, end_y = with_adjoint(config, problem, samples, t, flat, reached, loop.stats_of_samples().last_dt, end, params)
     return samples.of_user(torch.where(reached.unsqueeze(-1), flat, end_y) if bool(failed.any()) else flat)
 
 
@@ -285,7 +281,7 @@ class _OdeintAdjoint(torch.autograd.Function):
                         problem.compiled, problem.form, times, config, ys, gradient, tuple(params)
                     )
                 if native is None and config.options.get("device_loop"):
-                    from .gradients.backsolve_device import backsolve_on_device  # likewise
+                    from .device_backsolve import backsolve_on_device  # likewise
 
                     native = backsolve_on_device(problem, times, config, ys, gradient, tuple(params), with_time)
                 found = (

@@ -69,7 +69,8 @@ def odeint(
             states, or "adjoint", `odeint_adjoint`'s; checkpoints, how many states "checkpoint" keeps at most, taking
             steps again (None: all); graph_bytes, how much memory it may spend on graphs that it then need not make
             again (2**24; 0 with checkpoints); params, the tensors that func uses, if it is not to be searched;
-            compile, True to make the solve one native call (see `pyode.compile`), "auto" to do so where that is faster.
+            compile, True to make the solve one native call (see `pyode.compile`), "auto" to do so where that is faster;
+            device_loop, True to make it one launch on a GPU, "auto" to do so where that can be (docs/gpu.md).
         event_fn: a function of (t, y) that returns a tensor of one or several numbers: the solve ends where the first
             of them changes its sign. t then has two entries: where the solve starts, and on which side it goes on. A
             solve that starts on an event ends there, unless options has skip_initial_event=True, which waits until it

@@ -1,16 +1,22 @@
-"""What the documentation shows runs as it stands."""
+"""What the documentation shows runs as it stands, and prints what it says."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import pyode
+
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "solving.md"
+BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.DOTALL)
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if BLOCK.search(page.read_text())]
 
 
 class Decay(nn.Module):
@@ -22,26 +28,27 @@ class Decay(nn.Module):
         return -self.rate * y
 
 
-def programs_of(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+def reader() -> dict[str, Any]:
+    """What pages take for granted that their reader has."""
+    module = Decay()
+    start = {"y0": torch.tensor([[1.0, 0.3]]), "t0": torch.tensor(0.0), "t": torch.linspace(0, 1, 5)}
+    return {"torch": torch, "pyode": pyode, **vars(pyode), "module": module, "func": module, **start}
 
 
-@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="an installed package without its sources")
-def test_the_programs_of_the_readme_run_one_behind_the_other(capsys):
-    names: dict = {}
-    for program in programs_of(ROOT / "README.md"):
-        exec(program.replace("range(100)", "range(1)"), names)  # one step of training will do
-    assert names["y"].shape == names["solution"].ys.shape == (20, 1024, 3)
-    assert "1024 of 1024 samples" in capsys.readouterr().out
+def run(page: Path) -> dict[str, Any]:
+    """The names at the end of a page's programs; a block of text behind one is what it prints."""
+    names, printed = reader(), ""
+    for language, block in BLOCK.findall(page.read_text()):
+        if language == "text":
+            assert printed == block
+            continue
+        once = block.replace("range(100)", "range(1)")  # a turn of a training loop stands for all
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(once, page.name, "exec"), names)
+        printed = out.getvalue()
+    return names
 
 
-def test_the_programs_of_the_guide_run():
-    given = {"module": Decay(), "y0": torch.tensor([1.0, 0.3]), "t0": torch.tensor(0.0), "t": torch.linspace(0, 1, 5)}
-    names = {**given, "func": given["module"]}
-    programs = programs_of(PAGE)
-    assert len(programs) >= 4
-    for program in programs:
-        exec(program, names)
-    assert names["y"].shape == (2, 2)  # at the start and at the event
-    assert names["solution"](torch.zeros(4, 5)).shape == (4, 5, 2)
-    assert names["stats"].n_accepted > 0
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_programs_of_a_page_run(page):
+    run(page)

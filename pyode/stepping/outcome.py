@@ -70,13 +70,13 @@ class Outcome:
             stats.n_rejected += int(self.controller.field("n_rejected").sum())
 
     def error(self, y: Tensor, k: Tensor) -> SolveError:
-        """Why it could not go on, given the last state and its derivative."""
-        statuses = self.controller.field("status")
+        """Why it could not go on; by the last state and its derivative statuses are told apart that look alike."""
+        field = self.controller.field
+        statuses, tried = field("status"), field("n_accepted") + field("n_rejected")
+        no_start = (statuses == int(Status.NON_FINITE)) & (tried == 0)
+        if bool(no_start.any()):
+            finite = (y.isfinite() & k.isfinite()).reshape(self.layout.samples, -1).all(1).to(statuses.device)
+            statuses.masked_fill_(no_start & finite, int(Status.STEP_TOO_SMALL))  # a tolerance is 0 where y0 is 0
         b = int((statuses > int(Status.RUNNING)).nonzero()[0])
-        status = Status(int(statuses[b]))
-        t, dt, accepted, rejected = (
-            self.controller.field(name)[b].item() for name in ("t", "dt_prev", "n_accepted", "n_rejected")
-        )
-        if status is Status.NON_FINITE and accepted + rejected == 0 and (y.isfinite() & k.isfinite()).all():
-            status = Status.STEP_TOO_SMALL  # all is finite, but a tolerance is 0 where y0 is 0
-        return SolveError(status, float(t), float(dt), int(accepted + rejected), None if len(statuses) == 1 else b)
+        status, n, t, dt = (x[b].item() for x in (statuses, tried, field("t"), field("dt_prev")))
+        return SolveError(Status(status), t, dt, n, None if len(statuses) == 1 else b)

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .._ops import backend_for, native
-from .._ops.autograd import plain
-from .._ops.contract import Flag, Grid, Layout
-from ..captures import (
+from ._ops import backend_for, native
+from ._ops.autograd import plain
+from ._ops.contract import Flag, Grid, Layout
+from .captures import (
     BoundFunc,
     Captured,
     CaptureError,
@@ -21,17 +21,17 @@ from ..captures import (
     places_for_tolerances,
     surroundings,
 )
-from ..control import Times, grid_from
-from ..device_loop import evals_of
-from ..errors import warn
-from ..methods import Tableau
-from ..problem import Problem
-from ..state import Dynamics, Func
-from ..stepping.captured import CapturedLoop
-from ..stepping.hooks import raise_it
-from ..stepping.outcome import Outcome
-from ..stepping.quadrature import Quadrature
-from .backsolve import AdjointDynamics, BacksolveConfig, backwards
+from .control import Times, grid_from
+from .device_loop import evals_of
+from .errors import warn
+from .gradients.backsolve import AdjointDynamics, BacksolveConfig, backwards
+from .methods import Tableau
+from .problem import Problem
+from .state import Dynamics, Func
+from .stepping.captured import CapturedLoop
+from .stepping.hooks import raise_it
+from .stepping.outcome import Outcome
+from .stepping.quadrature import Quadrature
 
 
 def obstacle(config: BacksolveConfig, ys: Tensor, with_time: bool) -> str | None:
