@@ -28,7 +28,7 @@ class Output:
 
     def __init__(self, loop: AdaptiveLoop, y0: Tensor, begun: bool = True) -> None:
         self.loop = loop
-        self.out = y0.new_empty((len(loop.times.values), *y0.shape))
+        self.out: Tensor = loop.ops.new_states(y0, len(loop.times.values))
         if not begun:
             return
         times = loop.grid.times
@@ -124,7 +124,7 @@ class Collected:
     def __init__(self, ops: ModuleType, layout: Layout, n: int, y0: Tensor, recording: bool) -> None:
         self.ops, self.layout = ops, layout
         self.states = [y0]
-        self.out = None if recording else torch.empty((n, *y0.shape), dtype=y0.dtype, device=y0.device)
+        self.out: Tensor | None = None if recording else ops.new_states(y0, n)
         self.filled = 0  # so many rows of `out`
         if self.out is not None:
             self.add(y0)
