@@ -16,9 +16,9 @@ from ..control import Times
 from ..errors import SolveError, Status
 from ..methods.adams import Row, VariableAdams, Weights
 from ..solution import Stats
-from .fixed_grid import Outputs
 from .hooks import NO_HOOKS, Hooks
 from .measure import Norm
+from .outputs import Collected
 from .segment import AdamsSegment, unmoved, weighted
 from .strategy import Strategy
 
@@ -69,7 +69,7 @@ class AdamsLoop:
         recording = torch.is_grad_enabled()
         moving = recording and t.requires_grad
         self._shift = (t[0] - t[0].detach()).to("cpu", torch.float64) if moving else None
-        outputs, passed = Outputs(self.ops, self.layout, len(values), y0, recording), 1
+        outputs, passed = Collected(self.ops, self.layout, len(values), y0, recording), 1
         self.y = y0
         self._begin(self.dynamics(t[0].to(device=y0.device, dtype=self.layout.real_dtype), y0), first_step)
         while passed < len(values) and self._plan():
