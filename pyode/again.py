@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +19,9 @@ from torch import Tensor
 from ._ops import backend_for, native
 from .callbacks import has_callbacks
 from .compiled.dynamics import CompiledDynamics
+from .compiled.prepared import key_of
+from .compiled.samples import samples_again
+from .compiled.solve import joint_again
 from .state import Dynamics, Form, Func
 from .stepping.adaptive import AdaptiveLoop
 from .stepping.fixed_grid import FixedGridLoop
@@ -30,9 +34,21 @@ LARGEST = 1 << 18  # bytes of a state; a loop keeps the memory of a few
 
 
 def solve_again(
-    func: Func, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None, options: dict[str, Any] | None
+    func: Func,
+    y0: Any,
+    t: Any,
+    rtol: Any,
+    atol: Any,
+    method: str | None,
+    options: dict[str, Any] | None,
+    args: Any,
+    solver: Callable[..., Any],
 ) -> tuple[Tensor | None, Kind | None]:
     """Solves as the last solve of the same kind did.
+
+    Args:
+        func, y0, t, rtol, atol, method, options, args: as `odeint`'s.
+        solver: `odeint` itself, for gradients of gradients of compiled solves.
 
     Returns:
         The states at the output times, [T, *y0.shape], or None if there was no such solve; and the kind, by which a
@@ -40,12 +56,14 @@ def solve_again(
     """
     if not (type(y0) is Tensor and type(t) is Tensor and type(rtol) is float and type(atol) is float):
         return None, None
-    if options == ON_DEVICE:
+    if args and not (isinstance(func, CompiledDynamics) and type(args) is tuple):
+        return None, None
+    if options == ON_DEVICE and not args:
         from .device_loop import solve_again as again_on_device  # only those who ask for it wait for its import
 
         return again_on_device(func, y0, t, rtol, atol, method), None
     if isinstance(func, CompiledDynamics):
-        return _compiled_again(func, y0, t, rtol, atol, method, options)
+        return _compiled_again(func, y0, t, rtol, atol, method, options, args, solver)
     if options:
         return None, None
     kind = _kind_of(func, y0, t, rtol, atol, method)
@@ -58,19 +76,29 @@ def solve_again(
 
 
 def _compiled_again(
-    func: CompiledDynamics, y0: Tensor, t: Tensor, rtol: float, atol: float, method: str | None, options: Any
+    func: CompiledDynamics,
+    y0: Tensor,
+    t: Tensor,
+    rtol: float,
+    atol: float,
+    method: str | None,
+    options: Any,
+    args: tuple[Any, ...],
+    solver: Callable[..., Any],
 ) -> tuple[Tensor | None, Kind | None]:
     """The same where func is compiled, and keeps the last solve itself."""
-    if not options:
-        from .compiled.solve import solve_again  # only those who compile wait for its import
-
-        return solve_again(func, y0, t, rtol, atol, method), None
-    if options != PER_SAMPLE:
+    if options and options != PER_SAMPLE:
         return None, None
-    from .compiled.samples import key_of, samples_again
+    compiled = func.with_args(args)
 
+    def eagerly(y: Tensor) -> Tensor:
+        found: Tensor = solver(compiled.func, y, t, rtol, atol, method, options)
+        return found
+
+    if not options:
+        return joint_again(compiled, key_of(y0, rtol, atol, method), y0, t, eagerly), None
     kind = key_of(y0, rtol, atol, "odeint", method)
-    loop = samples_again(func, kind, y0, t, raise_it)
+    loop = samples_again(compiled, kind, y0, t, eagerly, raise_it)
     return None if loop is None else loop.solve(y0), kind
 
 

@@ -13,7 +13,7 @@ from .compiling import not_compiled
 from .control import check_dict
 from .errors import InvalidValue
 from .problem import pose
-from .solving import solve
+from .solving import Solved, solve
 from .state import Func, State
 from .taped import parameters_of, solve_taped, take_steps, undone_natively
 from .vmapped import odeint_vmapped, under_vmap
@@ -102,8 +102,8 @@ def odeint(
     if type(options) is dict and len(options) == 1 and "compile" in options:
         func, options = compiled_by(options["compile"], func) or func, None
     kind = None
-    if event_fn is None and not args:
-        again, kind = solve_again(func, y0, t, rtol, atol, method, options)
+    if event_fn is None:
+        again, kind = solve_again(func, y0, t, rtol, atol, method, options, args, odeint)
         if again is not None:
             return again
     options = {} if options is None else check_dict(options, "options")
@@ -122,9 +122,15 @@ def odeint(
     problem = pose(func, y0, t, rtol, atol, method, options, event_fn, args)
     problem.kind = kind
     params = options.get("params")
-    if gradient == "direct" or not torch.is_grad_enabled() or undone_natively(problem, choice, params):
+
+    def solve_by_tape() -> Solved:
+        return solve_taped(problem, parameters_of(func, args, params), choice, params != ())
+
+    if gradient == "direct" or not torch.is_grad_enabled():
         solved = solve(problem)
+    elif undone_natively(choice, params):
+        solved = solve(problem, otherwise=solve_by_tape)
     else:
-        solved = solve_taped(problem, parameters_of(func, args, params), choice, params != ())
+        solved = solve_by_tape()
     ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
     return ys if event_fn is None else (problem.event_time(solved.end), ys)

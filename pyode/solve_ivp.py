@@ -14,6 +14,8 @@ from . import methods
 from ._ops.contract import Policy
 from .callbacks import callbacks_of
 from .compiled.dynamics import CompiledDynamics
+from .compiled.prepared import key_of
+from .compiled.samples import samples_again
 from .compiling import not_compiled
 from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
 from .errors import InvalidValue, SolveError
@@ -132,13 +134,21 @@ def solve_ivp(
         type(func) is CompiledDynamics
         and control == "per_sample"
         and gradient == "direct"
-        and not (args or options or event_fn is not None or dense_output or progress)
+        and type(args) is tuple
+        and not (options or event_fn is not None or dense_output or progress)
     ):
-        from .compiled.samples import key_of, samples_again  # only those who compile wait for its import
+        compiled = func.with_args(args)
+
+        def eagerly(y: Tensor) -> Tensor:
+            found: Tensor = solve_ivp(
+                compiled.func, y, t, method=method, rtol=rtol, atol=atol, controller=controller,
+                first_step=first_step, max_num_steps=max_num_steps, throw=False,
+            ).ys  # fmt: skip
+            return found
 
         key = key_of(y0, rtol, atol, "solve_ivp", method, controller, first_step, max_num_steps)
         errors: list[SolveError] = []
-        again = samples_again(func, key, y0, t, errors.append)
+        again = samples_again(compiled, key, y0, t, eagerly, errors.append)
         if again is not None:
             ys = again.solve(y0)
             if errors and throw:
@@ -164,8 +174,12 @@ def solve_ivp(
     with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
         if adjoint is not None:
             ys = run(replace(problem, y0=problem.y0.detach()))
-        elif graph and gradient == "checkpoint" and not run.is_undone_natively(problem, memory, params):
-            ys = solve_checkpointed(problem, parameters_of(func, args, params), memory, run, params != ())
+        elif graph and gradient == "checkpoint":
+
+            def solve_by_tape() -> Tensor:
+                return solve_checkpointed(problem, parameters_of(func, args, params), memory, run, params != ())
+
+            ys = run(problem, otherwise=solve_by_tape) if undone_natively(memory, params) else solve_by_tape()
         else:
             ys = run(problem)
     if failures and throw:
@@ -235,15 +249,18 @@ class _Run:
     def __init__(self, observers: Observers, fail: Callable[[SolveError], None]) -> None:
         self.observers, self.fail = observers, fail
 
-    def is_undone_natively(self, problem: Problem, memory: dict[str, Any], params: Iterable[Tensor] | None) -> bool:
-        """Whether gradient "checkpoint" needs no tape; see `undone_natively`."""
-        return not self.observers.see_steps and undone_natively(problem, memory, params)
+    def __call__(
+        self, problem: Problem, tape: Tape | None = None, otherwise: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """Returns the packed states at the output times; with a tape, behind them those at the events, if there are.
 
-    def __call__(self, problem: Problem, tape: Tape | None = None) -> Tensor:
-        """Returns the packed states at the output times; with a tape, behind them those at the events, if there are."""
+        Where it can't be one native call it is done `otherwise`, if that is given.
+        """
         observers, loop = self.observers, None
         if tape is None and not observers.see_steps:
             loop = compiled_loop(problem, self.fail)
+        if loop is None and otherwise is not None:
+            return otherwise()
         if loop is None:
             hooks = observers.hooks(self.fail)
             loop = loop_of(replace(problem, func=observers.func), replace(hooks, tape=tape))

@@ -15,6 +15,8 @@ from torch import Tensor
 from ._ops import backend_for
 from ._ops.contract import RightHandSide
 from .again import keep
+from .compiled.samples import sample_loop
+from .compiled.solve import joint_loop
 from .errors import InvalidValue, SolveError, Status, warn
 from .methods import Tableau
 from .problem import Problem
@@ -94,10 +96,6 @@ def compiled_loop(problem: Problem, fail: Callable[[SolveError], None]) -> Loop 
 
 
 def _native_loop(problem: Problem, fail: Callable[[SolveError], None]) -> Loop | None:
-    # Only those who compile wait for the import.
-    from .compiled.samples import sample_loop
-    from .compiled.solve import compiled_loop
-
     assert problem.compiled is not None
     stateless = replace(problem, y0=problem.y0.new_empty(0))  # what is kept for other solves keeps no state alive
 
@@ -109,7 +107,7 @@ def _native_loop(problem: Problem, fail: Callable[[SolveError], None]) -> Loop |
             problem.compiled, problem.form, problem.y0, problem.times, problem.method, problem.rtol, problem.atol,
             problem.policy, problem.grid, problem.first_step, problem.options, eagerly, fail, problem.kind,
         )  # fmt: skip
-    return compiled_loop(
+    return joint_loop(
         problem.compiled, problem.form, problem.y0, problem.times, problem.method, problem.rtol, problem.atol,
         problem.policy, problem.grid, problem.options, fail, eagerly,
     )  # fmt: skip
@@ -157,10 +155,23 @@ def search_of(problem: Problem) -> EventSearch | None:
 
 
 def solve(
-    problem: Problem, watch: Callable[[Segment], Tensor | None] | None = None, tape: Tape | None = None
+    problem: Problem,
+    watch: Callable[[Segment], Tensor | None] | None = None,
+    tape: Tape | None = None,
+    otherwise: Callable[[], Solved] | None = None,
 ) -> Solved:
-    """Carries out a solve; `watch` is told every accepted step, if there is no event, and the tape notes it."""
+    """Carries out a solve.
+
+    Args:
+        problem: the solve.
+        watch: is told every accepted step, if there is no event.
+        tape: notes it.
+        otherwise: what is done where it can't be one native call; a loop if None.
+    """
     y0, times, options = problem.y0, problem.times, problem.options
+    watched = problem.event is not None or watch is not None or tape is not None or bool(problem.callbacks)
+    if otherwise is not None and (watched or problem.compiled is None or len(times.values) == 1):
+        return otherwise()
     stats = options.get("stats")
     if len(times.values) == 1:
         return Solved(y0.unsqueeze(0).clone(), times.values[0], 1)
@@ -181,9 +192,10 @@ def solve(
         failures.append(error.t)
 
     watch = search or watch
-    watched = watch is not None or tape is not None or bool(problem.callbacks)
     with on_device_of(y0):
         loop = None if watched else compiled_loop(problem, fail)
+        if loop is None and otherwise is not None:
+            return otherwise()
         if loop is None:
             loop = loop_of(problem, Hooks(watch=watch, tape=tape, fail=fail, **problem.callbacks))  # type: ignore[arg-type]
         try:

@@ -18,7 +18,7 @@ from .gradients.reversal import Recipe
 from .methods import ImplicitTableau, Tableau
 from .parameters import named_parameters, reachable
 from .problem import Problem, pose
-from .solving import Solved, compiled_loop, loop_of, solve
+from .solving import Solved, loop_of, solve
 from .state import Func, State
 from .stepping.fixed_grid import grid_of
 from .stepping.hooks import NO_HOOKS
@@ -43,15 +43,12 @@ def parameters_of(func: Func, args: Any, params: Iterable[Tensor] | None) -> lis
     return [x for _, x in reachable((written, args))]
 
 
-def undone_natively(problem: Problem, choice: dict[str, Any], params: Iterable[Tensor] | None) -> bool:
+def undone_natively(choice: dict[str, Any], params: Iterable[Tensor] | None) -> bool:
     """Whether a compiled solve's own gradient is what "checkpoint" asks for: it undoes the steps, from every state.
 
     Not where it is to keep fewer states, or to have gradients to some tensors only.
     """
-    watched = problem.event is not None or bool(problem.callbacks) or len(problem.times.values) == 1
-    if problem.compiled is None or watched or params is not None or not choice.keys() <= {"gradient"}:
-        return False
-    return compiled_loop(problem, lambda _: None) is not None
+    return params is None and choice.keys() <= {"gradient"}
 
 
 def solve_taped(problem: Problem, params: list[Tensor], choice: dict[str, Any], warns: bool = True) -> Solved:

@@ -52,6 +52,13 @@ def test_cubics_between_fixed_steps(method):
         assert_close(*found, 1e-11)
 
 
+@pytest.mark.parametrize("n", [2, 33, 200])
+def test_a_first_solve_of_any_number_of_fixed_steps(n):
+    arguments = {"method": "rk4", "options": {"step_size": 1.0 / n}}
+    found = [gradients(solve, time=False, **arguments) for solve in (compiled(pyode.odeint), pyode.odeint)]
+    assert_close(*found, 1e-11)
+
+
 def test_gradcheck():
     field = Field()
     f = strict(field)
@@ -99,6 +106,15 @@ def test_parameters_used_before_the_rows_come_in():
     for f in (strict(lambda t, y: y @ (a - a.T) * a.sum()), lambda t, y: y @ (a - a.T) * a.sum()):
         found.append(torch.autograd.grad(loss_of(pyode.odeint(f, y0, t)), a))
     assert_close(*found, 1e-10)
+
+
+def test_matrices_bigger_than_a_threads_stack():
+    a = (torch.randn(1500, 1500) / 100).requires_grad_()
+    y0, t = torch.randn(3, 1500), torch.tensor([0.0, 0.3])
+    found = []
+    for f in (strict(lambda t, y: y @ (a - a.T)), lambda t, y: y @ (a - a.T)):
+        found.append(torch.autograd.grad(loss_of(pyode.odeint(f, y0, t, method="euler")), a))
+    assert_close(*found, 1e-4)
 
 
 def test_a_state_that_is_one_row():

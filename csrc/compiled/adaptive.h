@@ -22,8 +22,11 @@ struct NoIntegrals {
   NoIntegrals(CompiledSolve& s, int64_t, const typename F::Fixed& fixed, void*) : solve(s), fixed_(fixed) {}
   void start() {}
   void clear(int64_t, int) {}
-  void rows(int64_t, int, T t, const V* y, V* k, const typename F::Timed& timed) {
-    F::rows(t, y, k, solve.inputs, fixed_, timed);
+  template <class Record>
+  void rows(int64_t, int j, T t, const V* y, V* k, const typename F::Timed& timed, Record* record) {
+    typename F::Kept passing;
+    F::rows(t, y, k, solve.inputs, fixed_, timed, record ? record->kept[j] : passing);
+    if (record) memcpy(record->stages[j], y, sizeof record->stages[j]);
   }
   void weigh(int64_t) {}
   double of_step(T) { return 0; }
@@ -56,17 +59,17 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
   static constexpr int kAbreast = F::operations + 8 * D <= 128 ? 2 : 1;
 
  public:
-  /// Bytes of workspace.
+  /// Bytes of memory that it wants.
   static int64_t workspace(int64_t rows) {
     CompiledSolve solve = {};
     solve.rows = rows;
     const Base cut(solve);
-    return cut.blocks * kArrays * D * static_cast<int64_t>(sizeof(V)) + I::workspace(cut.parts) + 64;
+    return cut.blocks * kArrays * D * static_cast<int64_t>(sizeof(V)) + I::workspace(cut.parts);
   }
 
-  explicit AdaptiveSolve(CompiledSolve& s)
-      : Base(s), integrals_(s, parts, fixed_, aligned(s.workspace) + blocks * kArrays * D) {
-    V* free = aligned(s.workspace);
+  AdaptiveSolve(CompiledSolve& s, void* memory)
+      : Base(s), integrals_(s, parts, fixed_, static_cast<V*>(memory) + blocks * kArrays * D) {
+    V* free = static_cast<V*>(memory);
     for (V** const array : {&y_, &y1_, &first_, &last_, &rtol_, &atol_}) {
       *array = free;
       free += blocks * D;
@@ -82,20 +85,20 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
     F::at(t0, solve.inputs, fixed_, timed_[0]);
     const T* const y0 = static_cast<const T*>(solve.y0);
     integrals_.start();
+    Sample& s = solve.sample;
+    s = start_sample(grid, 0);
     this->for_each_part(F::operations, [&](int64_t part) {
       integrals_.clear(part, 0);
       this->for_each_block(part, [&](int64_t b) {
         this->load(y0, b, y_ + b * D);
         integrals_.begin(static_cast<const Base&>(*this), b, y_ + b * D);
-        integrals_.rows(part, 0, t0, y_ + b * D, first_ + b * D, timed_[0]);
+        evaluate(part, b, 0, t0, y_ + b * D, first_ + b * D);
         if (solve.rtol_each) this->load(solve.rtol_each, b, rtol_ + b * D);
         if (solve.atol_each) this->load(solve.atol_each, b, atol_ + b * D);
       });
     });
     memcpy(solve.out, y0, sizeof(T) * static_cast<size_t>(solve.rows * D));
     solve.evaluations = 1;
-    Sample& s = solve.sample;
-    s = start_sample(grid, 0);
     plan_first_step(s);
     // Ctrl-C is looked for at least every few tenths of a second, if an operation takes no more than a nanosecond.
     const int64_t patience = 1 + 200'000'000 / (1 + kStepOperations * solve.rows);
@@ -128,7 +131,10 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
   SquareSums<V> sums_[Base::kMaxParts][F::n_segments];
   I integrals_;
 
-  static V* aligned(void* memory) { return reinterpret_cast<V*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64); }
+  /// f of a block, in evaluation j of the step under way.
+  void evaluate(int64_t part, int64_t b, int j, T t, const V* y, V* k) {
+    integrals_.rows(part, j, t, y, k, timed_[j], this->template evaluations<M>(solve.sample.n_accepted, b));
+  }
 
   T* output(int64_t i) { return static_cast<T*>(solve.out) + i * solve.rows * D; }
 
@@ -153,7 +159,7 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
         this->for_each_block(part, [&](int64_t b) {
           V trial[D];
           for (int d = 0; d < D; ++d) trial[d] = advance_state(y_[b * D + d], dt, first_[b * D + d]);
-          integrals_.rows(part, 1, t, trial, last_ + b * D, timed_[1]);
+          evaluate(part, b, 1, t, trial, last_ + b * D);
         });
       });
       solve.evaluations += 1;
@@ -256,7 +262,7 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
     const int64_t begin = b * D;
     const V* const y = y_ + begin;
     for (int i = 0; i < n * D; ++i) k[0][i] = first_[begin + i];
-    evaluate_stages<1, n>(part, times, dt, y, k, stage);
+    evaluate_stages<1, n>(part, b, times, dt, y, k, stage);
     for (int i = 0; i < n * D; ++i) {
       y1_[begin + i] = stage[i];
       last_[begin + i] = k[S - 1][i];
@@ -274,12 +280,12 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
   }
 
   template <int j, int n>
-  void evaluate_stages(int64_t part, const T* times, V dt, const V* y, V (*k)[n * D], V* stage) {
+  void evaluate_stages(int64_t part, int64_t b, const T* times, V dt, const V* y, V (*k)[n * D], V* stage) {
     constexpr auto weights = terms_of<T>(M::a[j - 1], j);
     for (int i = 0; i < n * D; ++i)
       stage[i] = advance_state(y[i], dt, sum_terms<V>(weights, [&](int l) { return k[l][i]; }));
-    for (int a = 0; a < n; ++a) integrals_.rows(part, j, times[j], stage + a * D, k[j] + a * D, timed_[j]);
-    if constexpr (j + 1 < S) evaluate_stages<j + 1, n>(part, times, dt, y, k, stage);
+    for (int a = 0; a < n; ++a) evaluate(part, b + a, j, times[j], stage + a * D, k[j] + a * D);
+    if constexpr (j + 1 < S) evaluate_stages<j + 1, n>(part, b, times, dt, y, k, stage);
   }
 
   /// f at the step's start, between, and at its end.
@@ -326,11 +332,11 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
 
   void note_step(const Sample& s) {
     const int64_t n = s.n_accepted - 1;
+    solve.n_steps = s.n_accepted;
     if (n >= solve.capacity) return;
-    memcpy(static_cast<V*>(solve.tape) + n * blocks * D, y_, sizeof(V) * static_cast<size_t>(blocks * D));
+    for (int64_t b = 0; b < blocks; ++b) memcpy(this->record(n, b), y_ + b * D, sizeof(V) * D);
     solve.steps[n] = {s.t_prev,       s.dt_prev,    s.t,      static_cast<double>(first_time_),
                       s.output_begin, s.output_end, chained_, n - 1};
-    solve.n_steps = s.n_accepted;
   }
 
   void restart_behind_jump(const Sample& s) {
@@ -343,7 +349,7 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
       integrals_.clear(part, 0);
       this->for_each_block(part, [&](int64_t b) {
         integrals_.arrive(static_cast<const Base&>(*this), arrived, b, y_ + b * D);
-        integrals_.rows(part, 0, t, y_ + b * D, first_ + b * D, timed_[0]);
+        evaluate(part, b, 0, t, y_ + b * D, first_ + b * D);
       });
     });
     solve.evaluations += 1;

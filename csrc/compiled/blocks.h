@@ -1,6 +1,8 @@
 // Rows in blocks: as many as a SIMD register has lanes, a vector for each number of a row (structure of arrays).
 #pragma once
 
+#include <new>
+
 #include "../core/side_by_side.h"
 // Behind the vectors, whose functions they are to find.
 #include "../core/controller.h"
@@ -39,7 +41,8 @@ struct CompiledSolve {
   void (*run_parallel)(int64_t n, int threads, void (*body)(int64_t, void*), void* context, void (*idle)(void*));
   int (*interrupted)();  // asked now and then, by the calling thread; not 0: stop
   // A solve whose gradient is wanted notes its steps; then it is undone.
-  void* tape;        // [capacity, blocks, D] vectors, or [capacity, D] numbers of rows: the states at their starts
+  void* tape;        // [capacity, blocks] records, or [capacity, D] numbers of rows with steps of their own
+  int64_t record;    // bytes: of Evaluations, or of the state at the step's start alone, [D] vectors
   TapeStep* steps;   // [capacity]
   int64_t capacity;  // a solve of more steps goes on without noting them
   int64_t n_steps;
@@ -53,7 +56,8 @@ struct CompiledSolve {
   double integral_rtol, integral_atol;
   int64_t seminorm;  // whether the integrals have no share in the norm
   // What comes back.
-  double* states;  // of rows with steps of their own, [kRowWords, rows]
+  double* states;    // of rows with steps of their own, [kRowWords, rows]
+  int64_t n_failed;  // of these rows
   Sample sample;
   int64_t evaluations;
   int64_t finite_start;  // after a failure before the first step: whether y0 and f(t0, y0) are finite
@@ -61,14 +65,32 @@ struct CompiledSolve {
 
 constexpr int64_t kInterrupted = -1;  // a status beside those of the controller
 
-/// What is told of a row with steps of its own: the words of its Sample, then, as integers, how often f was evaluated
-/// behind a jump, its last step's index on the tape, and finite_start.
+/// What is told of a row with steps of its own: the words of its Sample, then, as integers, how often f was evaluated,
+/// its last step's index on the tape, and finite_start.
 constexpr int kRowWords = kWords + 3;
 
 inline namespace PYODE_LEVEL {
 namespace compiled {
 
 using namespace math;
+
+/// Where vectors may lie, from some place in memory on.
+inline void* aligned(void* memory) {
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+}
+
+/// Bytes for a solver and what it wants beside; the stack might be too small for what it computes once a solve.
+template <class Solver>
+int64_t workspace(int64_t rows) {
+  return static_cast<int64_t>(sizeof(Solver)) + 128 + Solver::workspace(rows);
+}
+template <class Solver>
+void run(CompiledSolve& solve) {
+  void* const memory = aligned(solve.workspace);
+  Solver* const solver = new (memory) Solver(solve, aligned(static_cast<char*>(memory) + sizeof(Solver)));
+  solver->run();
+  solver->~Solver();
+}
 
 /// Whether Ctrl-C has been pressed: only the calling thread can find out, and tells the others.
 struct Interruption {
@@ -144,6 +166,13 @@ PYODE_HD void interleave(const V* from, T* to) {
     for (int d = 0; d < n; ++d) to[l * n + d] = numbers[d][l];
 }
 
+/// What the evaluations of a step of a block of rows leave for its way back.
+template <class F, class M>
+struct Evaluations {
+  typename F::V stages[M::evaluations][F::size];
+  typename F::Kept kept[M::evaluations];
+};
+
 /// The rows of a solve, cut into blocks and these into at most kMost parts, among which threads share; a part is worth
 /// its sums. F is the emitted dynamics.
 template <class F, int64_t kMost = 64>
@@ -187,6 +216,18 @@ struct Blocks {
 
   /// How many rows of a block are rows of the state; those behind repeat the last one.
   int valid(int64_t block) const { return static_cast<int>(smaller_of(W, solve.rows - block * W)); }
+
+  /// A block's record of the n-th step on the tape, which begins with the state; null if there is no room.
+  typename F::V* record(int64_t n, int64_t block) const {
+    if (solve.tape == nullptr || n >= solve.capacity) return nullptr;
+    return reinterpret_cast<V*>(static_cast<char*>(solve.tape) + (n * blocks + block) * solve.record);
+  }
+  /// The same if it is to have all that was evaluated; else null.
+  template <class M>
+  Evaluations<F, M>* evaluations(int64_t n, int64_t block) const {
+    constexpr auto size = static_cast<int64_t>(sizeof(Evaluations<F, M>));
+    return solve.record == size ? reinterpret_cast<Evaluations<F, M>*>(record(n, block)) : nullptr;
+  }
 
   /// Reads a block from a packed state of numbers of any type, or from one of its first segments only.
   template <class From>

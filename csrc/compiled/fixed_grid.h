@@ -18,10 +18,10 @@ class FixedGridSolve : Blocks<F> {
   static constexpr int D = F::size, S = M::evaluations;  // the last is f(t1, y1), for cubics only
 
  public:
-  /// Bytes of workspace: the time-dependent values of all stages would be too many, so every block computes them anew.
+  /// Bytes of memory: the time-dependent values of all stages would be too many, so every block computes them anew.
   static int64_t workspace(int64_t) { return 0; }
 
-  explicit FixedGridSolve(CompiledSolve& s) : Base(s) {}
+  FixedGridSolve(CompiledSolve& s, void*) : Base(s) {}
 
   void run() {
     F::prepare(solve.inputs, fixed_);
@@ -51,17 +51,19 @@ class FixedGridSolve : Blocks<F> {
     int64_t i = 1;
     for (int64_t n = 0; n + 1 < solve.n_ends; ++n) {
       if (this->interruption.after(operations, spent)) return;
-      if (solve.tape) memcpy(static_cast<V*>(solve.tape) + (n * this->blocks + b) * D, y, sizeof y);
+      V* const record = this->record(n, b);
+      auto* const evaluations = this->template evaluations<M>(n, b);
+      if (record) memcpy(record, y, sizeof y);
       const int64_t i_begin = i;
       const double size = ends[n + 1] - ends[n];
       const V dt = broadcast<V>(static_cast<T>(size));
       const T* const times = static_cast<const T*>(solve.stage_times) + n * S;
-      evaluate_stages<0>(times, dt, y, k, y1);
+      evaluate_stages<0>(times, dt, y, k, y1, evaluations);
       bool sloped = false;
       for (; i < grid.n_times && sign * (output_time(grid, i, 0) - ends[n + 1]) < 0; ++i) {
         const double x = (output_time(grid, i, 0) - ends[n]) / size;
         if (solve.cubic && !sloped) {
-          evaluate(times[S - 1], y1, k[S - 1]);
+          evaluate(S - 1, times[S - 1], y1, k[S - 1], evaluations);
           if (b == 0) solve.evaluations += 1;
           sloped = true;
         }
@@ -74,7 +76,7 @@ class FixedGridSolve : Blocks<F> {
       }
       memcpy(y, y1, sizeof y);
       if (i < grid.n_times && output_time(grid, i, 0) == ends[n + 1]) write(y, b, i++);
-      if (solve.tape && b == 0)
+      if (record && b == 0)
         solve.steps[n] = {
             ends[n], size, ends[n + 1], static_cast<double>(static_cast<const T*>(solve.stage_times)[n * S]),
             i_begin, i,    false,       n - 1};
@@ -83,22 +85,24 @@ class FixedGridSolve : Blocks<F> {
 
   /// All stages of a step, at last its end.
   template <int j>
-  void evaluate_stages(const T* times, V dt, const V* y, V (*k)[D], V* stage) {
+  void evaluate_stages(const T* times, V dt, const V* y, V (*k)[D], V* stage, Evaluations<F, M>* evaluations) {
     if constexpr (j > 0) {
       constexpr auto weights = terms_of<T>(M::a[j - 1], j);
       for (int d = 0; d < D; ++d)
         stage[d] = advance_state(y[d], dt, sum_terms<V>(weights, [&](int i) { return k[i][d]; }));
     }
     if constexpr (j + 1 < S) {
-      evaluate(times[j], j > 0 ? stage : y, k[j]);
-      evaluate_stages<j + 1>(times, dt, y, k, stage);
+      evaluate(j, times[j], j > 0 ? stage : y, k[j], evaluations);
+      evaluate_stages<j + 1>(times, dt, y, k, stage, evaluations);
     }
   }
 
-  void evaluate(T t, const V* y, V* k) {
+  void evaluate(int j, T t, const V* y, V* k, Evaluations<F, M>* evaluations) {
     typename F::Timed timed;
+    typename F::Kept passing;
     F::at(t, solve.inputs, fixed_, timed);
-    F::rows(t, y, k, solve.inputs, fixed_, timed);
+    F::rows(t, y, k, solve.inputs, fixed_, timed, evaluations ? evaluations->kept[j] : passing);
+    if (evaluations) memcpy(evaluations->stages[j], y, sizeof evaluations->stages[j]);
   }
 
   void write(const V* y, int64_t b, int64_t i) { this->store(y, b, static_cast<T*>(solve.out) + i * solve.rows * D); }

@@ -8,54 +8,43 @@ namespace pyode {
 inline namespace PYODE_LEVEL {
 namespace compiled {
 
-/// d/dt of (y, a), where a' = -a df/dy: F is the emitted dynamics, G its emitted vector-Jacobian product.
-template <class F, class G>
+/// d/dt of (y, a), where a' = -a df/dy: G is the emitted vector-Jacobian product.
+template <class G>
 struct Augmented {
-  using T = typename F::T;
-  using V = typename F::V;
-  static constexpr int half = F::size, size = 2 * half, n_segments = 2 * F::n_segments;
-  static constexpr int64_t operations = F::operations + G::operations;
+  using T = typename G::T;
+  using V = typename G::V;
+  using Fixed = typename G::Fixed;
+  using Timed = typename G::Timed;
+  struct Kept {};
+  static constexpr int half = G::size, size = 2 * half, n_segments = 2 * G::n_segments;
+  static constexpr int64_t operations = G::operations;
 
   struct Segments {
     constexpr int operator[](int s) const {
-      return s < F::n_segments ? F::segments[s] : half + F::segments[s - F::n_segments];
+      return s < G::n_segments ? G::segments[s] : half + G::segments[s - G::n_segments];
     }
   };
   static constexpr Segments segments{};
 
-  struct Fixed {
-    typename F::Fixed f;
-    typename G::Fixed g;
-  };
-  struct Timed {
-    typename F::Timed f;
-    typename G::Timed g;
-  };
-
-  static void prepare(const void* const* inputs, Fixed& fixed) {
-    F::prepare(inputs, fixed.f);
-    G::prepare(inputs, fixed.g);
-  }
-  static void at(T t, const void* const* inputs, const Fixed& fixed, Timed& timed) {
-    F::at(t, inputs, fixed.f, timed.f);
-    G::at(t, inputs, fixed.g, timed.g);
-  }
+  static void prepare(const void* const* inputs, Fixed& fixed) { G::prepare(inputs, fixed); }
+  static void at(T t, const void* const* inputs, const Fixed& fixed, Timed& timed) { G::at(t, inputs, fixed, timed); }
   /// What a df/dp is takes off the sums.
   static void rows(T t, const V* z, V* k, const void* const* inputs, const Fixed& fixed, const Timed& timed,
                    typename G::Sums& sums) {
     V g[half];
+    typename G::Kept kept;
     for (int d = 0; d < half; ++d) g[d] = -z[half + d];
-    F::rows(t, z, k, inputs, fixed.f, timed.f);
-    G::rows(t, z, g, k + half, inputs, fixed.g, timed.g, sums);
+    G::rows(t, z, k, inputs, fixed, timed, kept);
+    G::back(t, z, g, k + half, inputs, fixed, timed, kept, sums);
   }
 };
 
 /// Integrals along an adaptive solve of (y, a): their values, their share in its norm, and the jumps of the adjoint.
-template <class F, class G, class M>
+template <class G, class M>
 class AdjointIntegrals {
-  using T = typename F::T;
-  using V = typename F::V;
-  using A = Augmented<F, G>;
+  using T = typename G::T;
+  using V = typename G::V;
+  using A = Augmented<G>;
   using Sums = typename G::Sums;
   static constexpr int S = M::evaluations;
   // Of a part: the sums of each evaluation, then those weighted for the step's end, and for its error.
@@ -75,7 +64,7 @@ class AdjointIntegrals {
     return parts * kSlots * static_cast<int64_t>(sizeof(Sums)) + 3 * P * static_cast<int64_t>(sizeof(T)) + 64;
   }
 
-  AdjointIntegrals(CompiledSolve& s, int64_t n_parts, const typename A::Fixed& fixed, void* memory)
+  AdjointIntegrals(CompiledSolve& s, int64_t n_parts, const typename G::Fixed& fixed, void* memory)
       : solve(s), parts(n_parts), fixed_(fixed) {
     sums_ = static_cast<Sums*>(memory);
     value_ = reinterpret_cast<T*>(sums_ + parts * kSlots);
@@ -92,7 +81,8 @@ class AdjointIntegrals {
   /// Makes ready for evaluation j.
   void clear(int64_t part, int j) { memset(static_cast<void*>(&sums(part, j)), 0, sizeof(Sums)); }
 
-  void rows(int64_t part, int j, T t, const V* z, V* k, const typename A::Timed& timed) {
+  template <class Record>
+  void rows(int64_t part, int j, T t, const V* z, V* k, const typename G::Timed& timed, Record*) {
     A::rows(t, z, k, solve.inputs, fixed_, timed, sums(part, j));
   }
 
@@ -145,18 +135,18 @@ class AdjointIntegrals {
   template <class Rows>
   void arrive(const Rows& rows, int64_t i, int64_t b, V* z) const {
     if (i < 0) return;
-    const int64_t n = solve.rows * F::size;
-    V g[F::size];
-    rows.load(static_cast<const T*>(solve.arriving_states) + i * n, b, z, F::n_segments);
-    rows.load(static_cast<const T*>(solve.gradient) + i * n, b, g, F::n_segments);
-    rows.template blank<F::size>(b, g);
-    for (int d = 0; d < F::size; ++d) z[F::size + d] += g[d];
+    const int64_t n = solve.rows * G::size;
+    V g[G::size];
+    rows.load(static_cast<const T*>(solve.arriving_states) + i * n, b, z, G::n_segments);
+    rows.load(static_cast<const T*>(solve.gradient) + i * n, b, g, G::n_segments);
+    rows.template blank<G::size>(b, g);
+    for (int d = 0; d < G::size; ++d) z[G::size + d] += g[d];
   }
 
   /// Rows that only fill the last block have an adjoint of 0.
   template <class Rows>
   void begin(const Rows& rows, int64_t b, V* z) const {
-    rows.template blank<F::size>(b, z + F::size);
+    rows.template blank<G::size>(b, z + G::size);
   }
 
   void finish() const {
@@ -170,11 +160,12 @@ class AdjointIntegrals {
  private:
   CompiledSolve& solve;
   const int64_t parts;
-  const typename A::Fixed& fixed_;
+  const typename G::Fixed& fixed_;
   Sums* sums_;                // [parts, kSlots]
   T *value_, *end_, *error_;  // [P]: at the step's ends, and of the step
   int slot_[S];               // where an evaluation's sums are
   int64_t pending_;           // the next output whose gradient arrives
+  typename G::Totals totals_;
 
   Sums& sums(int64_t part, int j) { return sums_[part * kSlots + slot_[j]]; }
 
@@ -197,9 +188,8 @@ class AdjointIntegrals {
         gradients[i] = to;
         to += G::gradient_sizes[i];
       }
-      typename G::Totals totals;
-      G::collect(sums_ + slot, parts, totals, kSlots);
-      G::finish(solve.inputs, fixed_.g, totals, gradients);
+      G::collect(sums_ + slot, parts, totals_, kSlots);
+      G::finish(solve.inputs, fixed_, totals_, gradients);
     }
   }
 

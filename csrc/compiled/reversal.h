@@ -2,6 +2,8 @@
 // block goes through the whole solve before the next one; step sizes are constants.
 #pragma once
 
+#include <type_traits>
+
 #include "blocks.h"
 #include "contract.h"
 
@@ -53,7 +55,7 @@ PYODE_HD void add_outer_of_lanes(const V* a, Strides sa, const V* b, Strides sb,
   }
 }
 
-/// The sum of a number over parts and lanes, always in the same order.
+/// The sum over the lanes of a number: the upper half on the lower one, again and again.
 template <class X>
 PYODE_HD number_t<X> over_lanes(X x) {
   constexpr int W = lanes<X>;
@@ -64,68 +66,167 @@ PYODE_HD number_t<X> over_lanes(X x) {
   return numbers[0];
 }
 
+/// The same for as many numbers as there are lanes, side by side. `size` lanes in a row belong to one of them.
+template <int size, class V>
+PYODE_HD V over_all_lanes(V* x) {
+#if !defined(__clang__)
+  constexpr int W = lanes<V>, half = size / 2;
+  if constexpr (size > 1) {
+    for (int i = 0; i < half; ++i) {
+      integer_t<V> low, high;
+      for (int l = 0; l < W; ++l) {
+        low[l] = l / size * size + l % half + (l % size < half ? 0 : W);
+        high[l] = low[l] + half;
+      }
+      x[i] = __builtin_shuffle(x[i], x[i + half], low) + __builtin_shuffle(x[i], x[i + half], high);
+    }
+    return over_all_lanes<half>(x);
+  }
+#endif
+  return x[0];
+}
+
+/// out[i] = the sum over n parts, `step` apart, and their lanes, always in the same order; read(part) are its N
+/// numbers.
+template <int N, class Sums, class Read, class T>
+PYODE_HD void collect_sums(const Sums* parts, int64_t n, int64_t step, Read read, T* out) {
+  using X = std::remove_const_t<std::remove_pointer_t<decltype(read(*parts))>>;
+  constexpr int W = lanes<X>;
+  const auto of_all_parts = [&](int i) {
+    X sum = read(*parts)[i];
+    for (int64_t p = 1; p < n; ++p) sum += read(parts[p * step])[i];
+    return sum;
+  };
+  int i = 0;
+#if !defined(__clang__)
+  for (; W > 1 && i + W <= N; i += W) {
+    X sums[W];
+    for (int l = 0; l < W; ++l) sums[l] = of_all_parts(i + l);
+    const X totals = over_all_lanes<W>(sums);
+    memcpy(out + i, &totals, sizeof totals);
+  }
+#endif
+  for (; i < N; ++i) out[i] = over_lanes(of_all_parts(i));
+}
+
 /// Into how many parts the rows are cut at most, each with sums of its own.
 template <class G>
 constexpr int64_t kPartsOfSums = sizeof(typename G::Sums) > 1 << 16 ? 8 : 64;
 
-/// F is the emitted dynamics, G its emitted vector-Jacobian product, M the emitted tableau.
-template <class F, class G, class M>
-class Reversal : Blocks<F, kPartsOfSums<G>> {
-  using Base = Blocks<F, kPartsOfSums<G>>;
-  using T = typename F::T;
-  using V = typename F::V;
+/// A step of a block of rows on its way back: all that it has computed, and the gradients of that. G is the emitted
+/// vector-Jacobian product, M the emitted tableau; Time is T, or V where every row has a step of its own.
+template <class G, class M, class Time>
+struct StepBack {
+  using T = typename G::T;
+  using V = typename G::V;
   using Sums = typename G::Sums;
+  static constexpr int D = G::size, S = M::evaluations;
+
+  using Record = Evaluations<G, M>;
+  Record again;                   // what the step has computed, if it had to be computed again
+  const Record* record;           // or was noted
+  V k[S][D], gk[S][D], start[D];  // gk, start: the gradients of k, and of the state at the step's start
+  V dt;
+  Time times[S];
+  typename G::Timed timed[S];
+
+  /// Evaluation j again.
+  void evaluate(int j, const void* const* inputs, const typename G::Fixed& fixed) {
+    G::rows(times[j], again.stages[j], k[j], inputs, fixed, timed[j], again.kept[j]);
+  }
+
+  /// All stages again, from the first.
+  template <int j = 0>
+  void redo_stages(const void* const* inputs, const typename G::Fixed& fixed) {
+    if constexpr (j > 0) {
+      constexpr auto weights = terms_of<T>(M::a[j - 1], j);
+      for (int d = 0; d < D; ++d)
+        again.stages[j][d] =
+            advance_state(again.stages[0][d], dt, sum_terms<V>(weights, [&](int i) { return k[i][d]; }));
+    }
+    if constexpr (j + 1 < S) {
+      evaluate(j, inputs, fixed);
+      redo_stages<j + 1>(inputs, fixed);
+    }
+  }
+
+  /// Adds g df/dy of evaluation j to `to`, and g df/dp to the sums.
+  void pull_back(int j, const V* g, V* to, const void* const* inputs, const typename G::Fixed& fixed,
+                 Sums& sums) const {
+    V pulled[D];
+    G::back(times[j], record->stages[j], g, pulled, inputs, fixed, timed[j], record->kept[j], sums);
+    for (int d = 0; d < D; ++d) to[d] += pulled[d];
+  }
+
+  /// The gradient of y + dt sum_j w_j k_j goes to y and to every k_j.
+  template <int N>
+  void spread_gradient(const Terms<T, N>& weights, const V* g) {
+    for (int d = 0; d < D; ++d) start[d] += g[d];
+    for (int i = 0; i < weights.n; ++i) {
+      const V w = dt * broadcast<V>(weights.w[i]);
+      V* const to = gk[weights.at[i]];
+      for (int d = 0; d < D; ++d) to[d] = fused_multiply_add(w, g[d], to[d]);
+    }
+  }
+
+  /// From the gradient of the step's end to that of its start and of k[0].
+  void undo_stages(const V* end, const void* const* inputs, const typename G::Fixed& fixed, Sums& sums) {
+    spread_gradient(terms_of<T>(M::a[S - 2], S - 1), end);
+    undo_stage<S - 2>(inputs, fixed, sums);
+  }
+
+ private:
+  template <int j>
+  void undo_stage(const void* const* inputs, const typename G::Fixed& fixed, Sums& sums) {
+    if constexpr (j > 0) {
+      V g[D] = {};
+      pull_back(j, gk[j], g, inputs, fixed, sums);
+      spread_gradient(terms_of<T>(M::a[j - 1], j), g);
+      undo_stage<j - 1>(inputs, fixed, sums);
+    }
+  }
+};
+
+/// G is the emitted vector-Jacobian product, M the emitted tableau.
+template <class G, class M>
+class Reversal : Blocks<G, kPartsOfSums<G>> {
+  using Base = Blocks<G, kPartsOfSums<G>>;
+  using T = typename G::T;
+  using V = typename G::V;
+  using Sums = typename G::Sums;
+  using Step = StepBack<G, M, T>;
   using Base::blocks;
   using Base::solve;
   using Base::W;
-  static constexpr int D = F::size, S = M::evaluations;
-  static constexpr int64_t kStepOperations = W * (S * (F::operations + G::operations) + 6 * S * S * D);
+  static constexpr int D = G::size, S = M::evaluations;
+  static constexpr int64_t kStepOperations = W * (S * G::operations + 6 * S * S * D);
 
  public:
-  /// Bytes of workspace.
+  /// Bytes of memory that it wants.
   static int64_t workspace(int64_t rows) {
     CompiledSolve solve = {};
     solve.rows = rows;
-    return Base(solve).parts * static_cast<int64_t>(sizeof(Sums)) + 64;
+    return Base(solve).parts * static_cast<int64_t>(sizeof(Sums));
   }
 
-  explicit Reversal(CompiledSolve& s) : Base(s) {
-    sums_ = reinterpret_cast<Sums*>((reinterpret_cast<uintptr_t>(solve.workspace) + 63) / 64 * 64);
-  }
+  Reversal(CompiledSolve& s, void* memory) : Base(s), sums_(static_cast<Sums*>(memory)) {}
 
   void run() {
-    F::prepare(solve.inputs, fixed_);
-    G::prepare(solve.inputs, adjoint_fixed_);
+    G::prepare(solve.inputs, fixed_);
     this->for_each_part(kStepOperations / W * (1 + solve.n_steps), [&](int64_t part) {
       memset(static_cast<void*>(&sums_[part]), 0, sizeof(Sums));
       int64_t spent = 0;
       this->for_each_block(part, [&](int64_t b) { undo_block(b, sums_[part], spent); });
     });
     solve.sample.status = this->interruption.stop ? kInterrupted : kSuccess;
-    typename G::Totals totals;
-    G::collect(sums_, this->parts, totals);
-    G::finish(solve.inputs, adjoint_fixed_, totals, solve.gradients);
+    G::collect(sums_, this->parts, totals_);
+    G::finish(solve.inputs, fixed_, totals_, solve.gradients);
   }
 
  private:
   Sums* sums_;
-  typename F::Fixed fixed_;
-  typename G::Fixed adjoint_fixed_;
-
-  void evaluate(T t, const V* y, V* k) const {
-    typename F::Timed timed;
-    F::at(t, solve.inputs, fixed_, timed);
-    F::rows(t, y, k, solve.inputs, fixed_, timed);
-  }
-
-  /// Adds g df/dy to `to`, and g df/dp to the sums.
-  void pull_back(T t, const V* y, const V* g, V* to, Sums& sums) const {
-    typename G::Timed timed;
-    V pulled[D];
-    G::at(t, solve.inputs, adjoint_fixed_, timed);
-    G::rows(t, y, g, pulled, solve.inputs, adjoint_fixed_, timed, sums);
-    for (int d = 0; d < D; ++d) to[d] += pulled[d];
-  }
+  typename G::Fixed fixed_;
+  typename G::Totals totals_;
 
   /// What arrives at output i; 0 in the rows that only fill the last block.
   void load_gradient(int64_t i, int64_t b, V* g) const {
@@ -140,83 +241,59 @@ class Reversal : Blocks<F, kPartsOfSums<G>> {
       load_gradient(i, b, g);
       for (int d = 0; d < D; ++d) lam[d] += g[d];
     }
-    bool sloped = false;
+    Step x;
     for (int64_t n = solve.n_steps; n-- > 0;) {
       if (this->interruption.after(kStepOperations, spent)) return;
-      undo_step(n, b, lam, slope, sloped, sums);
+      undo_step(n, b, x, lam, slope, sums);
     }
     load_gradient(0, b, g);
     for (int d = 0; d < D; ++d) lam[d] += g[d];
     this->store(lam, b, static_cast<T*>(solve.y0_gradient));
   }
 
-  void undo_step(int64_t n, int64_t b, V* lam, V* slope, bool& sloped, Sums& sums) const {
+  void undo_step(int64_t n, int64_t b, Step& x, V* lam, V* slope, Sums& sums) const {
     const TapeStep& step = solve.steps[n];
-    const V* const y = static_cast<const V*>(solve.tape) + (n * blocks + b) * D;
-    const V dt = broadcast<V>(static_cast<T>(step.dt));
-    T times[S];
-    for (int j = 1; j < S; ++j) times[j] = M::stage_time(solve, step, n, j, T{});
-    times[0] = static_cast<T>(step.first_time);
-    V k[S][D], stages[S][D], gk[S][D] = {}, start[D] = {};
-    memcpy(stages[0], y, sizeof stages[0]);
-    redo_stages<0>(times, dt, k, stages);
+    const bool chained = n + 1 < solve.n_steps && solve.steps[n + 1].chained;
+    x.dt = broadcast<V>(static_cast<T>(step.dt));
+    x.times[0] = static_cast<T>(step.first_time);
+    for (int j = 1; j < S; ++j) x.times[j] = M::stage_time(solve, step, n, j, T{});
+    for (int j = 0; j < S; ++j) G::at(x.times[j], solve.inputs, fixed_, x.timed[j]);
+    memset(static_cast<void*>(x.gk), 0, sizeof x.gk);
+    memset(static_cast<void*>(x.start), 0, sizeof x.start);
+    const auto* const noted = this->template evaluations<M>(n, b);
+    if (noted) {
+      x.record = noted;
+    } else {
+      if (chained) x.again.kept[S - 1] = x.again.kept[0];  // its last evaluation was the first of the next step
+      memcpy(x.again.stages[0], this->record(n, b), sizeof x.again.stages[0]);
+      x.redo_stages(solve.inputs, fixed_);
+      x.record = &x.again;
+    }
+    bool sloped = chained;
     for (int64_t i = step.output_begin; i < step.output_end; ++i) {
       V g[D];
       load_gradient(i, b, g);
       const double time = output_time(solve.grid, i, 0);
-      const double x = time == step.t1 ? 1.0 : (time - step.t0) / step.dt;
-      for (int d = 0; d < D; ++d) start[d] += g[d];
+      const double at = time == step.t1 ? 1.0 : (time - step.t0) / step.dt;
+      for (int d = 0; d < D; ++d) x.start[d] += g[d];
       for (int j = 0; j < S; ++j) {
-        const V w = dt * broadcast<V>(static_cast<T>(M::output_weight(solve, j, x)));
-        for (int d = 0; d < D; ++d) gk[j][d] = fused_multiply_add(w, g[d], gk[j][d]);
+        const V w = x.dt * broadcast<V>(static_cast<T>(M::output_weight(solve, j, at)));
+        for (int d = 0; d < D; ++d) x.gk[j][d] = fused_multiply_add(w, g[d], x.gk[j][d]);
       }
-      sloped = sloped || (x != 1 && M::output_weight(solve, S - 1, x) != 0);
+      sloped = sloped || (at != 1 && M::output_weight(solve, S - 1, at) != 0);
     }
-    if (n + 1 == solve.n_steps || solve.steps[n + 1].chained)
-      for (int d = 0; d < D; ++d) gk[S - 1][d] += slope[d];
-    if (sloped) pull_back(times[S - 1], stages[S - 1], gk[S - 1], lam, sums);
-    spread_gradient(terms_of<T>(M::a[S - 2], S - 1), dt, lam, start, gk);
-    undo_stages<S - 2>(times, dt, stages, gk, start, sums);
-    sloped = step.chained;
-    memcpy(lam, start, sizeof start);
+    if (n + 1 == solve.n_steps || chained)
+      for (int d = 0; d < D; ++d) x.gk[S - 1][d] += slope[d];
+    if (sloped) {
+      if (!noted && !chained) x.evaluate(S - 1, solve.inputs, fixed_);
+      x.pull_back(S - 1, x.gk[S - 1], lam, solve.inputs, fixed_, sums);
+    }
+    x.undo_stages(lam, solve.inputs, fixed_, sums);
+    memcpy(lam, x.start, sizeof x.start);
     if (step.chained)
-      memcpy(slope, gk[0], sizeof start);
+      memcpy(slope, x.gk[0], sizeof x.start);
     else
-      pull_back(times[0], y, gk[0], lam, sums);
-  }
-
-  /// The gradient of y + dt sum_j w_j k_j goes to y and to every k_j.
-  template <int N>
-  static void spread_gradient(const Terms<T, N>& weights, V dt, const V* g, V* start, V (*gk)[D]) {
-    for (int d = 0; d < D; ++d) start[d] += g[d];
-    for (int i = 0; i < weights.n; ++i) {
-      const V w = dt * broadcast<V>(weights.w[i]);
-      V* const to = gk[weights.at[i]];
-      for (int d = 0; d < D; ++d) to[d] = fused_multiply_add(w, g[d], to[d]);
-    }
-  }
-
-  template <int j>
-  void redo_stages(const T* times, V dt, V (*k)[D], V (*stages)[D]) const {
-    if constexpr (j > 0) {
-      constexpr auto weights = terms_of<T>(M::a[j - 1], j);
-      for (int d = 0; d < D; ++d)
-        stages[j][d] = advance_state(stages[0][d], dt, sum_terms<V>(weights, [&](int i) { return k[i][d]; }));
-    }
-    if constexpr (j + 1 < S) {
-      evaluate(times[j], stages[j], k[j]);
-      redo_stages<j + 1>(times, dt, k, stages);
-    }
-  }
-
-  template <int j>
-  void undo_stages(const T* times, V dt, const V (*stages)[D], V (*gk)[D], V* start, Sums& sums) const {
-    if constexpr (j > 0) {
-      V g[D] = {};
-      pull_back(times[j], stages[j], gk[j], g, sums);
-      spread_gradient(terms_of<T>(M::a[j - 1], j), dt, g, start, gk);
-      undo_stages<j - 1>(times, dt, stages, gk, start, sums);
-    }
+      x.pull_back(0, x.gk[0], lam, solve.inputs, fixed_, sums);
   }
 };
 

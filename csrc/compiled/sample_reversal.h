@@ -3,17 +3,17 @@
 #pragma once
 
 #include "reversal.h"
-#include "samples.h"
+#include "rows_side_by_side.h"
 
 namespace pyode {
 inline namespace PYODE_LEVEL {
 namespace compiled {
 
-/// F is the emitted dynamics, G its emitted vector-Jacobian product, M the emitted tableau.
-template <class F, class G, class M>
-class SampleReversal : SideBySide<F>, Blocks<F, kPartsOfSums<G>> {
-  using Sides = SideBySide<F>;
-  using Base = Blocks<F, kPartsOfSums<G>>;
+/// G is the emitted vector-Jacobian product, M the emitted tableau.
+template <class G, class M>
+class SampleReversal : SideBySide<G>, Blocks<G, kPartsOfSums<G>> {
+  using Sides = SideBySide<G>;
+  using Base = Blocks<G, kPartsOfSums<G>>;
   using Base::solve;
   using Sides::D;
   using Sides::H;
@@ -28,23 +28,20 @@ class SampleReversal : SideBySide<F>, Blocks<F, kPartsOfSums<G>> {
   using typename Sides::V;
   using Sums = typename G::Sums;
   static constexpr int S = M::evaluations;
-  static constexpr int64_t kStepOperations = W * (S * (F::operations + G::operations) + 6 * S * S * D) + 1000;
+  static constexpr int64_t kStepOperations = W * (S * G::operations + 6 * S * S * D) + 1000;
 
  public:
-  /// Bytes of workspace.
+  /// Bytes of memory that it wants.
   static int64_t workspace(int64_t rows) {
     CompiledSolve solve = {};
     solve.rows = rows;
-    return Base(solve).parts * static_cast<int64_t>(sizeof(Sums)) + 64;
+    return Base(solve).parts * static_cast<int64_t>(sizeof(Sums));
   }
 
-  explicit SampleReversal(CompiledSolve& s) : Base(s) {
-    sums_ = reinterpret_cast<Sums*>((reinterpret_cast<uintptr_t>(solve.workspace) + 63) / 64 * 64);
-  }
+  SampleReversal(CompiledSolve& s, void* memory) : Base(s), sums_(static_cast<Sums*>(memory)) {}
 
   void run() {
-    F::prepare(solve.inputs, fixed_);
-    G::prepare(solve.inputs, adjoint_fixed_);
+    G::prepare(solve.inputs, fixed_);
     const int64_t steps_a_row = 1 + solve.n_steps / (solve.rows > 0 ? solve.rows : 1);
     this->for_each_part(kStepOperations / W * steps_a_row, [&](int64_t part) {
       memset(static_cast<void*>(&sums_[part]), 0, sizeof(Sums));
@@ -52,35 +49,22 @@ class SampleReversal : SideBySide<F>, Blocks<F, kPartsOfSums<G>> {
       this->for_each_block(part, [&](int64_t b) { undo_block(b, sums_[part], spent); });
     });
     solve.sample.status = this->interruption.stop ? kInterrupted : kSuccess;
-    typename G::Totals totals;
-    G::collect(sums_, this->parts, totals);
-    G::finish(solve.inputs, adjoint_fixed_, totals, solve.gradients);
+    G::collect(sums_, this->parts, totals_);
+    G::finish(solve.inputs, fixed_, totals_, solve.gradients);
   }
 
  private:
   /// The rows of a block on their way back. Lanes without a step to undo stand where they are, with a gradient of 0.
-  struct Lanes {
-    V y[D], k[S][D], stages[S][D], gk[S][D], start[D];
-    V lam[D], slope[D];  // gradients of the state and of f, both at the end of the step to undo
+  struct Lanes : StepBack<G, M, V> {
+    V y[D], lam[D], slope[D];  // gradients of the state and of f, both at the end of the step to undo
     V first_time;
     Integers row, step, begin, end, chained;  // step: its index on the tape, -1 for none; [begin, end): its outputs
     Steps steps;
   };
 
   Sums* sums_;
-  typename F::Fixed fixed_;
-  typename G::Fixed adjoint_fixed_;
-  typename F::Timed timed_;
-  typename G::Timed adjoint_timed_;
-
-  void evaluate(V t, const V* y, V* k) const { F::rows(t, y, k, solve.inputs, fixed_, timed_); }
-
-  /// Adds g df/dy to `to`, and g df/dp to the sums.
-  void pull_back(V t, const V* y, const V* g, V* to, Sums& sums) const {
-    V pulled[D];
-    G::rows(t, y, g, pulled, solve.inputs, adjoint_fixed_, adjoint_timed_, sums);
-    for (int d = 0; d < D; ++d) to[d] += pulled[d];
-  }
+  typename G::Fixed fixed_;
+  typename G::Totals totals_;
 
   /// How many outputs a row has reached.
   int64_t reached(int64_t row) const { return load_sample({solve.states, solve.rows, solve.rows}, row).output_end; }
@@ -98,6 +82,7 @@ class SampleReversal : SideBySide<F>, Blocks<F, kPartsOfSums<G>> {
   void undo_block(int64_t b, Sums& sums, int64_t& spent) {
     Lanes x;
     memset(static_cast<void*>(&x), 0, sizeof x);
+    x.record = &x.again;
     const int n = this->valid(b);
     for (int l = 0; l < W; ++l) {
       const int64_t row = b * W + (l < n ? l : n - 1);
@@ -161,15 +146,14 @@ class SampleReversal : SideBySide<F>, Blocks<F, kPartsOfSums<G>> {
 
   void undo_steps(Lanes& x, Sums& sums) const {
     const Samples<R>* const s = x.steps.parts;
-    const V dt = this->numbers([&](int h) { return s[h].dt; });
-    V times[S];
-    times[0] = x.first_time;
-    for (int j = 1; j < S; ++j) times[j] = this->stage_times(x.steps, M::c[j - 1]);
-    memcpy(x.stages[0], x.y, sizeof x.y);
-    memset(x.gk, 0, sizeof x.gk);
-    memset(x.start, 0, sizeof x.start);
-    redo_stages<0>(times, dt, x);
-    add_outputs(x, dt);
+    x.dt = this->numbers([&](int h) { return s[h].dt; });
+    x.times[0] = x.first_time;
+    for (int j = 1; j < S; ++j) x.times[j] = this->stage_times(x.steps, M::c[j - 1]);
+    memcpy(x.again.stages[0], x.y, sizeof x.y);
+    memset(static_cast<void*>(x.gk), 0, sizeof x.gk);
+    memset(static_cast<void*>(x.start), 0, sizeof x.start);
+    x.redo_stages(solve.inputs, fixed_);
+    add_outputs(x);
     for (int d = 0; d < D; ++d) x.gk[S - 1][d] += x.slope[d];
     bool sloped = false;
     for (int d = 0; d < D; ++d) sloped = sloped || any(x.gk[S - 1][d] != 0);
@@ -177,11 +161,11 @@ class SampleReversal : SideBySide<F>, Blocks<F, kPartsOfSums<G>> {
     if (sloped) {
       V lam[D];
       memcpy(lam, x.lam, sizeof lam);
-      pull_back(times[S - 1], x.stages[S - 1], x.gk[S - 1], lam, sums);
+      x.evaluate(S - 1, solve.inputs, fixed_);
+      x.pull_back(S - 1, x.gk[S - 1], lam, solve.inputs, fixed_, sums);
       for (int d = 0; d < D; ++d) x.lam[d] = moving ? lam[d] : x.lam[d];
     }
-    spread_gradient(terms_of<T>(M::a[S - 2], S - 1), dt, x.lam, x.start, x.gk);
-    undo_stages<S - 2>(times, dt, x, sums);
+    x.undo_stages(x.lam, solve.inputs, fixed_, sums);
     // The first evaluation was the last of the step before, or it is undone here.
     const mask_t<V> chained = this->mask([&](int h) { return x.chained.parts[h] != 0; });
     V own[D];
@@ -191,14 +175,14 @@ class SampleReversal : SideBySide<F>, Blocks<F, kPartsOfSums<G>> {
       opening = opening || any(own[d] != 0);
       x.slope[d] = chained ? x.gk[0][d] : V{};
     }
-    if (opening) pull_back(times[0], x.y, own, x.start, sums);
+    if (opening) x.pull_back(0, own, x.start, solve.inputs, fixed_, sums);
     for (int d = 0; d < D; ++d) x.lam[d] = moving ? x.start[d] : x.lam[d];
     for (int l = 0; l < W; ++l)
       if (x.step[l] >= 0) x.step.set(l, solve.steps[x.step[l]].previous);
   }
 
   /// What arrives at the outputs that the steps have passed: of each row one at a time.
-  void add_outputs(Lanes& x, V dt) const {
+  void add_outputs(Lanes& x) const {
     while (true) {
       Numbers position;
       V g[D] = {};
@@ -217,43 +201,9 @@ class SampleReversal : SideBySide<F>, Blocks<F, kPartsOfSums<G>> {
       if (!some) return;
       for (int d = 0; d < D; ++d) x.start[d] += g[d];
       const auto add = [&](int j, V w) {
-        for (int d = 0; d < D; ++d) x.gk[j][d] = fused_multiply_add(dt * w, g[d], x.gk[j][d]);
+        for (int d = 0; d < D; ++d) x.gk[j][d] = fused_multiply_add(x.dt * w, g[d], x.gk[j][d]);
       };
-      for_each_output_weight<M, F>(position, add, add);
-    }
-  }
-
-  /// The gradient of y + dt sum_j w_j k_j goes to y and to every k_j.
-  template <int n>
-  static void spread_gradient(const Terms<T, n>& weights, V dt, const V* g, V* start, V (*gk)[D]) {
-    for (int d = 0; d < D; ++d) start[d] += g[d];
-    for (int i = 0; i < weights.n; ++i) {
-      const V w = dt * broadcast<V>(weights.w[i]);
-      V* const to = gk[weights.at[i]];
-      for (int d = 0; d < D; ++d) to[d] = fused_multiply_add(w, g[d], to[d]);
-    }
-  }
-
-  template <int j>
-  void redo_stages(const V* times, V dt, Lanes& x) const {
-    if constexpr (j > 0) {
-      constexpr auto weights = terms_of<T>(M::a[j - 1], j);
-      for (int d = 0; d < D; ++d)
-        x.stages[j][d] = advance_state(x.y[d], dt, sum_terms<V>(weights, [&](int i) { return x.k[i][d]; }));
-    }
-    if constexpr (j + 1 < S) {
-      evaluate(times[j], x.stages[j], x.k[j]);
-      redo_stages<j + 1>(times, dt, x);
-    }
-  }
-
-  template <int j>
-  void undo_stages(const V* times, V dt, Lanes& x, Sums& sums) const {
-    if constexpr (j > 0) {
-      V g[D] = {};
-      pull_back(times[j], x.stages[j], x.gk[j], g, sums);
-      spread_gradient(terms_of<T>(M::a[j - 1], j), dt, g, x.start, x.gk);
-      undo_stages<j - 1>(times, dt, x, sums);
+      for_each_output_weight<M, G>(position, add, add);
     }
   }
 };

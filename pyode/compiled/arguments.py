@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .entry import Entry
     from .native import Library
 
-_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
+PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
 
 
 class Slots:
@@ -26,8 +26,8 @@ class Slots:
         tensors: one for each tensor in args, in their order; the same for the same.
     """
 
-    def __init__(self, func: Callable[..., Any], tree: Tree, leaves: list[Any]) -> None:
-        self.func, self.tree = func, tree
+    def __init__(self, func: Callable[..., Any], tree: Tree | None, leaves: list[Any]) -> None:
+        self.func, self.tree = func, tree  # None: the leaves in a row
         made: dict[int, Tensor] = {}
         self.leaves = [_slot(leaf, made) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
@@ -35,7 +35,7 @@ class Slots:
 
     def __call__(self, t: Tensor, y: Any) -> Any:
         """func(t, y, *args)."""
-        return self.func(t, y, *self.tree.build(iter(self.leaves)))
+        return self.func(t, y, *(self.leaves if self.tree is None else self.tree.build(iter(self.leaves))))
 
 
 def _slot(tensor: Tensor, made: dict[int, Tensor]) -> Tensor:
@@ -58,7 +58,32 @@ class WithArgs:
     def __init__(self, compiled: CompiledDynamics, func: Callable[..., Any], given: dict[int, Tensor]) -> None:
         self._compiled, self.func, self._given = compiled, func, given
         self.auto = compiled.auto
-        self.last: object = None  # args are not compared, so a solve is never known to be the last one
+
+    @property
+    def last(self) -> object:
+        """As that of `CompiledDynamics`: the last solve with args like these."""
+        return self._compiled.last
+
+    @last.setter
+    def last(self, solve: object) -> None:
+        self._compiled.last = solve
+
+    @property
+    def last_samples(self) -> object:
+        """The same."""
+        return self._compiled.last_samples
+
+    @last_samples.setter
+    def last_samples(self, solve: object) -> None:
+        self._compiled.last_samples = solve
+
+    def unchanged(self) -> bool:
+        """As that of `CompiledDynamics`."""
+        return self._compiled.unchanged()
+
+    def inputs_of(self, entry: Entry) -> list[Tensor]:
+        """The tensors that func uses, those in args among them."""
+        return entry.given(self._given).inputs
 
     def entry(
         self, shapes: list[torch.Size], is_tuple: bool, dtype: torch.dtype, method: Tableau, per_sample: bool = False
@@ -82,6 +107,11 @@ class WithArgs:
         return self._compiled.backsolving(entry, wanted)
 
 
+def is_flat(args: Any) -> bool:
+    """Whether there is nothing within anything."""
+    return all(isinstance(x, (Tensor, *PLAIN)) for x in args)
+
+
 def kind_of(leaves: list[Any]) -> tuple[Hashable, ...]:
     """What has to be the same for the same code: tensors' shapes, dtypes and which of them are one, and all else."""
     numbers: dict[int, int] = {}
@@ -89,7 +119,7 @@ def kind_of(leaves: list[Any]) -> tuple[Hashable, ...]:
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             kinds.append((numbers.setdefault(id(leaf), len(numbers)), leaf.shape, leaf.dtype, leaf.device))
-        elif isinstance(leaf, _PLAIN):
+        elif isinstance(leaf, PLAIN):
             kinds.append((type(leaf), repr(leaf)))  # which tells 0.0 and -0.0, 1 and True apart, and nan is nan
         else:
             kinds.append((type(leaf), id(leaf)))  # it is kept, so that the id is its own

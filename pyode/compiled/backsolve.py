@@ -14,6 +14,7 @@ from ..solution import Stats
 from ..state import Form
 from .arguments import WithArgs
 from .dynamics import CompiledDynamics
+from .plan import Plan
 from .solve import error_of
 
 
@@ -72,7 +73,7 @@ def backsolve_compiled(
     z = torch.stack([ys[-1], gradients[-1]])
     grid = grid_from(options, ends, ys.device)
     rows = entry.rows_of(form.shapes[0])
-    plan = library.plan(z.shape, z.dtype, rows, grid, config.policy, rtol, atol, config.first_step)
+    plan = Plan(library, z.shape, z.dtype, rows, grid, config.policy, rtol, atol, config.first_step)
     values = torch.tensor(times.values, dtype=torch.float64)
     inputs = [entry.inputs[i] for i in wanted]
     tolerances = least_rtol, least_atol

@@ -15,7 +15,7 @@ from ..errors import CompileError, InvalidType, InvalidValue, warn
 from ..methods import Tableau
 from ..state import with_args
 from ..tree import Tree
-from .arguments import Slots, WithArgs, kind_of
+from .arguments import Slots, WithArgs, is_flat, kind_of
 from .guards import Guards
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ class CompiledDynamics(nn.Module):
         """What solves with further arguments of func: the same code for all tensors of the same shapes and dtypes."""
         if not args:
             return self
-        tree = Tree(tuple(args))
-        leaves = tree.leaves(tuple(args))
-        key = (str(tree.spec), *kind_of(leaves))
+        tree = None if is_flat(args) else Tree(tuple(args))
+        leaves = list(args) if tree is None else tree.leaves(tuple(args))
+        key = (tree and str(tree.spec), *kind_of(leaves))
         with self._lock:
             found = self._with_args.pop(key, None)
             if found is None:
@@ -104,6 +104,10 @@ class CompiledDynamics(nn.Module):
                 self._distinct = list(dict.fromkeys(self._entries.values()))
                 self._guards = Guards(self.func, before)
         return found
+
+    def inputs_of(self, entry: Entry) -> list[Tensor]:
+        """The tensors that func uses."""
+        return entry.inputs
 
     def library(self, entry: Entry, recorded: bool) -> Library | None:
         """An entry's library, with gradients to what wants them if `recorded`; None, after a warning, if none."""

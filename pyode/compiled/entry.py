@@ -13,15 +13,14 @@ from torch import Tensor
 
 from ..errors import CompileError
 from ..methods import Tableau
-from .emit import Dynamics
 from .lowering import Lowering
 from .native import Library
 from .source import backsolve_source, solver_source
+from .struct import REGISTER, Dynamics
 from .trace import holds, same_operators, taken_apart, trace, trace_vjp
 
 LARGEST_ROW = 4096  # numbers in a state that is one row because its rows are mixed
 MOST_STACK = 1 << 21  # bytes that a block of rows may take of it; threads have 8 MB, as a rule
-_REGISTER = 64  # bytes, at most: a number of a block of rows
 _tracing = RLock()  # torch's tracing is one thread's at a time
 
 
@@ -31,6 +30,7 @@ class Entry:
     Where `per_sample`, every row has a time and a step-size controller of its own.
 
     Attributes:
+        method: whose steps are compiled in.
         rows: whether rows are computed side by side; otherwise the state is one row.
         mixed: why it is, if so.
         origin: the entry of which this is a copy with other tensors in `args`, or itself.
@@ -64,7 +64,7 @@ class Entry:
                     raise
                 self.mixed = str(error).splitlines()[0]
                 lowered = self._lower(func, shapes, is_tuple, dtype, rows=False)
-        self._method = method
+        self.method = method
         self._inputs, self._given = lowered.inputs, dict[int, Tensor]()
         self.origin = self
         self._forms = [(x.dtype, x.shape) for x in self._inputs]
@@ -139,7 +139,7 @@ class Entry:
         """The library that has the gradient too, with respect to the state and to some of the inputs."""
         if wanted not in self._trained:
             with _tracing:
-                source = solver_source(self._dynamics, self._method, self._adjoint(wanted), self._per_sample)
+                source = solver_source(self._adjoint(wanted), self.method, self._per_sample)
                 self._trained[wanted] = self._build(source, gradient=True)
         return self._trained[wanted]
 
@@ -147,33 +147,39 @@ class Entry:
         """The library of the continuous adjoint's backward solve, likewise."""
         if wanted not in self._backsolving:
             with _tracing:
-                source = backsolve_source(self._dynamics, self._method, self._adjoint(wanted))
+                source = backsolve_source(self._adjoint(wanted), self.method)
                 self._backsolving[wanted] = self._build(source)
         return self._backsolving[wanted]
 
-    def _check_stack(self, *dynamics: Dynamics) -> None:
+    def _check_stack(self, dynamics: Dynamics) -> None:
         """Raises CompileError where a block of rows, with a step's stages and what they are computed by, is too big."""
-        states = 3 * len(self._method.rows) + 12 if len(dynamics) > 1 else len(self._method.rows) + 6
-        numbers = sum(x.local_numbers for x in dynamics) + states * sum(self._dynamics.widths)
-        if numbers * (_REGISTER if self.rows else self._dtype.itemsize) > MOST_STACK:
-            raise CompileError(f"rows of {sum(self._dynamics.widths)} numbers, with which the stack would overflow")
+        states = (3 if dynamics.has_way_back else 1) * (len(self.method.rows) + 4)
+        state = sum(dynamics.widths) * (REGISTER if self.rows else self._dtype.itemsize)
+        if dynamics.local_bytes + states * state > MOST_STACK:
+            raise CompileError(f"rows of {sum(dynamics.widths)} numbers, with which the stack would overflow")
 
     def _adjoint(self, wanted: tuple[int, ...]) -> Dynamics:
-        """The vector-Jacobian product."""
+        """The dynamics with their way back."""
         if wanted not in self._adjoints:
             inputs, times = [self._inputs[i] for i in wanted], self._per_sample
             traced = trace_vjp(self._traced, self._shapes, self._dtype, self.rows, inputs, times)
             if traced.meta["conditions"] - self._conditions:
                 raise CompileError("the gradient depends on the number of rows")
             lowered = Lowering(traced, self._dtype, self.rows, totals=True, inputs=self._inputs, own_times=times)
-            adjoint = Dynamics(lowered.outputs, self._dtype, self.rows, lowered.gradients, times)
-            self._check_stack(self._dynamics, adjoint)
+            adjoint = Dynamics(
+                lowered.outputs, self._dtype, self.rows, times, lowered.pulled, lowered.gradients,
+                evaluations=len(self.method.rows) + 2,
+            )  # fmt: skip
+            self._check_stack(adjoint)
             self._adjoints[wanted] = adjoint
         return self._adjoints[wanted]
 
     def fits(self) -> bool:
         """Whether the inputs are still of their shapes and dtypes."""
-        return all(x.dtype is dtype and x.shape == shape for x, (dtype, shape) in zip(self._inputs, self._forms))
+        for x, (dtype, shape) in zip(self._inputs, self._forms):
+            if x.dtype is not dtype or x.shape != shape:
+                return False
+        return True
 
     def rows_of(self, shape: torch.Size) -> int:
         """How many rows a state has whose first part has this shape."""

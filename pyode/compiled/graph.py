@@ -28,7 +28,13 @@ class Place(IntEnum):
     SOLVE = 0  # once a solve: of the inputs alone
     STAGE = 1  # once a stage: of time
     ROW = 2  # for every row
-    TOTAL = 3  # once, of sums over all rows: gradients of inputs
+    BACK = 3  # for every row, of the vector that is multiplied with the Jacobian
+    TOTAL = 4  # once, of sums over all rows: gradients of inputs
+
+    @property
+    def differs(self) -> bool:
+        """Whether it is another value for every row."""
+        return self in (Place.ROW, Place.BACK)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +133,7 @@ class Graph:
     ) -> Node:
         """The node, made if there is no such one yet."""
         places = {x.place for x in inputs}
-        if Place.TOTAL in places and places & {Place.STAGE, Place.ROW}:
+        if Place.TOTAL in places and places & {Place.STAGE, Place.ROW, Place.BACK}:
             raise CompileError(
                 "mixes rows"
             )  # or takes a sum over them, of one stage, times what differs between stages

@@ -26,13 +26,14 @@ class Lowering:
         traced: as `trace` made it.
         dtype: of the state; all numbers have it.
         rows: whether the state's first axis are its rows; otherwise all of it is one row.
-        totals: whether sums over rows are allowed, and returned behind the parts.
+        totals: whether it is a vector-Jacobian product, as `trace_vjp` made it; then sums over rows are allowed.
         inputs: those known already, which keep their numbers.
         own_times: whether every row has a time of its own.
 
     Attributes:
-        outputs: one for each part of the state.
-        gradients: what is returned beside, of a vjp: sums over all rows.
+        outputs: what func returns, for each part of the state.
+        pulled, gradients: of a vector-Jacobian product: what it is to the parts of the state, and to inputs; the latter
+            are sums over all rows.
         inputs: the tensors that func has closed over, by the number of their "input" nodes.
     """
 
@@ -52,12 +53,13 @@ class Lowering:
         placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
         time = (0, Place.ROW) if own_times else (None, Place.STAGE)
         self._values[placeholders[0]] = self.graph.node("time", (), None, (), *time)
+        n = (len(placeholders) - 1) // (2 if totals else 1)
         for i, node in enumerate(placeholders[1:]):
             sizes = node.meta["val"].shape
             if rows:
                 self._symbol = sizes[0].node.expr
-            shape = tuple(sizes[1:] if rows else sizes)
-            self._values[node] = self.graph.node("state", (), i, shape, 0 if rows else None, Place.ROW)
+            shape, place = tuple(sizes[1:] if rows else sizes), Place.ROW if i < n else Place.BACK
+            self._values[node] = self.graph.node("state", (), i, shape, 0 if rows else None, place)
         for node in traced.graph.nodes:
             if node.op == "get_attr":
                 self._values[node] = self._closed_over(node)
@@ -68,19 +70,22 @@ class Lowering:
                     name = getattr(node.target, "overloadpacket", node.target).__name__
                     raise CompileError(f"{name} at {node.meta.get('line', 'func')}: {error}") from error
         (returned,) = next(node for node in traced.graph.nodes if node.op == "output").args
-        self.outputs, self.gradients = list[Node](), list[Node]()
-        parts = placeholders[1 : 1 + (len(placeholders) - 1) // (2 if totals else 1)]
-        for out, node in zip(returned, parts):
-            state = self._values[node]
-            if tuple(map(str, out.meta["val"].shape)) != tuple(map(str, node.meta["val"].shape)):
-                raise CompileError("func does not return the state's shape")
+        parts = placeholders[1 : 1 + n]
+        self.outputs = [self._part(out, node) for out, node in zip(returned, parts)]
+        self.pulled = [self._part(out, node) for out, node in zip(returned[n:], parts)] if totals else None
+        self.gradients = list[Node]()
+        for out in returned[2 * n :]:
             value = self.graph.number(self._node(self._values[out]))
-            self.outputs.append(self.graph.expand(value, state.sizes(), state.rows))
-        for out in returned[len(self.outputs) :] if totals else ():
-            value = self.graph.number(self._node(self._values[out]))
-            if value.place is Place.ROW:  # the only row
+            if value.place.differs:  # the only row
                 value = self.graph.node("total", (value,), None, value.shape, None, Place.TOTAL)
             self.gradients.append(value)
+
+    def _part(self, returned: TracedNode, part: TracedNode) -> Node:
+        """What is returned for a part of the state."""
+        if tuple(map(str, returned.meta["val"].shape)) != tuple(map(str, part.meta["val"].shape)):
+            raise CompileError("func does not return the state's shape")
+        value, state = self.graph.number(self._node(self._values[returned])), self._values[part]
+        return self.graph.expand(value, state.sizes(), state.rows)
 
     def _closed_over(self, node: TracedNode) -> Any:
         value = self._traced

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._ops import backend_for, native
-from .._ops.autograd import plain
 from .._ops.contract import Grid, Policy
 from ..control import Times
 from ..errors import SolveError, Status
@@ -19,62 +17,26 @@ from ..solution import SampleStats, Stats
 from ..state import Form
 from .arguments import WithArgs
 from .dynamics import CompiledDynamics
-from .native import Plan, RowStates, Solve, Tape
-
-if TYPE_CHECKING:
-    from .entry import Entry
-
-
-@dataclass
-class PreparedSamples:
-    """A per-sample solve that has been checked and compiled, to be done again from other states.
-
-    Attributes:
-        key: all that it depends on beside the times and the state's numbers.
-        t, version: the times, and how often they had been written to.
-        parts: what `CompiledSamples` is made of.
-    """
-
-    key: tuple[Any, ...]
-    t: Tensor
-    version: int
-    parts: tuple[Plan, Entry, Tableau, bool, Callable[[Tensor], Tensor]]
-
-
-def key_of(y0: Any, rtol: Any, atol: Any, *others: Any) -> tuple[Any, ...] | None:
-    """All that a solve depends on beside the times, if it is a plain one; others are compared by ==."""
-    if type(y0) is not Tensor or type(rtol) is not float or type(atol) is not float:
-        return None
-    return (y0.shape, y0.dtype, y0.device, rtol, atol, *others)
+from .native import Solve
+from .node import is_recorded, solve_recorded
+from .plan import Plan, RowStates
+from .prepared import Prepared, trained
 
 
 def samples_again(
-    compiled: CompiledDynamics, key: tuple[Any, ...] | None, y0: Any, t: Any, fail: Callable[[SolveError], None]
+    compiled: CompiledDynamics | WithArgs,
+    key: tuple[Any, ...] | None,
+    y0: Any,
+    t: Any,
+    eagerly: Callable[[Tensor], Tensor],
+    fail: Callable[[SolveError], None],
 ) -> CompiledSamples | None:
     """The last solve's loop, if that was the same but for y0's numbers; it saves what checking the arguments costs."""
     last = compiled.last_samples
-    if (
-        key is None
-        or not isinstance(last, PreparedSamples)
-        or t is not last.t
-        or t._version != last.version
-        or key != last.key
-        or not y0.is_contiguous()
-        or backend_for(y0) is not native
-        or not compiled.unchanged()
-    ):
+    if key is None or not isinstance(last, Prepared):
         return None
-    _, entry, _, recorded, _ = last.parts
-    if recorded != _is_recorded(y0, entry) or (torch.is_grad_enabled() and t.requires_grad):
-        return None
-    if recorded and compiled.library(entry, True) is not last.parts[0].library:
-        return None
-    return CompiledSamples(*last.parts, fail)
-
-
-def _is_recorded(y0: Tensor, entry: Entry) -> bool:
-    """Whether gradients are wanted."""
-    return torch.is_grad_enabled() and (y0.requires_grad or any(x.requires_grad for x in entry.inputs))
+    found = last.serves(compiled, key, y0, t)
+    return None if found is None else CompiledSamples(last.plan, *found, eagerly, fail)
 
 
 def sample_loop(
@@ -110,22 +72,23 @@ def sample_loop(
     entry = compiled.entry(form.shapes, form.is_tuple, y0.dtype, method, per_sample=True)
     if entry is None or (torch.is_grad_enabled() and times.tensor.requires_grad):
         return None
-    recorded = _is_recorded(y0, entry)
+    recorded = is_recorded(entry.inputs, y0, times.tensor)
     library = compiled.library(entry, recorded)
     if library is None:
         return None
-
-    plan = library.plan(y0.shape, y0.dtype, len(y0), grid, policy, rtol, atol, first_step)
-    parts = plan, entry, method, recorded, eagerly
-    if key is not None and not isinstance(compiled, WithArgs):
-        compiled.last_samples = PreparedSamples(key, times.tensor, times.tensor._version, parts)
-    return CompiledSamples(*parts, fail)
+    rows, t = len(y0), times.tensor
+    plan = Plan(library, y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, per_sample=True)
+    if key is not None:
+        wanted = trained(entry.inputs) if recorded else None
+        compiled.last_samples = Prepared(key, t, t._version, entry.origin, plan, wanted)
+    return CompiledSamples(plan, entry.inputs, recorded, eagerly, fail)
 
 
 class CompiledSamples:
     """A loop for samples with steps of their own.
 
     Attributes:
+        inputs: the tensors that func uses.
         failed: whether some have failed.
     """
 
@@ -134,54 +97,45 @@ class CompiledSamples:
     _solve: Solve | None = None  # as it has ended
     _states: RowStates
 
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The tensors that func uses."""
-        return self._entry.inputs
-
     def __init__(
         self,
         plan: Plan,
-        entry: Entry,
-        method: Tableau,
+        inputs: list[Tensor],
         recorded: bool,
         eagerly: Callable[[Tensor], Tensor],
         fail: Callable[[SolveError], None],
     ) -> None:
-        self._plan, self._entry, self._method, self._recorded = plan, entry, method, recorded
+        self._plan, self.inputs, self._recorded = plan, inputs, recorded
         self._fail, self._eagerly = fail, eagerly
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
         """Returns the states at the output times, [T, *y0.shape]. The plan has the first step."""
-        plan, inputs = self._plan, self._entry.inputs
+        inputs, self._states = self.inputs, RowStates(len(y0))
         if self._recorded:
-            notes: list[Any] = []
-            wanted = [x for x in inputs if x.requires_grad]
-            ys: Tensor = _RecordedSamples.apply(plan, inputs, self._eagerly, notes, y0, *wanted)  # type: ignore[no-untyped-call]
-            self._solve, self._states = notes
+            ys, self._solve = solve_recorded(self._plan, inputs, self._eagerly, y0, self._states)
         else:
-            self._states = RowStates(len(y0))
-            ys, self._solve = plan.run(y0, inputs, states=self._states)
+            ys, self._solve = self._plan.run(y0, inputs, self._states)
         self._n_times = len(ys)
-        status = self._states["status"]
-        self.failed = bool(status.any())  # success is 0
+        self.failed = self._solve.n_failed > 0
         if self.failed:
+            status = self._states["status"]
             tried, finite = self._states["n_accepted"] + self._states["n_rejected"], self._states["finite_start"] != 0
             no_start = (status == int(Status.NON_FINITE)) & (tried == 0)
             status[no_start & finite] = int(Status.STEP_TOO_SMALL)  # a tolerance is 0 where y0 is 0
             self._fail(self._error(int(status.nonzero()[0])))
         return ys
 
+    def outcome(self) -> tuple[Tensor, SampleStats]:
+        """[B] how each sample has ended, and what it has taken."""
+        return self._states.outcome()
+
     def status_of_samples(self) -> Tensor:
         """[B] how each has ended."""
-        return self._states["status"].clone()
+        return self.outcome()[0]
 
     def stats_of_samples(self) -> SampleStats:
         """What each sample has taken."""
-        assert self._solve is not None
-        accepted, rejected = self._states["n_accepted"].clone(), self._states["n_rejected"].clone()
-        evals = self._solve.evaluations + (accepted + rejected) * len(self._method.rows) + self._states["n_jumps"]
-        return SampleStats(evals, accepted, rejected, self._states["size1"].clone())
+        return self.outcome()[1]
 
     def left(self) -> Tensor:
         """Which outputs have not been reached: [T, B]."""
@@ -201,42 +155,3 @@ class CompiledSamples:
         t, dt = (float(self._states[name][b]) for name in ("t", "dt_prev"))
         several = len(self._states["status"]) > 1
         return SolveError(Status(status), t, dt, accepted + rejected, b if several else None)
-
-
-class _RecordedSamples(torch.autograd.Function):
-    """A solve as one node: the forward pass notes the steps of every row, the backward pass undoes them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        plan: Plan,
-        inputs: list[Tensor],
-        eagerly: Callable[[Tensor], Tensor],
-        notes: list[Any],
-        y0: Tensor,
-        *wanted: Tensor,
-    ) -> Tensor:
-        library, states = plan.library, RowStates(len(y0))
-        while True:
-            tape = Tape(max(library.capacity, 32 * len(y0)), y0[0].numel(), y0.dtype)
-            ys, solve = plan.run(y0, inputs, tape, states)
-            library.capacity = solve.n_steps + solve.n_steps // 4 + 4
-            if solve.n_steps <= tape.capacity:
-                break
-        notes += solve, states
-        ctx.plan, ctx.inputs, ctx.eagerly, ctx.solve, ctx.kept = plan, inputs, eagerly, solve, (tape, states)
-        ctx.save_for_backward(y0, *wanted)
-        return ys
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        y0, *wanted = ctx.saved_tensors
-        solve: Solve = ctx.solve
-        (gradient,) = gradients
-        needed = ctx.needs_input_grad[4:]
-        if torch.is_grad_enabled():  # this gradient is to have one itself
-            asked = [x for x, need in zip([y0, *wanted], needed) if need]
-            found = iter(torch.autograd.grad(ctx.eagerly(y0), asked, gradient, create_graph=True, allow_unused=True))
-            return None, None, None, None, *(next(found) if need else None for need in needed)
-        start, of_wanted = ctx.plan.undo(solve, plain(gradient), y0, ctx.inputs, wanted)
-        return None, None, None, None, start, *of_wanted

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..methods import Tableau
-from .emit import Dynamics
+from .struct import Dynamics
 
 
 def _table(name: str, rows: Sequence[Sequence[float]], width: int) -> str:
@@ -58,36 +58,29 @@ def method_source(tableau: Tableau) -> str:
     return "struct Method {\n" + "\n".join(lines) + "\n};\n"
 
 
-def solver_source(
-    dynamics: Dynamics, tableau: Tableau, adjoint: Dynamics | None = None, per_sample: bool = False
-) -> str:
-    """A whole file: dynamics, method, and what Python calls; with an adjoint, the gradient too."""
-    kind, header = ("AdaptiveSolve", "adaptive.h") if tableau.adaptive else ("FixedGridSolve", "fixed_grid.h")
+def solver_source(dynamics: Dynamics, tableau: Tableau, per_sample: bool = False) -> str:
+    """A whole file: dynamics, method, and what Python calls; with a way back, the gradient too."""
+    solve, header = ("AdaptiveSolve", "adaptive.h") if tableau.adaptive else ("FixedGridSolve", "fixed_grid.h")
     undoing, undoing_header = "Reversal", "reversal.h"
     if per_sample:
-        kind, header, undoing, undoing_header = "SampleSolve", "samples.h", "SampleReversal", "sample_reversal.h"
-    headers = ["contract.h", "functions.h", header, *([undoing_header] if adjoint else [])]
-    solvers = f"using Solver = {kind}<Dynamics, Method>;\n"
-    functions = _functions("Solver", "")
-    if adjoint is not None:
-        solvers += f"using Undoing = {undoing}<Dynamics, Adjoint, Method>;\n"
+        solve, header, undoing, undoing_header = "SampleSolve", "samples.h", "SampleReversal", "sample_reversal.h"
+    headers, solvers, functions = [header], f"using Solver = {solve}<Dynamics, Method>;\n", _functions("Solver", "")
+    if dynamics.has_way_back:
+        headers.append(undoing_header)
+        solvers += f"using Undoing = {undoing}<Dynamics, Method>;\n"
         functions += _functions("Undoing", "reversal_")
-    sources = [dynamics.source, *([adjoint.source] if adjoint else []), method_source(tableau), solvers]
-    return _file(headers, sources, functions)
+    return _file(headers, [dynamics.source, method_source(tableau), solvers], functions)
 
 
-def backsolve_source(dynamics: Dynamics, tableau: Tableau, adjoint: Dynamics) -> str:
+def backsolve_source(dynamics: Dynamics, tableau: Tableau) -> str:
     """A whole file with the backward solve of the continuous adjoint."""
-    solver = (
-        "using Solver = AdaptiveSolve<Augmented<Dynamics, Adjoint>, Method, "
-        "AdjointIntegrals<Dynamics, Adjoint, Method>>;\n"
-    )
-    headers = ("contract.h", "functions.h", "adaptive.h", "integrals.h")
-    return _file(headers, [dynamics.source, adjoint.source, method_source(tableau), solver], _functions("Solver", ""))
+    solver = "using Solver = AdaptiveSolve<Augmented<Dynamics>, Method, AdjointIntegrals<Dynamics, Method>>;\n"
+    headers = ["adaptive.h", "integrals.h"]
+    return _file(headers, [dynamics.source, method_source(tableau), solver], _functions("Solver", ""))
 
 
 def _file(headers: Sequence[str], parts: Sequence[str], functions: str) -> str:
-    includes = "\n".join(f'#include "compiled/{name}"' for name in headers)
+    includes = "\n".join(f'#include "compiled/{name}"' for name in ("contract.h", "functions.h", *headers))
     body = "\n".join(parts)
     return f"""// Written by pyode.compile. Rows lie in blocks, a vector V for each number of a row.
 {includes}
@@ -105,13 +98,18 @@ namespace {{
 
 #define PYODE_EXPORT extern "C" __attribute__((visibility("default")))
 PYODE_EXPORT int64_t arguments_size() {{ return sizeof(pyode::CompiledSolve); }}
+PYODE_EXPORT int64_t record() {{
+  return sizeof(pyode::compiled::Evaluations<pyode::compiled::Dynamics, pyode::compiled::Method>);
+}}
 PYODE_EXPORT int64_t lanes() {{ return pyode::lanes<pyode::compiled::Dynamics::V>; }}
 {functions}"""
 
 
 def _functions(solver: str, prefix: str) -> str:
     return f"""PYODE_EXPORT int64_t {prefix}workspace(int64_t rows) {{
-  return pyode::compiled::{solver}::workspace(rows);
+  return pyode::compiled::workspace<pyode::compiled::{solver}>(rows);
 }}
-PYODE_EXPORT void {prefix}solve(pyode::CompiledSolve* solve) {{ pyode::compiled::{solver}(*solve).run(); }}
+PYODE_EXPORT void {prefix}solve(pyode::CompiledSolve* solve) {{
+  pyode::compiled::run<pyode::compiled::{solver}>(*solve);
+}}
 """

@@ -195,7 +195,7 @@ def trace_vjp(
     wanted: list[Tensor],
     own_times: bool = False,
 ) -> GraphModule:
-    """The graph of the vector-Jacobian product: of t, the state's parts and as many of the vector's.
+    """The graph of func and its vector-Jacobian product: of t, the state's parts and as many of the vector's.
 
     Args:
         traced: func's graph, as `trace` makes it.
@@ -203,19 +203,21 @@ def trace_vjp(
         wanted: the closed-over tensors to which gradients are wanted.
 
     Returns:
-        A graph of a list: the gradient of every part, then of every tensor.
+        A graph of a list: what func returns, then the gradient of every part, then of every tensor.
     """
 
     def pull_back(t: Tensor, *parts: Tensor) -> list[Tensor]:
         n = len(shapes)
         ys = [part.detach().requires_grad_() for part in parts[:n]]
         inputs = [*ys, *wanted]
-        pairs = [(out, g) for out, g in zip(_Again(traced).run(t, *ys), parts[n:]) if out.requires_grad]
+        returned = _Again(traced).run(t, *ys)
+        pairs = [(out, g) for out, g in zip(returned, parts[n:]) if out.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(inputs)
         if pairs:
             outs, vectors = zip(*pairs)
             found = torch.autograd.grad(outs, inputs, vectors, allow_unused=True)
-        return [torch.zeros_like(x) if g is None else torch.clone(g) for g, x in zip(found, inputs)]
+        pulled = [torch.zeros_like(x) if g is None else torch.clone(g) for g, x in zip(found, inputs)]
+        return [*map(torch.clone, returned), *pulled]
 
     with torch.enable_grad():
         graph = _graph_of(pull_back, shapes * 2, dtype, rows, own_times)

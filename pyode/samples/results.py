@@ -107,12 +107,12 @@ def solution_of_native(loop: CompiledSamples, y0: Tensor, t: Tensor, ys: Tensor)
     if loop.failed:
         left = loop.left()
         ys = torch.where(left.reshape(*left.shape, *[1] * (ys.dim() - 2)), math.nan, ys)
-    B = len(y0)
+    B, (status, stats) = len(y0), loop.outcome()
     return Solution(
         ts=t,
         ys=ys,
-        status=loop.status_of_samples(),
-        stats=loop.stats_of_samples(),
+        status=status,
+        stats=stats,
         interpolant=None,
         event_t=torch.full((B,), math.nan, dtype=torch.float64),
         event_index=torch.full((B,), -1),

@@ -1,0 +1,277 @@
+"""A solve with compiled dynamics, with everything fixed but the numbers: to be done again and again."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from ctypes import c_double, c_void_p
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._ops import native as ops
+from .._ops.contract import INTEGER_FIELDS, REAL_FIELDS, Grid, Policy
+from ..solution import SampleStats
+from .native import GridForm, Library, PolicyForm, Solve, TapeStep
+
+MOST_RECORDED = 1 << 21  # bytes of all evaluations; what leaves the second-level cache is as soon computed again
+_MOST_SPARE = 4  # tapes that wait for the next solve, of so many bytes
+_MOST_SPARE_BYTES = 1 << 24
+_ROW_FIELDS = (*REAL_FIELDS, *INTEGER_FIELDS, "n_f_evals", "last", "finite_start")
+_COUNTS = tuple(map(_ROW_FIELDS.index, ("status", "n_f_evals", "n_accepted", "n_rejected", "size1")))
+
+
+class RowStates:
+    """How the solve of every row has ended, where each has steps of its own: kRowWords of csrc/compiled/blocks.h."""
+
+    def __init__(self, rows: int) -> None:
+        self.words = torch.empty(len(_ROW_FIELDS), rows, dtype=torch.float64)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """[rows] of a field."""
+        words = self.words[_ROW_FIELDS.index(name)]
+        return words if name in REAL_FIELDS else words.view(torch.int64)
+
+    def outcome(self) -> tuple[Tensor, SampleStats]:
+        """[rows] every row's status, and its counts, in memory of their own."""
+        words = self.words[_COUNTS, :]
+        status, n_f_evals, n_accepted, n_rejected, _ = words.view(torch.int64).unbind()
+        return status, SampleStats(n_f_evals, n_accepted, n_rejected, words[-1])
+
+
+class Tape:
+    """Memory for the notes of a solve's steps.
+
+    Args:
+        capacity: of so many steps.
+        bytes_a_step: of what is noted of each.
+        record: bytes of a block's part of it; 0 where rows have steps of their own.
+    """
+
+    def __init__(self, capacity: int, bytes_a_step: int, record: int = 0) -> None:
+        self.capacity, self.record, self.size = capacity, record, capacity * bytes_a_step
+        # Vectors want to begin at multiples of 64 bytes, which torch gives.
+        self.memory = torch.empty(self.size, dtype=torch.uint8)
+        self.steps = (TapeStep * capacity)()
+        self._addresses = self.memory.data_ptr(), ctypes.addressof(self.steps)
+
+    def attach(self, solve: Solve) -> None:
+        """Lets a solve note its steps here."""
+        solve.tape, solve.steps = self._addresses
+        solve.capacity, solve.record = self.capacity, self.record
+
+
+class LentTape:
+    """A tape that goes back to its plan when nobody needs it any more: new memory would come page by page."""
+
+    __slots__ = ("_spare", "tape")
+
+    def __init__(self, tape: Tape, spare: list[Tape]) -> None:
+        self.tape, self._spare = tape, spare
+
+    def __del__(self) -> None:
+        if len(self._spare) < _MOST_SPARE and self.tape.size <= _MOST_SPARE_BYTES:
+            self._spare.append(self.tape)
+
+
+def _policy(policy: Policy) -> PolicyForm:
+    values = {name.name: getattr(policy, name.name) for name in fields(policy)}
+    return PolicyForm(**{**values, "beta": (c_double * 3)(*policy.beta), "alpha": (c_double * 2)(*policy.alpha)})
+
+
+def _places_for(wanted: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Any]:
+    """Memory for gradients, and the addresses."""
+    found = [
+        torch.empty_like(x) if x.dtype is dtype and x.is_contiguous() else torch.empty(x.shape, dtype=dtype)
+        for x in wanted
+    ]
+    return found, (c_void_p * max(len(found), 1))(*(x.data_ptr() for x in found))
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Plan:
+    """A solve that can be done for other states and inputs.
+
+    Args:
+        library: of its dynamics.
+        shape, dtype: of the packed state.
+        rows: how many rows it has.
+        grid, policy, rtol, atol, first_step: as the loops'.
+        steps: of a fixed grid, the ends of the steps and the times of the stages and of the end, [N - 1, S + 1], of the
+            state's dtype.
+        cubic: whether outputs between them lie on cubics.
+        per_sample: whether rows have steps of their own.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        rows: int,
+        grid: Grid,
+        policy: Policy,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        first_step: float | None,
+        steps: tuple[Tensor, Tensor] | None = None,
+        cubic: bool = False,
+        per_sample: bool = False,
+    ) -> None:
+        n = len(grid.times)
+        self.library, self.rows, self.per_sample = library, rows, per_sample
+        self.shape, self.dtype = (n, *shape), dtype
+        self._kept = grid, rtol, atol, steps  # whose memory the form points to
+        self._form = Solve(
+            rows=rows,
+            grid=GridForm(
+                grid.times.data_ptr(), n, *(grid.times.stride() if grid.times.dim() == 2 else (1, 0)),
+                _address(grid.step_t), 0 if grid.step_t is None else len(grid.step_t),
+                _address(grid.jump_t), 0 if grid.jump_t is None else len(grid.jump_t), 1, 0,
+            ),
+            policy=_policy(policy),
+            rtol=rtol if isinstance(rtol, float) else 0.0,
+            atol=atol if isinstance(atol, float) else 0.0,
+            rtol_each=None if isinstance(rtol, float) else rtol.data_ptr(),
+            atol_each=None if isinstance(atol, float) else atol.data_ptr(),
+            first_step=math.nan if first_step is None else first_step,
+            ends=None if steps is None else steps[0].data_ptr(),
+            n_ends=0 if steps is None else len(steps[0]),
+            stage_times=None if steps is None else steps[1].data_ptr(),
+            cubic=cubic,
+            run_parallel=ops.RUN_PARALLEL,
+            interrupted=ops.INTERRUPTED,
+        )  # fmt: skip
+        self._n_steps = 0 if steps is None else len(steps[0]) - 1
+        self._workspaces: dict[str, int] = {}
+        self._pointers: tuple[list[int], Any] = ([], None)
+        self._spare: list[Tape] = []
+
+    def run(self, y0: Tensor, inputs: list[Tensor], states: RowStates | None = None) -> tuple[Tensor, Solve]:
+        """Solves from a packed, contiguous state.
+
+        Args:
+            y0: the state.
+            inputs: the tensors that func has closed over.
+            states: where rows with steps of their own tell how they ended.
+
+        Returns:
+            The states at the output times, and how it ended.
+        """
+        return self._run(y0, inputs, None, states)
+
+    def _run(
+        self, y0: Tensor, inputs: list[Tensor], tape: Tape | None, states: RowStates | None
+    ) -> tuple[Tensor, Solve]:
+        out = torch.empty(self.shape, dtype=self.dtype)
+        solve = Solve.from_buffer_copy(self._form)
+        solve.y0, solve.out = y0.data_ptr(), out.data_ptr()
+        kept = self._point_to(inputs, solve)
+        if tape is not None:
+            tape.attach(solve)
+        if states is not None:
+            solve.states = states.words.data_ptr()
+        self._call("", solve)
+        del kept
+        return out, solve
+
+    def run_noting(
+        self, y0: Tensor, inputs: list[Tensor], states: RowStates | None = None
+    ) -> tuple[Tensor, Solve, LentTape]:
+        """The same, with the notes for `undo`, in which the solve's results point into the tape."""
+        library = self.library
+        while True:
+            lent = LentTape(self._tape(y0), self._spare)
+            out, solve = self._run(y0, inputs, lent.tape, states)
+            library.capacity = solve.n_steps + solve.n_steps // 4 + 4
+            if solve.n_steps <= lent.tape.capacity:
+                return out, solve, lent
+
+    def _tape(self, y0: Tensor) -> Tape:
+        """For a solve of about as many steps as the last one."""
+        library, least = self.library, self._n_steps or self.library.capacity
+        try:
+            tape = self._spare.pop()
+            if tape.capacity >= least:
+                return tape
+        except IndexError:
+            pass
+        if self.per_sample:
+            return Tape(max(least, 32 * self.rows), y0.nbytes // self.rows)
+        blocks, record = -(-self.rows // library.lanes), library.record
+        if least * blocks * record > MOST_RECORDED:
+            record = library.lanes * (y0.nbytes // self.rows)
+        return Tape(least, blocks * record, record)
+
+    def run_back(
+        self,
+        z: Tensor,
+        inputs: list[Tensor],
+        times: Tensor,
+        ys: Tensor,
+        gradient: Tensor,
+        tolerances: tuple[float, float],
+        seminorm: bool,
+        wanted: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor], Solve]:
+        """The backward solve of the continuous adjoint.
+
+        Args:
+            z: [2, ...] the state and the adjoint at the last output time.
+            inputs: the tensors that func has closed over.
+            times: [T] float64, of the forward solve's outputs.
+            ys, gradient: [T, ...] the states there, and the gradients that arrive.
+            tolerances: rtol and atol for the integrals.
+            seminorm: whether they have no share in the norm.
+            wanted: the inputs whose gradients are wanted.
+
+        Returns:
+            The state and the adjoint at the first output time, the gradients, and how the solve ended.
+        """
+        out = torch.empty(self.shape, dtype=self.dtype)
+        found, array = _places_for(wanted, self.dtype)
+        solve = Solve.from_buffer_copy(self._form)
+        solve.y0, solve.out, solve.gradients = z.data_ptr(), out.data_ptr(), ctypes.addressof(array)
+        solve.arriving_states, solve.gradient = ys.data_ptr(), gradient.data_ptr()
+        solve.arrival_times, solve.n_arrivals = times.data_ptr(), len(times)
+        (solve.integral_rtol, solve.integral_atol), solve.seminorm = tolerances, seminorm
+        kept = self._point_to(inputs, solve)
+        self._call("", solve)
+        del kept
+        return out[1], found, solve
+
+    def undo(
+        self, solved: Solve, gradient: Tensor, y0: Tensor, inputs: list[Tensor], wanted: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The gradients of the start and of the wanted inputs, from that of the outputs and a solve's notes."""
+        start = torch.empty_like(y0)
+        found, array = _places_for(wanted, self.dtype)
+        solve = Solve.from_buffer_copy(solved)  # another thread may be at it too
+        solve.gradient, solve.y0_gradient = gradient.data_ptr(), start.data_ptr()
+        solve.gradients = ctypes.addressof(array)
+        kept = self._point_to(inputs, solve)
+        self._call("reversal_", solve)
+        del kept
+        return start, [g if g.dtype is x.dtype else g.to(x.dtype) for g, x in zip(found, wanted)]
+
+    def _call(self, name: str, solve: Solve) -> None:
+        if name not in self._workspaces:
+            self._workspaces[name] = self.library.workspace(name, self.rows)
+        self.library.call(name, solve, self._workspaces[name])
+
+    def _point_to(self, inputs: list[Tensor], solve: Solve) -> object:
+        """Sets the inputs' addresses; returns what has to live until the call is over."""
+        dtype = self.dtype
+        kept = [x if x.dtype is dtype and x.is_contiguous() else x.detach().to(dtype).contiguous() for x in inputs]
+        addresses = [x.data_ptr() for x in kept]
+        known, array = self._pointers
+        if array is None or known != addresses:
+            array = (c_void_p * max(len(addresses), 1))(*addresses)
+            self._pointers = addresses, array
+        solve.inputs = ctypes.addressof(array)
+        return kept, array
