@@ -1,4 +1,4 @@
-"""What a solve has to get along with: compilers, autocast, transforms, hooks, copies, processes."""
+"""What a solve has to get along with: autocast, transforms, hooks, copies, processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo.testing
 from fields import Y0, Field, T, assert_close, loss_of
 from torch import Tensor, nn
 
@@ -88,65 +87,6 @@ def gradients_of(model: nn.Module, call=None) -> list[Tensor]:
     x = Y0.clone().requires_grad_()
     y = (model if call is None else call)(x)
     return list(torch.autograd.grad(y.square().sum(), [x, *model.parameters()]))
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by the compiler itself
-@GRADIENTS
-def test_torch_compile_of_a_model_that_holds_a_solve(odeint):
-    # A graph break at the solve; what is around it is compiled once, whatever the number of steps.
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    model = Model(odeint)
-    compiled = torch.compile(model, backend=counter)
-    assert_close(gradients_of(model, compiled), gradients_of(model), 1e-12)
-    frames = counter.frame_count
-    model.times = 2 * T  # more steps
-    assert_close(gradients_of(model, compiled), gradients_of(model), 1e-12)
-    assert counter.frame_count == frames
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by the compiler itself
-@GRADIENTS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("encoded", [False, True], ids=["y0 is data", "y0 is computed"])
-def test_a_compiled_func_is_compiled_again_at_most_twice_for_a_training_run(odeint, encoded, dtype):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    func, encoder, times = Net(dtype), nn.Linear(2, 2, dtype=dtype), T.to(dtype)
-    func.drop = nn.Dropout(0.0)
-    func.outer.register_forward_pre_hook(lambda module, inputs: func.drop(*inputs))
-    compiled = torch.compile(func, backend=counter)
-    optimiser = torch.optim.SGD([*func.parameters(), *encoder.parameters()], 1e-3)
-
-    def train(batch):
-        y0 = torch.linspace(-1, 1, 2 * batch, dtype=dtype).view(batch, 2)
-        optimiser.zero_grad()
-        odeint(compiled, encoder(y0) if encoded else y0, times).square().mean().backward()
-        optimiser.step()
-
-    def evaluate(batch):
-        func.eval()
-        with torch.no_grad():
-            odeint(compiled, torch.ones(batch, 2, dtype=dtype), times)
-        func.train()
-
-    for _ in range(4):
-        train(16)
-    assert 1 <= counter.frame_count <= 1 + 2  # without gradients and with, of the state or of the parameters alone
-    # Each once more for sizes that change, and one for evaluation; then it is enough, and less than torch puts up with.
-    for _ in range(2):
-        before = counter.frame_count
-        for batch in (7, 16, 5):
-            train(batch)
-            evaluate(batch)
-    assert counter.frame_count == before < torch._dynamo.config.recompile_limit
-
-    def gradients(f):
-        y0 = Y0.to(dtype, copy=True).requires_grad_()
-        y = odeint(f, 2 * y0, times)
-        return list(torch.autograd.grad(loss_of(y), [y0, *func.parameters()]))
-
-    assert_close(gradients(compiled), gradients(func), 1e-5)
 
 
 @pytest.mark.parametrize("odeint", [*ALL, implicit], ids=lambda solve: solve.__name__)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -389,9 +388,9 @@ class AdaptiveLoop:
         if self.quadrature is not None:
             self.quadrature.measure_slope(controller, dt, n)
         controller.run(Phase.TRY_FIRST)
-        with torch.no_grad() if recording else nullcontext():
-            trial = ops.stage_combine(layout, (1.0,), y, [k], controller.dt)
-            change = [self.dynamics(controller.stage_times, trial), k]
+        trial = ops.stage_combine(layout, (1.0,), y, [k], controller.dt)
+        # Not under no_grad, for which torch.compile would compile func once more.
+        change = [self.dynamics(controller.stage_times, trial).detach(), k]
         self._note_norm((1.0, -1.0), y, y, change, controller.dt, 0)
         if self.quadrature is not None:
             self.quadrature.measure_change(controller)
