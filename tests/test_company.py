@@ -91,25 +91,26 @@ def gradients_of(model: nn.Module, call=None) -> list[Tensor]:
 
 @pytest.mark.parametrize("odeint", [*ALL, implicit], ids=lambda solve: solve.__name__)
 @pytest.mark.parametrize("inside", [True, False], ids=["forward pass", "backward pass"])
-def test_autocast_is_in_both_passes_what_it_was_in_the_forward_pass(odeint, inside):
-    func, y0, seen = Net(torch.float32), Y0.float().requires_grad_(), []
+def test_autocast_is_in_both_passes_what_it_was_in_the_forward_pass(odeint, inside, device):
+    func, y0, seen = Net(torch.float32).to(device), Y0.to(device, torch.float32).requires_grad_(), []
     func.inner.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
-        y = odeint(func, y0, T.float())
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=inside):
+        y = odeint(func, y0, T.to(device, torch.float32))
     assert y.dtype == torch.float32
     forward = len(seen)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not inside):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=not inside):
         torch.autograd.grad(y.square().sum(), [y0, *func.parameters()])
     assert set(seen) == {torch.bfloat16 if inside else torch.float32}
     assert (len(seen) > forward) == (odeint in (recomputing, implicit, adjoint, BY_SAMPLES[2]))
 
 
-def test_under_autocast_checkpoint_has_the_direct_gradient():
-    func, y0 = Net(torch.float32), Y0.float().requires_grad_()
+@pytest.mark.parametrize("odeint", [checkpoint, recomputing, BY_SAMPLES[1]], ids=lambda solve: solve.__name__)
+def test_under_autocast_checkpoint_has_the_direct_gradient(odeint, device):
+    func, y0 = Net(torch.float32).to(device), Y0.to(device, torch.float32).requires_grad_()
     found = []
-    for odeint in (checkpoint, direct):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = odeint(func, y0, T.float())
+    for solve in (odeint, BY_SAMPLES[0] if odeint in BY_SAMPLES else direct):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            y = solve(func, y0, T.to(device, torch.float32))
         found.append(torch.autograd.grad(y.square().sum(), [y0, *func.parameters()]))
     for ours, theirs in zip(*found):  # rounded in bfloat16, in other orders
         assert float((ours - theirs).norm() / theirs.norm()) < 0.02
