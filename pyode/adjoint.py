@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import methods
 from .callbacks import callbacks_of
+from .circumstances import Circumstances
 from .compiled.dynamics import CompiledDynamics
 from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
@@ -19,7 +20,6 @@ from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
 from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.samples import SampleAdjoint, SolvedSamples
 from .gradients.twice import backsolve_with_graph
-from .gradients.vjp import Circumstances
 from .odeint import odeint, solve
 from .parameters import find_parameters, lost_gradient, named_parameters
 from .problem import Problem, pose

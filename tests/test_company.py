@@ -33,9 +33,13 @@ def recomputing(func, y0, t, **kwargs):
     return pyode.odeint(func, y0, t, options={"gradient": "checkpoint", "graph_bytes": 0}, **ROUGH, **kwargs)
 
 
-def implicit(func, y0, t, **kwargs):
-    options = {"gradient": "checkpoint", "step_size": 0.1, "newton_tol": 0.1}  # bfloat16 does not come closer
+def implicit(func, y0, t, gradient="checkpoint", **kwargs):
+    options = {"gradient": gradient, "step_size": 0.1, "newton_tol": 0.1}  # bfloat16 does not come closer
     return pyode.odeint(func, y0, t, method="trapezoid", options=options, **kwargs)
+
+
+def implicit_direct(func, y0, t, **kwargs):
+    return implicit(func, y0, t, "direct", **kwargs)
 
 
 def adjoint(func, y0, t, **kwargs):
@@ -89,7 +93,7 @@ def gradients_of(model: nn.Module, call=None) -> list[Tensor]:
     return list(torch.autograd.grad(y.square().sum(), [x, *model.parameters()]))
 
 
-@pytest.mark.parametrize("odeint", [*ALL, implicit], ids=lambda solve: solve.__name__)
+@pytest.mark.parametrize("odeint", [*ALL, implicit, implicit_direct], ids=lambda solve: solve.__name__)
 @pytest.mark.parametrize("inside", [True, False], ids=["forward pass", "backward pass"])
 def test_autocast_is_in_both_passes_what_it_was_in_the_forward_pass(odeint, inside, device):
     func, y0, seen = Net(torch.float32).to(device), Y0.to(device, torch.float32).requires_grad_(), []
@@ -101,7 +105,7 @@ def test_autocast_is_in_both_passes_what_it_was_in_the_forward_pass(odeint, insi
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=not inside):
         torch.autograd.grad(y.square().sum(), [y0, *func.parameters()])
     assert set(seen) == {torch.bfloat16 if inside else torch.float32}
-    assert (len(seen) > forward) == (odeint in (recomputing, implicit, adjoint, BY_SAMPLES[2]))
+    assert (len(seen) > forward) == (odeint in (recomputing, implicit, implicit_direct, adjoint, BY_SAMPLES[2]))
 
 
 @pytest.mark.parametrize("odeint", [checkpoint, recomputing, BY_SAMPLES[1]], ids=lambda solve: solve.__name__)
@@ -145,7 +149,7 @@ def test_torch_checkpoint_keeps_no_states_of_a_checkpointed_solve():
     assert kept.count(Y0.shape) >= 3  # the steps' states are saved as autograd's own, for whoever wants to move them
 
 
-@GRADIENTS
+@pytest.mark.parametrize("odeint", [*ALL, implicit, implicit_direct], ids=lambda solve: solve.__name__)
 @pytest.mark.parametrize("args", [(), (torch.tensor(0.5, dtype=torch.float64),)], ids=["without args", "with args"])
 def test_functional_call(odeint, args):
     # In the backward pass the modules have their own parameters again, and are lent those of the call.

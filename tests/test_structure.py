@@ -25,8 +25,8 @@ MODULES = [path for path in PACKAGE.rglob("*.py") if path.stem != "__main__" and
 LAYERS = {
     "__init__": 10, "patch": 9, "solve_ivp": 8, "dense": 7, "events": 7, "progress": 6, "samples": 6, "odeint": 6,
     "idle": 6, "problem": 6, "vmapped": 5.5, "adjoint": 7, "compiled": 5, "gradients": 4, "callbacks": 4, "stepping": 3,
-    "control": 2, "state": 2, "methods": 2, "parameters": 1, "compiling": 1, "solution": 1, "_ops": 1, "errors": 0,
-    "tree": 0, "_version": 0, "_C": 0,
+    "circumstances": 2, "control": 2, "state": 2, "methods": 2, "parameters": 1, "compiling": 1, "solution": 1,
+    "_ops": 1, "errors": 0, "tree": 0, "_version": 0, "_C": 0,
 }  # fmt: skip
 # control.py is told about methods and states; odeint passes {"gradient": "adjoint"} on, and imports it only then.
 # Within one level nobody else imports anybody but errors.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..circumstances import Circumstances
 from ..errors import InvalidValue
 from ..methods import Tableau
 from ..stepping.recorder import Recorder
@@ -23,7 +24,6 @@ from .explicit import ExplicitReversal
 from .retaken import RetakenReversal
 from .reversal import Recipe
 from .survey import Survey
-from .vjp import Circumstances
 
 
 def checkpointed(

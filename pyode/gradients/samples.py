@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..circumstances import Circumstances
 from ..errors import InvalidValue
 from ..state import Func
 from .backsolve_samples import SampleBacksolve, SampleBacksolveConfig
-from .vjp import Circumstances
 
 
 @dataclass

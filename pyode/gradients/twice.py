@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..circumstances import Circumstances
 from ..errors import InvalidValue
 from ..state import Dynamics
 from .augmented import AugmentedState
 from .backsolve import BacksolveConfig
-from .vjp import Circumstances
 
 
 class _AdjointSlopes(torch.autograd.Function):

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-
-from ..parameters import Loan
-from ..state import Func
 
 # What torch.autograd.grad calls behind its checks: for a network of 2-50-2 they take 22 of 117 us, f's own 32 included.
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
@@ -41,43 +36,3 @@ def accumulate(totals: list[Tensor], gradients: Sequence[Tensor | None]) -> None
     pairs = [(total, gradient) for total, gradient in zip(totals, gradients) if gradient is not None]
     if pairs:
         torch._foreach_add_(*map(list, zip(*pairs)))
-
-
-class Circumstances:
-    """Under which func is evaluated in the forward pass, to be the same in the backward pass: autocast, parameters.
-
-    Args:
-        func: the user's.
-        device: of the state.
-        params: what func depends on beside its arguments, the very tensors.
-    """
-
-    def __init__(self, func: Func, device: torch.device, params: Sequence[Tensor]) -> None:
-        self._params = params
-        self._loan = Loan(func)
-        self._kind = kind = device.type
-        self._enabled = torch.is_autocast_enabled(kind)
-        self._autocast = partial(
-            torch.autocast,
-            kind,
-            dtype=torch.get_autocast_dtype(kind),
-            enabled=self._enabled,
-            cache_enabled=torch.is_autocast_cache_enabled(),
-        )
-
-    @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """Within it all is as it was, and hooks on the parameters are not called.
-
-        They are to see the whole gradient, once, not every stage's share.
-        """
-        hooks = [(held, dict(held)) for held in (p._backward_hooks for p in self._params) if held]
-        for held, _ in hooks:
-            held.clear()
-        differs = self._enabled or torch.is_autocast_enabled(self._kind)
-        try:
-            with self._loan.renewed(), self._autocast() if differs else contextlib.nullcontext():
-                yield
-        finally:
-            for held, its in hooks:
-                held.update(its)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from .._ops import reference
+from ..circumstances import Circumstances
 from ..control import number_from
 from ..errors import SolveError, Status
 from ..methods import ImplicitTableau
+from ..state import Dynamics
 from .course import Course, Increment, Taken
 from .newton import Newton
 
@@ -43,6 +46,10 @@ class ImplicitSteps:
         )
         self.times = course.stage_times((0.0, *tableau.abscissae))
         self.under_way = -1
+        self.circumstances = None
+        if torch.is_grad_enabled():  # a backward pass evaluates func, too
+            assert isinstance(course.dynamics, Dynamics)
+            self.circumstances = Circumstances(course.dynamics.func, layout.device)
 
     def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken | SolveError:
         """See Steps; takes one, or returns an error: NOT_CONVERGED, or NON_FINITE where f(t0, y) is not finite."""
@@ -68,15 +75,27 @@ class ImplicitSteps:
             x = self.newton.solve(partial(self._derivatives, block, times, y.detach(), known, dt.detach()), guess, size)
             if x is None:
                 return failure()
-            if torch.is_grad_enabled():
-                equation = partial(self._derivatives, block, times, y, ks.copy(), dt)
-                x = self.newton.differentiable(equation, x, size, failure)
+            if self.circumstances is not None:
+                x = self.newton.differentiable(self._equation(block, times, y, ks.copy(), dt), x, size, failure)
             for i, k in zip(block, self._states(x, y)):
                 ks[i] = k.to(y.dtype)
         if course.quadrature is not None:
             for i in (i for block in tableau.blocks for i in block):
                 course.dynamics(times[i], course.combine(tableau.rows[i], y, ks, dt))
         return Increment(tableau.weights, ks, slope)
+
+    def _equation(
+        self, block: tuple[int, ...], times: list[Tensor], y: Tensor, ks: list[Tensor], dt: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        """What x solves, with a graph to all it is made of; evaluates func as it was when the step was taken."""
+        assert self.circumstances is not None
+        again = self.circumstances.again
+
+        def phi(x: Tensor) -> Tensor:
+            with again():
+                return self._derivatives(block, times, y, ks, dt, x)
+
+        return phi
 
     def _derivatives(
         self, block: tuple[int, ...], times: list[Tensor], y: Tensor, ks: list[Tensor], dt: Tensor, x: Tensor
