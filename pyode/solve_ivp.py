@@ -32,13 +32,14 @@ from .odeint import (
 )
 from .problem import Problem, pose
 from .progress import Progress
-from .samples import RunningRows, SampleDenseOutput, Samples
+from .samples import SampleDenseOutput, Samples
 from .solution import SampleStats, Solution, Stats
 from .state import Func, State
 from .stepping.adaptive import AdaptiveLoop
 from .stepping.event import SampleEvents
 from .stepping.hooks import Hooks
 from .stepping.loops import Loop, SampleLoop
+from .stepping.rows import RunningRows
 from .stepping.segment import BatchSegment
 from .stepping.tape import Tape
 from .vmapped import solve_ivp_vmapped, under_vmap
@@ -229,7 +230,9 @@ def solve_ivp(
     with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
         taped = gradient == "checkpoint" and torch.is_grad_enabled()
         if taped and (watched or not undone_natively(problem, choice, params)):
-            ys = solve_checkpointed(problem, parameters_of(func, args, params), choice, carry_out, params != ())
+            ys = solve_checkpointed(
+                problem, parameters_of(func, args, params), choice, carry_out, params != (), compact
+            )
         else:
             ys = carry_out(replace(problem, y0=problem.y0.detach()) if adjoint else problem)
     (loop,) = loops

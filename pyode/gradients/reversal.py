@@ -31,6 +31,7 @@ class Recipe:
         checkpoints: how many states are kept at most; None for one a step.
         graph_bytes: how much memory the graphs of evaluations may take that are kept and need not be made again.
         warns: whether of tensors that func depends on and that get no gradient.
+        compact: whether func is called with the rows alone that move, where it is evaluated again.
         retake: takes a step of an implicit method again, from a state, between two ends [2], and returns the states at
             some times within it and at its end, [..., *state], with a graph to the times, too, if they carry one.
     """
@@ -42,6 +43,7 @@ class Recipe:
     checkpoints: int | None
     graph_bytes: int
     warns: bool
+    compact: bool
     retake: Retake
 
 
