@@ -52,9 +52,10 @@ def odeint_adjoint(
 ) -> Any:
     """Solves dy/dt = func(t, y) as `odeint` does; gradients come from a second solve, backwards in time.
 
-    With options={"control": "per_sample"} every sample has steps of its own in both solves; once differentiable.
+    With options={"control": "per_sample"} every sample has steps of its own in both solves.
     The memory of a backward pass does not grow with the number of steps; its gradients are as accurate as the backward
-    solve's tolerances. With create_graph=True they can be differentiated once more; that backward solve is recorded.
+    solve's tolerances. With create_graph=True they can be differentiated once more; that backward solve is recorded,
+    and its samples take their steps together.
 
     Args:
         func: an nn.Module, or any callable in which parameters can be found, or for which adjoint_params are given.
@@ -205,7 +206,7 @@ def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: Sa
     solution = SolvedSamples(
         problem.func, samples.func(problem), config, problem.form.segments, samples.times_of(t),
         reached.to(samples.clock), flat, end_t, torch.where(failed[:, None], flat[-1], torch.nan),
-        loop.stats_of_samples().last_dt.to(samples.clock),
+        loop.stats_of_samples().last_dt.to(samples.clock), odeint,
     )  # fmt: skip
     flat, end_y = SampleAdjoint.apply(solution, t, samples.y0, *params)  # type: ignore[no-untyped-call]
     return samples.of_user(torch.where(reached.unsqueeze(-1), flat, end_y) if bool(failed.any()) else flat)
@@ -265,6 +266,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         norm = ctx.adjoint_options["norm"]
         if norm is not config.norm:
             config = replace(config, norm=norm, fused=False)
+        found: tuple[Tensor, Tensor | None, list[Tensor]] | None = None
         with ctx.circumstances.again():
             if torch.is_grad_enabled():
                 reached = t[:n] if len(values) == n else torch.cat([t[:n], t.new_tensor(values[n:])])
@@ -275,19 +277,16 @@ class _OdeintAdjoint(torch.autograd.Function):
             else:
                 times = Times(t.new_tensor(values), values)
                 with_time = ctx.needs_input_grad[2]
-                native = None
                 if problem.compiled is not None and not with_time:
                     from .compiled.backsolve import backsolve_compiled  # only those who compile wait for its import
 
-                    native = backsolve_compiled(
+                    found = backsolve_compiled(
                         problem.compiled, problem.form, times, config, ys, gradient, tuple(params)
                     )
-                found = (
-                    native
-                    or Backsolve(
+                if found is None:
+                    found = Backsolve(
                         problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time
                     ).solve()
-                )
             y0_gradient, t_gradient, param_gradients = found
             if t_gradient is not None and standing is not None and n > 1:
                 f = Dynamics(problem.func, problem.form, ys[0])(t[n - 1].to(ys.device, ys.real.dtype), ys[n - 1])

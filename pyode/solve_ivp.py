@@ -25,6 +25,7 @@ from .odeint import (
     GRADIENTS,
     compiled_loop,
     loop_of,
+    odeint,
     on_device_of,
     parameters_of,
     solve_checkpointed,
@@ -251,7 +252,7 @@ def solve_ivp(
         end_t, end_y = (samples.t0 * math.nan, nan) if events is None else (events.time, events.state)
         solved = SolvedSamples(
             problem.func, samples.func(problem), backward, problem.form.segments, samples.times_of(t),
-            reached.to(samples.clock), flat, end_t, end_y, stats.last_dt.to(samples.clock),
+            reached.to(samples.clock), flat, end_t, end_y, stats.last_dt.to(samples.clock), odeint,
         )  # fmt: skip
         wanted = [x for x in parameters_of(func, args, params) if x.requires_grad]
         flat, end_y = SampleAdjoint.apply(solved, t, samples.y0, *wanted)  # type: ignore[no-untyped-call]

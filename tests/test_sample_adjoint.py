@@ -6,6 +6,7 @@ import pytest
 import torch
 from ensembles import blow_up, oscillators, van_der_pol
 from torch import Tensor, nn
+from torch.autograd import gradgradcheck
 
 import pyode
 from pyode import InvalidValue, odeint, odeint_adjoint, solve_ivp
@@ -108,15 +109,42 @@ def test_stats_count_both_solves():
     assert backward.n_f_evals > 0
 
 
-@pytest.mark.parametrize("interface", [odeint_adjoint, solve_ivp])
-def test_a_second_derivative_is_refused(interface):
-    y0 = Y0.clone().requires_grad_()
-    if interface is solve_ivp:
-        ys = solve_ivp(Field(), y0, T, gradient="adjoint").ys
-    else:
-        ys = odeint_adjoint(Field(), y0, T, options=SAMPLES)
-    with pytest.raises(InvalidValue, match="can't be differentiated"):
-        torch.autograd.grad(ys.sum(), y0, create_graph=True)
+class TestTwice:
+    """Gradients of gradients."""
+
+    def test_they_are_the_finite_differences(self):
+        def solve(y0, a, t):
+            field = lambda t, y: torch.sin(y @ a) * (1 + t * t)[:, None]  # noqa: E731
+            return odeint_adjoint(field, y0, t, 1e-7, 1e-8, options=SAMPLES, adjoint_params=(a,))
+
+        a = torch.tensor([[0.3, 1.0], [-1.2, 0.1]], dtype=F64)
+        inputs = [x.clone().requires_grad_() for x in (Y0[:2], a, OWN[1:3, :2])]
+        assert gradgradcheck(solve, inputs, fast_mode=True, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("control", ["per_sample", "joint"])
+    @pytest.mark.parametrize("event", [None, lambda t, y: y[..., 0] - 0.8], ids=["no event", "event"])
+    def test_a_hessian_vector_product_is_that_of_backpropagation(self, control, event):
+        def product(gradient):
+            field, y0 = Field(), Y0.clone().requires_grad_()
+            f = field if control == "per_sample" else lambda t, y: field(t.reshape(1), y)
+            met = event if event is None or control == "per_sample" else lambda t, y: event(t, y)[2]
+            solution = solve_ivp(f, y0, T, event_fn=met, control=control, gradient=gradient, params=[field.a], **TIGHT)
+            loss = solution.ys.nan_to_num().square().sum()
+            if event is not None:
+                assert int((solution.event_index >= 0).sum()) > 0
+                loss = loss + solution.event_y.nan_to_num().square().sum()
+            first = torch.autograd.grad(loss, (y0, field.a), create_graph=True)
+            along = sum((torch.linspace(-1, 1, g.numel(), dtype=F64).view(g.shape) * g).sum() for g in first)
+            return [*first, *torch.autograd.grad(along, (y0, field.a))]
+
+        for ours, exact in zip(product("adjoint"), product("direct")):
+            assert torch.allclose(ours, exact, rtol=1e-5, atol=1e-5)
+
+    def test_there_is_no_third(self):
+        y0 = Y0.clone().requires_grad_()
+        (first,) = torch.autograd.grad(odeint_adjoint(Field(), y0, T, options=SAMPLES).sum(), y0, create_graph=True)
+        with pytest.raises(InvalidValue, match="prepares for a third"):
+            torch.autograd.grad(first.square().sum(), y0, create_graph=True)
 
 
 @pytest.mark.parametrize(
