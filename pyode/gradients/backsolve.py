@@ -112,7 +112,7 @@ class _AdjointDynamics:
         if wanted:
             inputs += self.params
         f = with_graph(self.forward, t, y)
-        if wanted and self.survey is not None and self.survey(f, (t, y)) is not None:
+        if wanted and self.survey is not None and self.survey.look(f, (t, y)) is not None:
             self.survey = None
         slope, *integrands = vjp(f, inputs, a.neg())
         if quadrature is not None:

@@ -56,7 +56,7 @@ class RetakenReversal(Reversal):
         if self.time:
             leaves += [ends.requires_grad_(), inside.requires_grad_()]
         states = self.recipe.retake(step, y, ends, inside)
-        if self.survey is not None and self.survey(states, tuple(leaves)) is not None:
+        if self.survey is not None and self.survey.look(states, tuple(leaves)) is not None:
             self.survey = None
         rows = [passed.index for passed in step.outputs]
         found = vjp(states, (*leaves, *self.params), torch.cat([self.gradient[rows], lam[None]]))
