@@ -27,7 +27,7 @@ from .samples import Samples
 from .state import Dynamics, Form, Func, State
 from .stepping.adaptive import AdaptiveLoop
 from .stepping.fixed_grid import check_interp
-from .vmapped import no_second_solve, under_vmap
+from .vmapped import check_transforms
 
 NOT_INHERITED = frozenset({"norm", "stats"})
 
@@ -82,8 +82,7 @@ def odeint_adjoint(
         Chen, Rubanova, Bettencourt, Duvenaud, Neural ordinary differential equations, 2018; seminorm: Kidger, Chen,
         Lyons, "Hey, that's not an ODE", 2021.
     """
-    if under_vmap(method):
-        no_second_solve("adjoint")
+    check_transforms("adjoint")
     found, warned = listed_parameters(func, adjoint_params, args)
     if adjoint_options is not None:
         check_dict(adjoint_options, "adjoint_options")

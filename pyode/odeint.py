@@ -36,7 +36,7 @@ from .stepping.hooks import NO_HOOKS, Hooks, raise_it
 from .stepping.loops import Loop, loop_for
 from .stepping.segment import RungeKuttaSegment, Segment
 from .stepping.tape import Passed, Step, Tape
-from .vmapped import odeint_vmapped, under_vmap
+from .vmapped import check_transforms, odeint_vmapped, under_vmap
 
 GRADIENTS = ("direct", "adjoint", "checkpoint")
 PER_SAMPLE = {"control": "per_sample"}
@@ -150,6 +150,7 @@ def odeint(
     gradient = choice.get("gradient", "direct")
     if gradient not in GRADIENTS:
         raise InvalidValue(f"options['gradient'] must be one of {', '.join(GRADIENTS)}, not {gradient!r}")
+    check_transforms(gradient)
     if gradient == "adjoint":
         from .adjoint import odeint_adjoint  # which is made of this module's parts
 

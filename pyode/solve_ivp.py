@@ -43,7 +43,7 @@ from .stepping.loops import Loop, SampleLoop
 from .stepping.rows import RunningRows
 from .stepping.segment import BatchSegment
 from .stepping.tape import Tape
-from .vmapped import solve_ivp_vmapped, under_vmap
+from .vmapped import check_transforms, solve_ivp_vmapped, under_vmap
 
 if TYPE_CHECKING:
     from .compiled.samples import CompiledSamples
@@ -160,6 +160,7 @@ def solve_ivp(
     found = methods.find(method)
     if gradient not in GRADIENTS:
         raise InvalidValue(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, not {gradient!r}")
+    check_transforms(gradient)
     options = {} if options is None else dict(check_dict(options, "options"))
     for name in ARGUMENTS.keys() & options.keys():
         raise InvalidValue(f"options has {name}, which for solve_ivp is the argument {ARGUMENTS[name]}")

@@ -185,6 +185,17 @@ class TestTransforms:
         _, tangent = torch.func.jvp(lambda w: self.loss(w, Y0), (self.WEIGHT,), (direction,))
         assert float(tangent) == pytest.approx(float((gradient * direction).sum()), rel=1e-9)
 
+    @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vmap])
+    @pytest.mark.parametrize(
+        "odeint", [checkpoint, adjoint, *BY_SAMPLES[1:], implicit_direct], ids=lambda solve: solve.__name__
+    )
+    def test_other_ways_to_a_gradient_say_that_they_are_not_for_them(self, transform, odeint):
+        def loss(weight):
+            return odeint(lambda t, y: torch.sin(y @ weight), Y0, T).sum()
+
+        with pytest.raises(pyode.InvalidValue, match=r"torch\.func's grad, jvp and vmap"):
+            transform(loss)(self.WEIGHT)
+
     def test_vmap_of_grad_with_fixed_steps(self):
         def loss(weight, y0):
             return pyode.odeint(lambda t, y: torch.sin(y @ weight), y0, T, method="rk4").sum()
@@ -263,6 +274,28 @@ def test_shared_and_frozen_parameters(odeint):
     tolerance = 1e-2 if "adjoint" in odeint.__name__ else 1e-10  # the adjoint's, at rough tolerances
     same_steps = BY_SAMPLES[0] if odeint in BY_SAMPLES else direct
     assert_close(gradients(odeint), gradients(same_steps), tolerance)
+
+
+class Scaled(Net):
+    """With a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor([0.5, 2.0], dtype=torch.float64))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.scale * super().forward(t, y)
+
+
+@GRADIENTS
+def test_buffers_are_used_in_both_passes_and_may_be_lent(odeint):
+    model, lent = Model(odeint, Scaled()), {"func.scale": torch.ones(2, dtype=torch.float64)}
+    found = gradients_of(model, lambda x: torch.func.functional_call(model, lent, (x,)))
+    own = gradients_of(model)
+    plain = Model(odeint)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert_close(found, gradients_of(plain), 1e-12)
+    assert not torch.allclose(found[0], own[0], rtol=1e-2)
 
 
 WORKER = """

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._ops import reference
 from ..circumstances import Circumstances
 from ..control import number_from
-from ..errors import SolveError, Status
+from ..errors import InvalidValue, SolveError, Status
 from ..methods import ImplicitTableau
 from ..state import Dynamics
 from .course import Course, Increment, Taken
@@ -32,6 +32,8 @@ class ImplicitSteps:
     """
 
     def __init__(self, tableau: ImplicitTableau, course: Course) -> None:
+        if torch._C._are_functorch_transforms_active():  # Newton differentiates by ways that they do not allow
+            raise InvalidValue(f"{tableau.name!r} is not for torch.func's grad, jvp and vmap; take an explicit method")
         self.tableau, self.course = tableau, course
         layout, options = course.layout, course.options
         self.dtype = torch.promote_types(layout.real_dtype, torch.float32)
