@@ -24,9 +24,11 @@ SUITES = (
     "large",
     "implicit",
     "batch",
+    "oscillators",
     "ensemble",
     "twin",
     "gpu",
+    "gpu_large",
 )
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,19 +1,22 @@
-"""The five cases on a GPU, timed by CUDA events, and what pyode launches and waits for in a step."""
+"""On a GPU, driven by the host and by the device itself: times, and what pyode launches and waits for in a step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 import torchdiffeq
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import pyode
 from pyode.methods import TABLEAUS
 
-from .cases import Case, cases
-from .timing import Contender, device_seconds_of, interleaved, repeated
+from .cases import Case, Mlp, cases
+from .timing import Contender, device_seconds_of, interleaved
 
 TITLE = "On the GPU (dopri5, float32, rtol 1e-5, atol 1e-7)"
 COLUMNS = {
@@ -21,19 +24,96 @@ COLUMNS = {
     "task": "task",
     "f_only_ms": "f only [ms]",
     "torchdiffeq_ms": "torchdiffeq [ms]",
-    "pyode_ms": "pyode [ms]",
-    "speedup": "pyode vs torchdiffeq",
+    "diffrax_ms": "diffrax [ms]",
+    "host_ms": "pyode [ms]",
+    "device_ms": "device loop [ms]",
+    "over_f_only": "device loop / f only",
+    "host_speedup": "pyode vs torchdiffeq",
+    "device_speedup": "device loop vs torchdiffeq",
     "launches": "our launches a step",
     "waits": "waits a step",
+    "device_waits": "waits a solve, device loop",
 }
-TRAINED = ("spiral20x2", "big256x64")
+TRAINED = ("spiral20x2", "big256x64", "cnf512")
 STAGES = len(TABLEAUS["dopri5"].rows)
+DEVICE_LOOP = {"device_loop": True}
+MOST_IN_A_GRAPH = 256  # evaluations of f
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+class Flow(nn.Module):
+    """A continuous normalizing flow of two dimensions: the state is a point and its log density, [B, 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Mlp([2, 64, 64, 2])
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """Where the points go, and minus the divergence there."""
+        training = torch.is_grad_enabled()
+        with torch.enable_grad():
+            z = y[:, :2] if training else y[:, :2].detach().requires_grad_()
+            if not z.requires_grad:
+                z = z.requires_grad_()
+            velocity = self.net(t, z)
+            divergence = sum(
+                torch.autograd.grad(velocity[:, i].sum(), z, create_graph=training, retain_graph=True)[0][:, i]
+                for i in range(2)
+            )
+        out = torch.cat([velocity, -divergence[:, None]], 1)
+        return out if training else out.detach()
+
+
 def device_cases() -> dict[str, Case]:
-    """The five, on the GPU."""
-    return {name: case.to("cuda") for name, case in cases().items()}
+    """The five, and a flow, on the GPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        flow = Case("cnf512", Flow(), torch.randn(512, 3), torch.tensor([0.0, 1.0]))
+    return {name: case.to("cuda") for name, case in {**cases(), "cnf512": flow}.items()}
+
+
+def on_device(odeint: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same, by the device's loop."""
+    return lambda *arguments, **more: odeint(*arguments, **more, options=DEVICE_LOOP)
+
+
+def replayed(f: Callable[..., Any], n: int, *arguments: Any) -> Contender:
+    """Replays n calls of f(*arguments) from CUDA graphs."""
+
+    def graph_of(calls: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                f(*arguments)
+        return graph
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        f(*arguments)
+    torch.cuda.synchronize()
+    times, rest = divmod(n, MOST_IN_A_GRAPH)
+    graphs = [graph_of(MOST_IN_A_GRAPH)] * times if times else []
+    if rest:
+        graphs.append(graph_of(rest))
+
+    def run() -> None:
+        for graph in graphs:
+            graph.replay()
+
+    return run
+
+
+def diffrax_contenders(name: str) -> dict[str, Contender]:
+    """diffrax on the same GPU, if it is there."""
+    if find_spec("diffrax") is None or name not in cases():
+        return {}
+    import jax
+
+    from . import diffrax_cases
+
+    if jax.default_backend() != "gpu":
+        return {}
+    return diffrax_cases.contenders(cases()[name], "solve")
 
 
 def contenders(case: Case, task: str) -> dict[str, Contender]:
@@ -42,30 +122,41 @@ def contenders(case: Case, task: str) -> dict[str, Contender]:
         n = case.count_evaluations(torchdiffeq.odeint)
         return {
             "torchdiffeq": lambda: case.solve(torchdiffeq.odeint),
-            "pyode": lambda: case.solve(pyode.odeint),
-            "f only": repeated(case.f, n, case.t[0], case.y0),
+            "host": lambda: case.solve(pyode.odeint),
+            "device": lambda: case.solve(on_device(pyode.odeint)),
+            "f only": replayed(case.f, n, case.t[0], case.y0),
+            **diffrax_contenders(case.name),
         }
-    theirs, ours = {
-        "direct": (torchdiffeq.odeint, pyode.odeint),
-        "adjoint": (torchdiffeq.odeint_adjoint, pyode.odeint_adjoint),
-    }[task]
-    return {"torchdiffeq": lambda: case.gradient(theirs), "pyode": lambda: case.gradient(ours)}
+    if task == "direct":
+        theirs, ours = torchdiffeq.odeint, pyode.odeint
+        return {"torchdiffeq": lambda: case.gradient(theirs), "host": lambda: case.gradient(ours)}
+    adjoint = pyode.odeint_adjoint
+    return {
+        "torchdiffeq": lambda: case.gradient(torchdiffeq.odeint_adjoint),
+        "host": lambda: case.gradient(adjoint),
+        "device": lambda: case.gradient(on_device(adjoint)),
+    }
 
 
 def check(case: Case) -> None:
-    """The solution agrees with torchdiffeq's and with our own on the CPU, to rounding that the dynamics amplify."""
+    """The solution agrees with torchdiffeq's and with our own on the CPU, to rounding that the dynamics amplify.
+
+    That of the device's loop is the same to the bit.
+    """
     ours, theirs = case.solve(pyode.odeint), case.solve(torchdiffeq.odeint)
     on_cpu = case.to("cpu").solve(pyode.odeint).to(ours.device)
     for other in (theirs, on_cpu):
         assert float((ours - other).abs().max() / other.abs().max()) < 1e-3
+    assert torch.equal(ours, case.solve(on_device(pyode.odeint)))
 
 
-def trace(case: Case) -> dict[str, float]:
+def trace(case: Case, **options: Any) -> dict[str, float]:
     """What the profiler sees of a solve: our kernels, and the host's waits for the device, in all and a step."""
     stats = pyode.Stats()
-    case.solve(pyode.odeint)
+    case.solve(pyode.odeint, options={"stats": stats})
+    case.solve(pyode.odeint, options=options)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        case.solve(pyode.odeint, options={"stats": stats})
+        case.solve(pyode.odeint, options=options)
         torch.cuda.synchronize()
     events = profiler.events()
     device = torch.autograd.DeviceType.CUDA
@@ -91,23 +182,30 @@ def measure(seconds: float = 10.0) -> list[dict[str, Any]]:
                 if task == "solve":
                     check(case)
                 times = interleaved(contenders(case, task), seconds=seconds, clock=device_seconds_of)
-                traced = trace(case) if task == "solve" else {}
+                host, device = (trace(case), trace(case, **DEVICE_LOOP)) if task == "solve" else ({}, {})
+            ms = {who: 1e3 * time for who, time in times.items()}
             rows.append(
                 {
                     "case": name,
                     "task": task,
-                    "f_only_ms": 1e3 * times["f only"] if "f only" in times else None,
-                    "torchdiffeq_ms": 1e3 * times["torchdiffeq"],
-                    "pyode_ms": 1e3 * times["pyode"],
-                    "speedup": times["torchdiffeq"] / times["pyode"],
-                    "launches": traced.get("launches_a_step"),
-                    "waits": traced.get("waits_a_step"),
+                    "f_only_ms": ms.get("f only"),
+                    "torchdiffeq_ms": ms["torchdiffeq"],
+                    "diffrax_ms": ms.get("diffrax"),
+                    "host_ms": ms["host"],
+                    "device_ms": ms.get("device"),
+                    "over_f_only": ms["device"] / ms["f only"] if "f only" in ms else None,
+                    "host_speedup": ms["torchdiffeq"] / ms["host"],
+                    "device_speedup": ms["torchdiffeq"] / ms["device"] if "device" in ms else None,
+                    "launches": host.get("launches_a_step"),
+                    "waits": host.get("waits_a_step"),
+                    "device_waits": device.get("waits"),
                 }
             )
     return rows
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 @pytest.mark.parametrize("name", cases())
 def test_launches(name: str) -> None:
     """A launch for each stage, the error norm and the control; one more for a step with output, a few at the start."""
@@ -120,7 +218,7 @@ def test_launches(name: str) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("solver", ["torchdiffeq", "pyode", "f only"])
+@pytest.mark.parametrize("solver", ["torchdiffeq", "host", "device", "f only"])
 @pytest.mark.parametrize("name", cases())
 def test_solve(benchmark: Any, name: str, solver: str) -> None:
     benchmark.group = name
@@ -137,7 +235,7 @@ def test_solve(benchmark: Any, name: str, solver: str) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("solver", ["torchdiffeq", "pyode"])
+@pytest.mark.parametrize("solver", ["torchdiffeq", "host"])
 @pytest.mark.parametrize("task", ["direct", "adjoint"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_training(benchmark: Any, name: str, task: str, solver: str) -> None:

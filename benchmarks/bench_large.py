@@ -44,8 +44,12 @@ def solve(y0: Tensor, **options: Any) -> Tensor:
         return pyode.odeint(decay, y0, t, rtol=1e-3, atol=1e-3, options=options)
 
 
-def arrays_moved() -> int:
-    """How many states the ops of `solve` read or write."""
+def arrays_moved(on_device: bool = False) -> int:
+    """How many states the ops of `solve` read or write.
+
+    A loop on the device keeps its memory: the start is copied in and the outputs out, and at a step's end the state and
+    its derivative are copied to where the next step begins.
+    """
 
     def terms(weights: tuple[float, ...]) -> int:
         return sum(w != 0 for w in weights)
@@ -54,14 +58,15 @@ def arrays_moved() -> int:
     norm = 2 + terms(METHOD.error_weights)
     first_norms = 1 + 2  # of y0; of f(t0, y0), relative to y0
     output = 2 + 2 + sum(map(any, METHOD.interpolant))  # y0 is copied, the last row interpolated
-    return first_norms + STEPS * (stages + norm) + output
+    copies = 2 + 2 * 2 + 4 * STEPS if on_device else 0
+    return first_norms + STEPS * (stages + norm) + output + copies
 
 
-def contenders(y0: Tensor) -> dict[str, Contender]:
+def contenders(y0: Tensor, **options: Any) -> dict[str, Contender]:
     """A solve, its evaluations of f, and two kinds of copy."""
     target = torch.empty_like(y0)
     return {
-        "solve": lambda: solve(y0),
+        "solve": lambda: solve(y0, **options),
         "f": repeated(decay, EVALUATIONS, y0[:1], y0),
         "copy": lambda: target.copy_(y0),
         "clone": y0.clone,
@@ -73,12 +78,13 @@ def check(y0: Tensor) -> None:
     stats = pyode.Stats()
     end = solve(y0, stats=stats)[1]
     assert stats == pyode.Stats(EVALUATIONS, STEPS, 0)
-    torch.testing.assert_close(end, y0 * torch.tensor(-(STEPS - 0.5) * STEP_SIZE).exp(), rtol=1e-5, atol=1e-6)
+    exact = y0 * torch.tensor(-(STEPS - 0.5) * STEP_SIZE, device=y0.device).exp()
+    torch.testing.assert_close(end, exact, rtol=1e-5, atol=1e-6)
 
 
-def traffic(name: str, arrays: int, seconds: float, copy_rate: float) -> dict[str, Any]:
+def traffic(name: str, arrays: int, seconds: float, copy_rate: float, numbers: int = NUMBERS) -> dict[str, Any]:
     """A row."""
-    gigabytes = 4e-9 * NUMBERS * arrays
+    gigabytes = 4e-9 * numbers * arrays
     rate = gigabytes / seconds
     return {
         "what": name,

@@ -52,6 +52,7 @@ struct ErrorNorm {
   double rtol, atol;        // used where the pointers are null
   const double* rtol_each;  // [D], for complex states a number for each pair's both members
   const double* atol_each;
+  int64_t rtol_stride = 1, atol_stride = 1;  // cuda: 0 where there is one number, in device memory
   double* means;  // [n_segments, parts, B]
   int64_t parts;  // cpu: 1; cuda: error_parts() or more
 };
@@ -68,6 +69,19 @@ struct Interpolate {
   Grid grid;
   void* out;  // [T, B, D], row i begins at i * out_stride numbers
   int64_t out_stride;
+};
+
+/// The outputs which each sample's last step passed; then, of those that accepted it, y = y1 and k0 = k1, in place; and
+/// the next step's first stage, y + dt w k0. Only cuda: what a loop on the device does in place of the host's exchange
+/// of pointers.
+struct FinishStep {
+  Interpolate outputs;  // with y as its y, and k0 as its first k where that has a weight
+  void* y;
+  void* k0;
+  const void* y1;
+  const void* k1;
+  void* stage;  // may be null
+  double w;
 };
 
 /// out[b, :] = accepted[b] ? moved[b, :] : stayed[b, :], after a step which only some samples accepted.
@@ -99,8 +113,11 @@ struct Control {
   double c[kMaxStages];  // abscissae of the stages whose times are wanted
   int n_times;
   void* stage_times;  // [n_times, B] of the step planned; try_first: [1, B], the trial's time
-  int64_t* flags;     // [2]; flags[turn] is written, and flags[1 - turn] cleared for the next call
+  int64_t* flags;     // [3]; flags[turn] is written, and flags[1 - turn] cleared for the next call
   int turn;
+  // cuda: the cudaGraphConditionalHandle of a loop on the device, which goes on while a sample runs; 0: there is none.
+  // Then turn is 0, all flags are left in flags[1], and flags[2] counts blocks.
+  unsigned long long condition;
 };
 
 namespace cpu {
@@ -120,6 +137,8 @@ const char* stage_combine(const Layout&, const StageCombine&);
 const char* stage_vjp(const Layout&, const StageVjp&);
 const char* error_norm(const Layout&, const ErrorNorm&);
 const char* interpolate(const Layout&, const Interpolate&);
+const char* measure_and_judge(const Layout&, const ErrorNorm&, const Control&);  // both, in one launch if that can be
+const char* finish_step(const Layout&, const FinishStep&);
 const char* select_rows(const Layout&, const SelectRows&);
 const char* control(const Layout&, const Control&);
 int64_t error_parts(const Layout&);  // into how many parts error_norm should split a mean

@@ -93,6 +93,7 @@ class Controller:
     def stage_times(self) -> Any: ...
     @property
     def turn(self) -> int: ...
+    def stay_on_device(self, condition: int, /) -> None: ...
 
 class Interpolant:
     def __init__(self, coefficients: tuple[tuple[float, ...], ...], end: tuple[float, ...], /) -> None: ...
@@ -120,7 +121,7 @@ class AdamsTable:
 
 def stage_combine(layout: Layout, weights: tuple[float, ...], y: Any, ks: list[Any], dt: Any, out: Any, /) -> None: ...
 def stages(
-    layout: Layout, table: Table, y: Any, ks: list[Any], dt: Any, times: tuple[Any, ...], dynamics: Any, /
+    layout: Layout, table: Table, y: Any, ks: list[Any], dt: Any, times: tuple[Any, ...], dynamics: Any, given: Any, /
 ) -> Any: ...
 def take_steps(
     layout: Layout,
@@ -192,3 +193,35 @@ def interpolate(
 ) -> None: ...
 def select_rows(layout: Layout, moved: Any, stayed: Any, accepted: Any, out: Any, /) -> None: ...
 def raise_interruption() -> NoReturn: ...
+
+# Where it is built with CUDA.
+def measure_and_judge(
+    layout: Layout,
+    weights: tuple[float, ...],
+    y0: Any,
+    y1: Any,
+    ks: list[Any],
+    rtol: Any,
+    atol: Any,
+    controller: Controller,
+    /,
+) -> None: ...
+def finish_step(
+    layout: Layout,
+    interpolant: Interpolant,
+    controller: Controller,
+    y: Any,
+    ks: list[Any],
+    y1: Any,
+    out: Any,
+    out_stride: int,
+    stage: Any,
+    w: float,
+    /,
+) -> None: ...
+
+class GraphLoop:
+    @property
+    def condition(self) -> int: ...
+    def assemble(self, opening: int, body: int, /) -> None: ...
+    def launch(self, stream: int, /) -> None: ...

@@ -3,7 +3,7 @@
 from ._ops import backend
 from ._version import __version__
 from .adjoint import odeint_adjoint
-from .compiled.build import clear_cache
+from .caches import clear_cache
 from .compiled.dynamics import CompiledDynamics, compile
 from .dense import DenseOutput, odeint_dense
 from .errors import CompileError, DynamicsError, InvalidType, InvalidValue, PyodeError, SolveError, Status

@@ -17,16 +17,17 @@ from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidValue, warn
 from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
-from .gradients.backsolve_samples import SampleBacksolveConfig
-from .gradients.samples import SampleAdjoint, SolvedSamples
+from .gradients.backsolve_samples import SampleBacksolveConfig, warn_of_host
 from .gradients.twice import backsolve_with_graph
-from .odeint import odeint, solve
+from .odeint import odeint
 from .parameters import find_parameters, lost_gradient, named_parameters
-from .problem import Problem, pose
-from .samples import Samples
+from .problem import PER_SAMPLE, Problem, pose
+from .samples.adjoint import with_adjoint
+from .samples.batch import Samples
+from .solving import solve
 from .state import Dynamics, Form, Func, State
-from .stepping.adaptive import AdaptiveLoop
 from .stepping.fixed_grid import check_interp
+from .stepping.outcome import Outcome
 from .vmapped import check_transforms
 
 NOT_INHERITED = frozenset({"norm", "stats"})
@@ -102,7 +103,7 @@ def odeint_adjoint(
     )
     warns = not warned and adjoint_params != ()
     if problem.form.per_sample:
-        callbacks_of(func, problem.method, problem.times.tensor, lambda z: z, "_adjoint", per_sample=True)  # warns
+        callbacks_of(func, problem.method, t, lambda z: z, "_adjoint", PER_SAMPLE)  # warns
         return _solve_samples(problem, params, t, _configure_samples(problem, *backward, warns=warns))
     config = _configure(func, problem, *backward, warns=warns)
     if len(params) < len(found) and callable((adjoint_options or {}).get("norm")):
@@ -180,6 +181,7 @@ def _configure_samples(
             "norm is that of its state and adjoint"
         )
     check_options(options, method)
+    warn_of_host(options)
     rtol, atol = (
         check_tolerance(tolerance, name, problem.form, problem.y0[0])
         for tolerance, name in ((rtol, "adjoint_rtol"), (atol, "adjoint_atol"))
@@ -197,17 +199,15 @@ def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: Sa
     loop, flat = solved.loop, solved.ys.reshape(len(solved.ys), *samples.y0.shape)
     if loop is None:  # there is only one time
         return samples.of_user(samples.y0[None])
-    assert isinstance(loop, AdaptiveLoop)
+    assert isinstance(loop, Outcome)
     left = loop.left()
     reached = ~(left if left.dim() == 2 else left[:, None])
     failed = ~reached[-1]  # from there on the last state stands for the rest
     end_t = torch.where(failed.to(samples.clock), loop.controller.field("t").to(samples.clock), torch.nan)
-    solution = SolvedSamples(
-        problem.func, samples.func(problem), config, problem.form.segments, samples.times_of(t),
-        reached.to(samples.clock), flat, end_t, torch.where(failed[:, None], flat[-1], torch.nan),
-        loop.stats_of_samples().last_dt.to(samples.clock), odeint,
-    )  # fmt: skip
-    flat, end_y = SampleAdjoint.apply(solution, t, samples.y0, *params)  # type: ignore[no-untyped-call]
+    end = end_t, torch.where(failed[:, None], flat[-1], torch.nan)
+    flat, end_y = with_adjoint(
+        odeint, config, problem, samples, t, flat, reached, loop.stats_of_samples().last_dt, end, params
+    )
     return samples.of_user(torch.where(reached.unsqueeze(-1), flat, end_y) if bool(failed.any()) else flat)
 
 
@@ -282,6 +282,10 @@ class _OdeintAdjoint(torch.autograd.Function):
                     found = backsolve_compiled(
                         problem.compiled, problem.form, times, config, ys, gradient, tuple(params)
                     )
+                if found is None and config.options.get("device_loop"):
+                    from .device_backsolve import backsolve_on_device  # likewise
+
+                    found = backsolve_on_device(problem, times, config, ys, gradient, tuple(params), with_time)
                 if found is None:
                     found = Backsolve(
                         problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time

@@ -35,7 +35,7 @@ def callbacks_of(
     time: Tensor,
     unpack: Callable[[Tensor], Any],
     suffix: str = "",
-    per_sample: bool = False,
+    silent: str = "",
 ) -> dict[str, Callback]:
     """A func's callbacks, by the names of `Hooks`: "step", "accept", "reject".
 
@@ -48,14 +48,13 @@ def callbacks_of(
         time: a tensor whose device, and for a method that does not choose its steps whose dtype, times have.
         unpack: from a packed state to the user's.
         suffix: "_adjoint" for those of a backward solve.
-        per_sample: whether every sample takes steps of its own: then none is called.
+        silent: where none is called, as the end of the warning: "with ...", "in ...".
     """
     names = _names_in(func, suffix)
-    none = per_sample or isinstance(method, ScipySolver)
+    none = bool(silent) or isinstance(method, ScipySolver)
     supported = () if none else NAMES if method.adaptive else NAMES[:1]
     if unsupported := {name + suffix for name in names if name not in supported}:
-        control = " with control='per_sample'" if per_sample else ""
-        warn(f"Solver '{method.name}' does not support callbacks {unsupported}{control}")
+        warn(f"Solver '{method.name}' does not support callbacks {unsupported} {silent}".rstrip())
     dtype = wide_dtype(time.device) if method.adaptive else time.dtype
 
     def wrap(callback: Callable[[Tensor, Any, Tensor], Any]) -> Callback:

@@ -34,7 +34,9 @@ ADAPTIVE_OPTIONS = frozenset(
     ]
 )
 FIXED_STEP_OPTIONS = frozenset(["step_size", "grid_constructor", "interp", "perturb", "norm"])
-COMMON_OPTIONS = frozenset(["stats", "on_failure", "event_t_max", "skip_initial_event", "params", "control", "compile"])
+COMMON_OPTIONS = frozenset(
+    ["stats", "on_failure", "event_t_max", "skip_initial_event", "params", "control", "compile", "device_loop"]
+)
 CONTROLS = ("joint", "per_sample")
 # Exponents of the last errors, in units of 1 / order, and of the last ratios of step sizes: I is elementary control; PI
 # is PI.4.2, H211b has b = 4 (Soderlind 2003 and 2006); PID is SUNDIALS' (Hindmarsh et al. 2005).
@@ -225,7 +227,11 @@ def first_step_from(options: dict[str, Any]) -> float | None:
 def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Grid:
     """The output times and the steps and discontinuities that the options prescribe, sorted."""
     device = clock_device(device)
-    values = times.tensor.detach().to(device, torch.float64, copy=True).contiguous()  # the user's may change
+    values = times.tensor.detach()
+    if device.type == "cuda" and values.device.type == "cpu":  # from such memory the copy does not make the host wait
+        values = values.to(torch.float64).contiguous().pin_memory().to(device, non_blocking=True)
+    else:
+        values = values.to(device, torch.float64, copy=True).contiguous()  # the user's may change
     if options.get("step_t") is None and options.get("jump_t") is None:
         return Grid(values)
     stops = {name: _stops(options.get(name), name, times) for name in ("step_t", "jump_t")}

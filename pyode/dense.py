@@ -12,8 +12,8 @@ from torch import Tensor
 from ._ops.contract import clock_device
 from .compiling import not_compiled
 from .errors import InvalidValue
-from .odeint import solve
 from .problem import pose
+from .solving import solve
 from .state import Form, Func, State
 from .stepping.segment import Segment
 

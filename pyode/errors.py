@@ -12,7 +12,7 @@ from enum import IntEnum
 
 
 class Status(IntEnum):
-    """How a solve, or one sample of it, stands. The first five are those of csrc/core/controller.h."""
+    """How a solve, or one sample of it, stands. The first five are those of csrc/core/step_state.h."""
 
     SUCCESS = 0
     RUNNING = 1
@@ -38,12 +38,12 @@ _SENTENCES = {
         "solve in float64."
     ),
     Status.TOO_MANY_STEPS: (
-        "max_num_steps was reached. Raise options['max_num_steps'] or loosen rtol and atol; a problem that needs very "
+        "max_num_steps was reached. Raise it or loosen rtol and atol; a problem that needs very "
         "many steps is often stiff."
     ),
     Status.NON_FINITE: (
-        "func or the state became inf or nan, and smaller steps did not help. The solution may blow up here; check "
-        "func at this time and state, shorten the time span, or scale the problem."
+        "func or the state became inf or nan, in smaller steps too where the method takes them. The solution may blow "
+        "up here; check func at this time and state, shorten the time span, or scale the problem."
     ),
     Status.EVENT: "The solve ended at its event.",
     Status.NO_EVENT: (

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .compiling import not_compiled
 from .odeint import odeint
+from .solution import Stats
 from .state import Form, Func, State
 
 
@@ -40,7 +41,8 @@ def odeint_event(
         kwargs: passed on to it, args among them; options may have event_t_max and skip_initial_event, see `odeint`.
 
     Returns:
-        The event's time, a 0-dim tensor, and the states at t0 and at the event, [2, *y0.shape].
+        The event's time, a 0-dim tensor, and the states at t0 and at the event, [2, *y0.shape]. If there was none, and
+        options' on_failure is "return", where the search ended, a time without gradient, and the state there.
 
     Raises:
         What `odeint` raises; SolveError also if there is no event.
@@ -48,13 +50,19 @@ def odeint_event(
     Source:
         Chen, Amos, Nickel, Learning neural event functions for ordinary differential equations, 2021.
     """
+    options = kwargs.get("options") or {}
+    stats = options.get("stats") or Stats()
+    n_events = stats.n_events
+    if options.get("on_failure") == "return":
+        kwargs["options"] = {**options, "stats": stats}
     t0 = t0.reshape(-1)
     t = torch.cat([t0, t0.detach() + (-1.0 if reverse_time else 1.0)])
     event_t, ys = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
     form, args = Form(y0), kwargs.get("args", ())
     event_t = event_t.detach()
     flat = form.pack(form.at(ys, -1))
-    if not torch.is_grad_enabled():
+    unmet = options.get("on_failure") == "return" and stats.n_events == n_events  # no event moves where it has ended
+    if unmet or not torch.is_grad_enabled():
         return event_t, ys
 
     def event(t: Tensor, y: Tensor) -> Tensor:

@@ -35,11 +35,21 @@ from .state import Form, Func, State, check_y0, with_args
 from .stepping.fixed_grid import check_interp
 from .stepping.hooks import Callback
 
+PER_SAMPLE = "with control='per_sample'"
+
 
 @dataclass
 class Problem:
-    """A solve with all its arguments checked."""
+    """A solve with all its arguments checked.
 
+    Attributes:
+        written: func as the user gave it, which takes the args.
+        func: the function of (t, y) that comes of it.
+        kind: by which what is made for this solve is kept for others; see again.py.
+    """
+
+    written: Func
+    args: tuple[Any, ...]
     func: Func
     form: Form
     y0: Tensor  # packed
@@ -54,6 +64,7 @@ class Problem:
     callbacks: dict[str, Callback]
     event: Callable[[float, Tensor], Tensor] | None
     compiled: CompiledDynamics | WithArgs | None = None
+    kind: tuple[Any, ...] | None = None
 
     def event_time(self, end: float) -> Tensor:
         """The time at which a solve with an event has ended, as t has times."""
@@ -100,7 +111,9 @@ def pose(
     if t.device != packed.device:
         warn("t is not on the same device as y0. Coercing to y0.device.")
     return Problem(
-        func=_for_one_sample(with_args(func, args), form),
+        written=func,
+        args=tuple(args),
+        func=for_one_sample(with_args(func, args), form),
         form=form,
         y0=packed,
         times=times,
@@ -111,7 +124,7 @@ def pose(
         policy=policy_from(options, found),
         grid=grid_from(options, times, packed.device),
         first_step=first_step_from(options),
-        callbacks=callbacks_of(func, found, times.tensor, form.unpack, per_sample=form.per_sample),
+        callbacks=callbacks_of(func, found, times.tensor, form.unpack, silent=PER_SAMPLE if form.per_sample else ""),
         event=None if event_fn is None else event_of(event_fn, args, form, packed.device),
         compiled=None if compiled is None else compiled.with_args(args),
     )
@@ -132,7 +145,7 @@ def is_per_sample(options: dict[str, Any], method: Method) -> bool:
     return bool(control == "per_sample")
 
 
-def _for_one_sample(func: Func, form: Form) -> Func:
+def for_one_sample(func: Func, form: Form) -> Func:
     """A single sample's func is given its time as [1], like that of several."""
     return partial(_call_with_vector, func) if form.per_sample and form.samples == 1 else func
 

@@ -28,6 +28,7 @@ class Stats:
             at all stages that are solved for together.
         n_krylov: iterations of GMRES in them, for large states: each is a product with the Jacobian, a derivative of an
             evaluation that was made, and counts as none.
+        n_events: solves that ended at an event.
     """
 
     n_f_evals: int = 0
@@ -35,6 +36,7 @@ class Stats:
     n_rejected: int = 0
     n_newton: int = 0
     n_krylov: int = 0
+    n_events: int = 0
 
     @property
     def n_steps(self) -> int:
@@ -103,16 +105,22 @@ class Solution:
 
     @property
     def message(self) -> str:
-        """What happened, a sentence for each status that occurs."""
-        counts = Counter(map(Status, self.status.tolist()))
+        """What happened and what may help, for each status that occurs."""
         B = len(self.status)
-        return " ".join(s.sentence if B == 1 else f"{n} of {B} samples: {s.sentence}" for s, n in counts.items())
+        return " ".join(s.sentence if B == 1 else f"{n} of {B} samples: {s.sentence}" for s, n in self._counts())
+
+    def _counts(self) -> list[tuple[Status, int]]:
+        """How many samples have which status, the most frequent first."""
+        return Counter(map(Status, self.status.tolist())).most_common()
 
     def __repr__(self) -> str:
-        """A short table."""
-        rows: list[tuple[str, Any]] = [("success", self.success), ("message", self.message)]
-        tree = Tree(self.ys)
+        """A short table: the statuses' first sentences, shapes, and from where to where counts reach."""
+        rows: list[tuple[str, Any]] = [("success", self.success)]
+        for i, (status, n) in enumerate(self._counts()):
+            sentence = status.sentence.partition(". ")[0].rstrip(".")
+            rows.append(("" if i else "status", f"{n} {status.name}: {sentence}"))
         rows.append(("ts", _shape(self.ts)))
+        tree = Tree(self.ys)
         rows += [(name, _shape(part)) for name, part in zip(tree.names("ys"), tree.leaves(self.ys))]
         stats = self.stats
         counts = {name: getattr(stats, name) for name in ("n_f_evals", "n_accepted", "n_rejected", "last_dt")}

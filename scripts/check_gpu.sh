@@ -2,16 +2,19 @@
 # All there is to do on a machine with a GPU, without network, in about nine minutes: builds in place against the Python
 # and torch found there, runs the tests on the device, compute-sanitizer over a short solve, and the GPU benchmarks.
 #
-#   scripts/check_gpu.sh FOLDER
+#   scripts/check_gpu.sh FOLDER [STAGE...]
 #
 # leaves a log of every stage, summary.txt and gpu.json in FOLDER; fails if a stage did, after the others have run.
 set -uo pipefail
-if [ $# -ne 1 ]; then
-  echo "usage: $0 FOLDER" >&2
+stages="build tests_gpu memcheck racecheck benchmarks tests_others"
+if [ $# -lt 1 ]; then
+  echo "usage: $0 FOLDER [STAGE...]   the stages: $stages" >&2
   exit 2
 fi
 mkdir -p "$1" || exit 2
 folder=$(cd "$1" && pwd)
+shift
+wanted=" ${*:-$stages} "
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 exec </dev/null
 
@@ -28,6 +31,7 @@ note() { echo "$*" | tee -a "$summary"; }
 stage() { # name, seconds, command...; the log is NAME.txt
   local name=$1 limit=$2 began=$SECONDS status
   shift 2
+  if [[ $wanted != *" $name "* ]]; then return; fi
   if ((limit > total - SECONDS)); then limit=$((total - SECONDS)); fi
   if ((limit < 5)); then
     note "$(printf '%-14s not run: out of time' "$name")"
@@ -68,6 +72,14 @@ for shape, dtype in (((7, 3), torch.float32), ((300, 1001), torch.float32), ((33
         exact = y0 * torch.exp(-0.5 * t[-1])
         assert (pyode.odeint(f, y0, t, rtol=1e-5, atol=1e-7)[-1] - exact).abs().max() < 1e-4
         pyode.odeint(lambda t, y: (-y[0], y[0]), (y0, y0), t, rtol=1e-4, atol=1e-6)
+    for odeint in (pyode.odeint, pyode.odeint_adjoint):
+        with torch.set_grad_enabled(odeint is not pyode.odeint):
+            func = torch.nn.Linear(shape[-1], shape[-1], bias=False, device="cuda", dtype=dtype)
+            given = {"rtol": 1e-3, "atol": 1e-5, "options": {"device_loop": True, "jump_t": [0.4]}}
+            y = odeint(lambda t, y: func(y), y0, t, **given, **({"adjoint_params": tuple(func.parameters())}
+                       if odeint is pyode.odeint_adjoint else {}))
+            if y.requires_grad:
+                y.abs().square().mean().backward()
 torch.cuda.synchronize()
 print("solved")
 '
@@ -78,10 +90,14 @@ sanitizer() { # tool
     --error-exitcode 1 "$python" -c "$short_solve"
 }
 
+# The tests need no plugin; with xdist they run in several processes.
+pytest=("$python" -m pytest -p no:cacheprovider -p no:benchmark -o addopts="-q --strict-markers")
+if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n 8); fi
+
 benchmarks() {
-  "$python" -m pytest benchmarks/bench_gpu.py -k launches
+  "$python" -m pytest -o addopts= -q benchmarks/bench_gpu.py -k launches
   local status=$?
-  "$python" -m benchmarks gpu --seconds 3 --save "$folder/gpu.json" && return "$status"
+  XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" -m benchmarks gpu gpu_large --seconds 2 --save "$folder/gpu.json" && return "$status"
 }
 export -f sanitizer benchmarks
 export python short_solve folder
@@ -95,11 +111,11 @@ note "$(nvcc --version 2>&1 | tail -n 1)"
 stage build 200 env PYODE_CUDA=1 PYODE_CUDA_ARCHITECTURES="${PYODE_CUDA_ARCHITECTURES:-native}" \
   "$python" setup.py build_ext --inplace
 note "$("$python" -m pyode info 2>&1)"
-stage tests_gpu 200 "$python" -m pytest -m cuda -p no:cacheprovider
+stage tests_gpu 200 "${pytest[@]}" -m cuda tests
 stage memcheck 60 bash -c 'sanitizer memcheck'
 stage racecheck 60 bash -c 'sanitizer racecheck'
 stage benchmarks 100 bash -c benchmarks
-stage tests_others 540 "$python" -m pytest -m "not cuda" -p no:cacheprovider
+stage tests_others 540 "${pytest[@]}" -m "not cuda" tests
 
 echo
 echo "=== summary"

@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+from pyode.stepping import newton
+
 hypothesis.settings.register_profile("pyode", deadline=None, max_examples=25, derandomize=True, database=None)
 hypothesis.settings.load_profile("pyode")
 
@@ -44,3 +46,10 @@ def _quickly_compiled(tmp_path_factory: pytest.TempPathFactory):
         patch.setattr(build, "FLAGS", tuple("-O1" if flag == "-O2" else flag for flag in build.FLAGS))
         patch.setenv("PYODE_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         yield
+
+
+@pytest.fixture(params=["factors", "gmres"])
+def by(request, monkeypatch):
+    """Either way of solving Newton's linear systems, whatever the size."""
+    monkeypatch.setattr(newton, "DIRECT_UNKNOWNS", 10**6 if request.param == "factors" else 0)
+    return request.param

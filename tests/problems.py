@@ -40,6 +40,11 @@ def tensor(*numbers: float) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
+def leaf(x: Tensor) -> Tensor:
+    """The same as a leaf of a graph."""
+    return x.clone().requires_grad_()
+
+
 constant = ClosedForm(
     "constant",
     lambda t, y: 0.2 + (y - (0.2 * t + 3.0)) ** 5,  # torchdiffeq's own test: a straight line, held there

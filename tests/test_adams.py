@@ -1,4 +1,4 @@
-"""The variable-coefficient Adams method: its formulas, its strategy, and what every method has to do."""
+"""The variable-coefficient Adams method: its strategy, and what every method has to do."""
 
 from __future__ import annotations
 
@@ -9,173 +9,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-import torch.autograd.forward_ad as forward_ad
-from detest import END, PROBLEMS
-from hypothesis import given
-from hypothesis import strategies as st
 from problems import exponential, growth, kepler, kepler_start, linear, rigid_body, spiral, tensor, van_der_pol
-from scipy.integrate import solve_ivp
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 
 import pyode
 from pyode import SolveError, Stats, Status
 from pyode.methods import METHODS
-from pyode.methods.adams import GAMMA
-from pyode.methods.multistep import bashforth, moulton
 
 ADAMS = METHODS["adams"]
 ORDERS = range(1, ADAMS.max_order + 1)
-
-
-@st.composite
-def unequal_steps(draw) -> tuple[int, tuple[float, ...]]:
-    """An order, and as many ratios of step sizes as the next higher order needs; by up to 2 from step to step."""
-    order = draw(st.integers(1, 8))
-    factors = draw(st.lists(st.floats(0.5, 2.0), min_size=order, max_size=order))
-    return order, tuple(float(r) for r in np.cumprod(factors))
-
-
-def positions(ratios: tuple[float, ...]) -> np.ndarray:
-    """Of the steps' ends, the latest first: this one's at 1, its start at 0."""
-    return np.array([1.0, 0.0, *-np.cumsum(ratios)])
-
-
-def power(s: np.ndarray, j: int, weights: tuple[float, ...], scale: float = 1.0) -> tuple[float, float]:
-    """The weighted sum of s^j over the first of some positions, and the size of its rounding error."""
-    terms = np.array(weights) * s[: len(weights)] ** j
-    return float(terms.sum()), 1e-13 * float(np.abs(terms).sum()) + 1e-13 * scale
-
-
-class TestFormulas:
-    @pytest.mark.parametrize("order", ORDERS)
-    def test_with_equal_steps_they_are_bashforths_and_moultons(self, order):
-        formulas = ADAMS.formulas((1.0,) * (order - 1), order)
-        assert formulas.predictor == pytest.approx(bashforth(order), rel=1e-9)
-        assert formulas.corrector == pytest.approx(moulton(order + 1), rel=1e-9)
-        assert formulas.constant == pytest.approx(1.0, rel=1e-9)
-
-    @given(unequal_steps())
-    def test_with_unequal_steps_they_integrate_polynomials_of_their_order(self, steps):
-        order, ratios = steps
-        formulas, s = ADAMS.formulas(ratios[: order - 1], order), positions(ratios)
-        for j in range(order + 1):
-            for weights, at, degree in ((formulas.predictor, s[1:], order - 1), (formulas.corrector, s, order)):
-                value, rounding = power(at, j, weights)
-                assert (abs(value - 1 / (j + 1)) < rounding) == (j <= degree)
-
-    @given(unequal_steps())
-    def test_the_error_estimates_are_those_of_equal_steps_for_each_order(self, steps):
-        order, ratios = steps
-        formulas, s = ADAMS.formulas(ratios, order), positions(ratios)
-        estimates = {order + 1: formulas.higher, order: tuple(formulas.constant * w for w in formulas.error)}
-        estimates |= dict(zip((order - 1, order - 2), formulas.lower))
-        assert set(estimates) == {j for j in range(order - 2, order + 2) if j > 0}
-        for k, weights in estimates.items():
-            # gamma* h f^(k) of Moulton's method, for f = s^k; of lower powers nothing is left.
-            for j in range(k + 1):
-                value, rounding = power(s, j, weights)
-                assert abs(value) == pytest.approx(GAMMA[k] * math.factorial(k) if j == k else 0, abs=10 * rounding)
-
-    @given(unequal_steps(), st.floats(0, 1))
-    def test_dense_output_integrates_polynomials_and_meets_both_ends(self, steps, x):
-        order, ratios = steps
-        formulas, s = ADAMS.formulas(ratios, order), positions(ratios)
-        s = np.array([1.0, *s])  # f at the step's end, as predicted there, and before
-        for j in range(order + 1):
-            value, rounding = power(s, j, formulas.dense(x))
-            assert value == pytest.approx(x ** (j + 1) / (j + 1), abs=rounding)
-        assert formulas.dense(1.0) == (0.0, *formulas.corrector)
-        assert formulas.dense(0.0) == (0.0,) * (order + 2)
-        assert formulas.dense_at(torch.tensor(x, dtype=torch.float64)).tolist() == pytest.approx(
-            formulas.dense(x), abs=1e-12 * max(map(abs, formulas.corrector))
-        )
-
-    @given(unequal_steps())
-    def test_dense_output_has_fs_slope_at_both_ends(self, steps):
-        order, ratios = steps
-        x = tensor(1.0, 0.0)
-        slopes = torch.autograd.functional.jacobian(ADAMS.formulas(ratios, order).dense_at, x).diagonal(0, 0, 2)
-        expected = torch.zeros(order + 2, 2, dtype=torch.float64)
-        expected[0, 0] = expected[2, 1] = 1.0
-        assert torch.allclose(slopes, expected, atol=1e-9)
-
-    def test_the_error_constants_are_the_literatures(self):
-        # Hairer, Norsett, Wanner I, section III.1
-        assert GAMMA[:7] == pytest.approx((1, 1 / 2, 1 / 12, 1 / 24, 19 / 720, 3 / 160, 863 / 60480), rel=1e-15)
-
-    @pytest.mark.parametrize("order", [1, 2, 3, 4, 6, 8])
-    def test_predict_evaluate_correct_evaluate_has_one_order_more_than_its_predictor(self, order):
-        def error(n: int) -> float:
-            times = np.linspace(0, growth.t1, n + 1)
-            ys = [float(growth.solution(t)) for t in times[:order]]  # exact to begin with
-            fs = [y * math.cos(t) for t, y in zip(times, ys)][::-1]
-            y, h, worst, formulas = ys[-1], times[1], 0.0, ADAMS.formulas((1.0,) * (order - 1), order)
-            for t in times[order - 1 : -1]:
-                f = math.cos(t + h) * (y + h * np.dot(formulas.predictor, fs[:order]))
-                y += h * np.dot(formulas.corrector, [f, *fs[:order]])
-                fs.insert(0, y * math.cos(t + h))
-                worst = max(worst, abs(y - float(growth.solution(t + h))))
-            return worst
-
-        n = {6: 64, 8: 48}.get(order, 128)  # the error of 2 n steps is far above rounding
-        assert math.log2(error(n) / error(2 * n)) == pytest.approx(order + 1, abs=0.3)
-
-
-TOLERANCES = (1e-3, 1e-6, 1e-9)
-
-
-def scipys(name: str, method: str, rtol: float, atol: float) -> Tensor:
-    problem = PROBLEMS[name]
-
-    def f(t, y):
-        return problem.f(torch.tensor(t, dtype=torch.float64), torch.from_numpy(y)).numpy()
-
-    done = solve_ivp(f, (0, END), problem.y0.numpy(), method, rtol=rtol, atol=atol)
-    assert done.success
-    return torch.from_numpy(done.y[:, -1].copy())
-
-
-def solved(name: str, method: str, tolerance: float) -> tuple[Tensor, int]:
-    stats, problem = Stats(), PROBLEMS[name]
-    y = pyode.odeint(problem.f, problem.y0, tensor(0, END), tolerance, tolerance, method, {"stats": stats})
-    return y[-1], stats.n_f_evals
-
-
-@pytest.fixture(scope="module")
-def judged() -> dict[str, Tensor]:
-    with torch.no_grad():
-        return {name: scipys(name, "DOP853", 1e-13, 1e-14) for name in PROBLEMS}
-
-
-@pytest.fixture(scope="module")
-def ours() -> dict[tuple[str, float], tuple[Tensor, int]]:
-    with torch.no_grad():
-        return {(name, tol): solved(name, "adams", tol) for name in PROBLEMS for tol in TOLERANCES}
-
-
-class TestDetest:
-    """DETEST's 25 problems with rtol = atol = tol: SciPy's DOP853 at 1e-13 is the judge."""
-
-    @pytest.mark.parametrize("tolerance", TOLERANCES)
-    def test_errors_are_no_larger_than_lsodas(self, tolerance, judged, ours):
-        def mean_error(y: dict[str, Tensor]) -> float:
-            return math.exp(np.mean([math.log((y[name] - judged[name]).abs().max()) for name in PROBLEMS]))
-
-        lsoda = {name: scipys(name, "LSODA", tolerance, tolerance) for name in PROBLEMS}
-        assert mean_error({name: ours[name, tolerance][0] for name in PROBLEMS}) <= mean_error(lsoda)
-
-    def test_evaluations_at_tight_tolerances_are_far_fewer_than_dopri5s(self, ours):
-        with torch.no_grad():
-            ratios = [ours[name, 1e-9][1] / solved(name, "dopri5", 1e-9)[1] for name in PROBLEMS]
-        assert math.exp(np.mean(np.log(ratios))) < 0.5
-        assert max(ratios) < 0.8
-
-    @pytest.mark.parametrize("name", PROBLEMS)
-    def test_the_error_is_in_proportion_to_the_tolerance(self, name, judged, ours):
-        most = 5e3 if name[0] == "D" or name == "C5" else 5e2  # as in test_detest.py
-        for tolerance in (1e-6, 1e-9):
-            assert float((ours[name, tolerance][0] - judged[name]).abs().max()) <= most * tolerance
 
 
 class TestStrategy:
@@ -277,86 +119,6 @@ def dense(*problem, **kwargs) -> pyode.DenseOutput:
 
 def slope(segment, t: float) -> Tensor:
     return torch.autograd.functional.jacobian(segment.sample, tensor(t))[0, ..., 0]
-
-
-A = torch.tensor([[-0.5, 1.0], [-2.0, 0.1]], dtype=torch.float64)
-Y0 = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
-T = tensor(0.0, 0.1, 0.6, 1.1)
-# Steps of one size, so that moving an input moves no step; no output at a step's end.
-FORCED = {"first_step": 0.25, "min_step": 0.25, "max_step": 0.25}
-TIGHT = {"rtol": 1e-6, "atol": 1e-7}  # a difference with steps of 1e-6 is right to 1e-9 or so
-
-
-def field(matrix: Tensor):
-    return lambda t, y: torch.sin(y @ matrix) * (1 + t * t)
-
-
-def leaf(x: Tensor) -> Tensor:
-    return x.clone().requires_grad_()
-
-
-class TestGradients:
-    @pytest.mark.parametrize("backend", ["auto", "reference"])
-    @pytest.mark.parametrize("sign", [1.0, -1.0], ids=["forward", "backward"])
-    @pytest.mark.parametrize("jump", [False, True], ids=["smooth", "jump"])
-    def test_they_are_the_finite_differences(self, sign, jump, backend):
-        # The step that ends at a discontinuity gets longer and shorter with the start; those behind stay in place.
-        options = {**FORCED, "jump_t": tensor(sign * 0.7)} if jump else FORCED
-
-        def solve(y0, matrix, t):
-            with pyode.backend(backend):
-                return pyode.odeint(field(matrix), y0, t, method="adams", options=options)
-
-        inputs = (leaf(Y0), leaf(A), leaf(sign * T))
-        assert gradcheck(solve, inputs, **TIGHT)
-        assert gradgradcheck(solve, inputs, fast_mode=True, **TIGHT)
-
-    def test_of_complex_states_and_tuples(self):
-        y0, b = torch.tensor([1 + 1j, 0.3 - 2j], dtype=torch.complex128), tensor(0.3)
-        factor = torch.tensor(0.3 - 1j, dtype=torch.complex128)
-
-        def solve(y0, b, factor, t):
-            def f(t, y):
-                return factor * y[0] * y[0].abs() + t * y[0].conj(), -y[1] * y[0].abs().sum() + 0j
-
-            return pyode.odeint(f, (y0, b), t, method="adams", options=FORCED)
-
-        assert gradcheck(solve, (leaf(y0), leaf(b + 0j), leaf(factor), leaf(T)), **TIGHT)
-
-    def test_steps_that_are_chosen_count_as_constants(self):
-        p, y0, t = leaf(tensor(0.7)), leaf(tensor(2.0)), leaf(tensor(0.2, 1.0))
-        y = pyode.odeint(lambda t, y: p * y, y0, t, 1e-10, 1e-10, method="adams")[-1]
-        gradients = torch.autograd.grad(y.sum(), (y0, p, t))
-        e = math.exp(0.7 * 0.8)
-        for gradient, expected in zip(gradients, (e, 0.8 * 2 * e, tensor(-1.4 * e, 1.4 * e))):
-            assert torch.allclose(gradient, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-8)
-
-    def test_of_dense_output_with_respect_to_its_time(self):
-        t = leaf(tensor(0.7))
-        (gradient,) = torch.autograd.grad(dense(growth.f, growth.y0, 0.0, 2.0)(t).sum(), t)
-        assert float(gradient) == pytest.approx(float(growth.solution(0.7)) * math.cos(0.7), rel=1e-6)
-
-    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-    def test_torch_func_and_forward_mode_agree(self):
-        def solve(y0):
-            return pyode.odeint(field(A), y0, T, method="adams", options=FORCED).square().sum()
-
-        y0 = leaf(Y0)
-        (gradient,) = torch.autograd.grad(solve(y0), y0)
-        assert torch.allclose(torch.func.grad(solve)(Y0), gradient, rtol=1e-12)
-        with forward_ad.dual_level():
-            tangent = forward_ad.unpack_dual(solve(forward_ad.make_dual(Y0, torch.ones_like(Y0)))).tangent
-        assert float(tangent) == pytest.approx(float(gradient.sum()), rel=1e-12)
-
-    def test_the_adjoint_agrees(self):
-        found = []
-        for adjoint in (False, True):
-            y0, matrix, t = inputs = leaf(Y0), leaf(A), leaf(T)
-            arguments = (field(matrix), y0, t, 1e-10, 1e-10, "adams")
-            y = pyode.odeint_adjoint(*arguments, adjoint_params=(matrix,)) if adjoint else pyode.odeint(*arguments)
-            found.append(torch.autograd.grad((y * torch.arange(8).view(4, 1, 2)).sum(), inputs))
-        for direct, adjoint in zip(*found):
-            assert torch.allclose(direct, adjoint, rtol=1e-7, atol=1e-7)
 
 
 class TestAnyState:

@@ -16,7 +16,7 @@ from pyode._ops import native, reference
 from pyode._ops.contract import INTEGER_FIELDS, N_FIELDS, REAL_FIELDS, Flag, Phase, Policy
 from pyode.errors import Status
 
-CONTROLLER_H = Path(__file__).parents[1] / "csrc" / "core" / "controller.h"
+STEP_STATE_H = Path(__file__).parents[1] / "csrc" / "core" / "step_state.h"
 NAMES = pytest.mark.parametrize("ops", BACKENDS, ids=lambda ops: ops.__name__.rsplit(".")[-1])
 F64 = torch.float64
 TIMES = (0.0, 0.5, 0.625, 2.0)
@@ -29,20 +29,20 @@ NORMS = st.one_of(st.floats(0, 3), st.floats(1e-12, 1e12), st.sampled_from([0.0,
 
 
 def test_the_fields_are_those_of_the_struct_in_their_order():
-    struct = re.search(r"struct Samples \{(.*?)\n\};", CONTROLLER_H.read_text(), re.S)[1]
+    struct = re.search(r"struct Samples \{(.*?)\n\};", STEP_STATE_H.read_text(), re.S)[1]
     assert tuple(re.findall(r"^  R (\w+);", struct, re.M)) == REAL_FIELDS
     assert tuple(re.findall(r"^  counts_t<R> (\w+);", struct, re.M)) == INTEGER_FIELDS
     assert native._C.STATE_WORDS == N_FIELDS
 
 
 def test_statuses_flags_and_phases_are_those_of_the_header():
-    header = CONTROLLER_H.read_text()
+    header = STEP_STATE_H.read_text()
     statuses = dict(re.findall(r"k(\w+) = (\d)", re.search(r"enum Status.*?\{(.*?)\}", header)[1]))
     ours = {name.title().replace("_", ""): str(s.value) for name, s in Status.__members__.items()}
     assert statuses.items() <= ours.items()  # the others are of Python's own making
     flags = dict(re.findall(r"constexpr int64_t kAny(\w+) = (\d+);", header))
     assert {flag.name.title(): str(flag.value) for flag in Flag} == flags
-    phases = re.search(r"enum class Phase : int32_t \{(.*?)\};", (CONTROLLER_H.parents[1] / "ops.h").read_text(), re.S)
+    phases = re.search(r"enum class Phase : int32_t \{(.*?)\};", (STEP_STATE_H.parents[1] / "ops.h").read_text(), re.S)
     assert [phase.name.lower() for phase in Phase] == re.findall(r"^  (\w+),", phases[1], re.M)
 
 

@@ -31,8 +31,17 @@ for interface, methods in CASES.items():
     GROUPS[interface.partition(" ")[0]] += [f"{method} by {interface}" for method in methods]
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_a_device_without_float64(group):
-    command = [sys.executable, "-m", "tests.without_float64", *GROUPS[group]]
+def check(*arguments: str) -> None:
+    command = [sys.executable, "-m", "tests.without_float64", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_device_without_float64(group):
+    check(*GROUPS[group])
+
+
+@pytest.mark.parametrize("group", ["per_sample", "solve_ivp"])
+def test_the_twin_where_times_are_on_the_device_as_on_cuda(group):
+    check("--like-cuda", *GROUPS[group])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torchdiffeq
-from problems import tensor
+from problems import leaf, tensor
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -26,10 +26,6 @@ TIGHT = {"rtol": 1e-6, "atol": 1e-7}  # a difference with steps of 1e-6 is right
 
 def field(matrix: Tensor):
     return lambda t, y: torch.sin(y @ matrix) * (1 + t * t)
-
-
-def leaf(x: Tensor) -> Tensor:
-    return x.clone().requires_grad_()
 
 
 @METHODS

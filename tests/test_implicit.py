@@ -10,109 +10,13 @@ import pytest
 import scipy.fft
 import scipy.integrate
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from implicit_field import L_STABLE, METHODS, Y0, A, f, stability, uneven
 from problems import tensor
 from torch import Tensor, nn
-from trees import Stages, decimal
 
 import pyode
 from pyode import SolveError, Stats, Status
-from pyode.methods import IMPLICIT, ImplicitTableau
-from pyode.methods.tableau import exact
-from pyode.stepping import newton
-from pyode.stepping.krylov import RESTART, gmres
-
-METHODS = pytest.mark.parametrize("method", IMPLICIT)
-L_STABLE = ("implicit_euler", "radauIIA3", "radauIIA5", "sdirk2", "trbdf2")
-SYMPLECTIC = ("implicit_midpoint", "gl4", "gl6")
-A = torch.tensor([[-0.5, 1.0], [-2.0, 0.1]], dtype=torch.float64)
-Y0 = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)
-TIGHT = {"rtol": 1e-6, "atol": 1e-7}  # a difference with steps of 1e-6 is right to 1e-9 or so
-
-
-def f(t: Tensor, y: Tensor) -> Tensor:
-    """Nonlinear, and dependent on time."""
-    return torch.sin(y @ A.to(y)) * (1 + t)
-
-
-def uneven(n: int = 4) -> Tensor:
-    return tensor(0.0, 0.1, 0.35, 0.6)[:n]
-
-
-@pytest.fixture(params=["factors", "gmres"])
-def by(request, monkeypatch):
-    """Either way of solving Newton's linear systems, whatever the size."""
-    monkeypatch.setattr(newton, "DIRECT_UNKNOWNS", 10**6 if request.param == "factors" else 0)
-    return request.param
-
-
-# ---- tables ----
-
-
-class ImplicitStages(Stages):
-    """The elementary weights of a full matrix."""
-
-    def __init__(self, tableau: ImplicitTableau) -> None:
-        self.rows = [[decimal(x) for x in row] for row in tableau.a]
-        self._cache = {(): [decimal(1)] * len(self.rows)}
-
-
-def stability(method: str, z: complex | np.ndarray) -> np.ndarray:
-    """R(z) = det(I - z a + z 1 b') / det(I - z a), by which a step multiplies (Hairer, Wanner II, IV.3)."""
-    a, b = np.array(IMPLICIT[method].rows), np.array(IMPLICIT[method].weights)
-    z = np.asarray(z, dtype=complex)[..., None, None]
-    eye = np.eye(len(b))
-    return np.linalg.det(eye - z * a + z * np.ones((len(b), 1)) * b) / np.linalg.det(eye - z * a)
-
-
-@METHODS
-def test_the_solution_has_exactly_the_order_that_is_claimed(method):
-    tableau = IMPLICIT[method]
-    stages, weights = ImplicitStages(tableau), [decimal(x) for x in tableau.b]
-    for order in range(1, tableau.order + 1):
-        assert stages.worst(weights, order) < decimal(1e-35), order  # roots have 40 digits
-    assert stages.worst(weights, tableau.order + 1) > decimal(1e-6)
-
-
-@METHODS
-def test_all_are_a_stable_and_the_stiffly_accurate_ones_l_stable(method):
-    grid = np.concatenate([-np.logspace(-3, 6, 50), 1j * np.logspace(-3, 6, 50)])
-    assert np.abs(stability(method, grid)).max() <= 1 + 1e-9
-    at_infinity = abs(stability(method, -1e7))
-    if method in L_STABLE:
-        assert at_infinity < 1e-6
-        assert IMPLICIT[method].rows[-1] == IMPLICIT[method].weights
-    else:
-        assert at_infinity == pytest.approx(1, abs=1e-5)
-
-
-@METHODS
-def test_the_observed_order_is_the_tables(method):
-    y0 = tensor(1.0, 0.5, 2.0)
-    errors = []
-    for n in (6, 12):
-        y = pyode.odeint(lambda t, y: -2 * t * y * y, y0, tensor(0, 1.5), method=method, options={"step_size": 1.5 / n})
-        errors.append(float((y[-1] - 1 / (1 / y0 + 1.5**2)).abs().max()))
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(IMPLICIT[method].order, abs=0.3)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"a": (exact("1/2"), exact("1/2", "1/2"))},
-        {"a": (exact("1/2", 0), exact("1/2", 0))},
-        {"c": exact("1/3", 1)},
-        {"b": exact("1/2", "1/3")},
-    ],
-    ids=["not square", "explicit in the middle", "abscissae", "weights"],
-)
-def test_an_inconsistent_table_is_refused(wrong):
-    right = {"a": (exact("1/2", 0), exact("1/2", "1/2")), "b": exact("1/2", "1/2"), "c": exact("1/2", 1)}
-    assert ImplicitTableau(name="mine", order=1, source="", **right).blocks == ((0,), (1,))
-    with pytest.raises(ValueError, match="mine"):
-        ImplicitTableau(name="mine", order=1, source="", **{**right, **wrong})
-
+from pyode.methods import IMPLICIT
 
 # ---- linear problems, whose steps are known in closed form ----
 
@@ -286,10 +190,23 @@ def test_a_solve_without_an_answer_says_so(method):
     assert (failure.value.status, failure.value.t, failure.value.dt) == (Status.NOT_CONVERGED, 0.0, 0.25)
 
 
-def test_a_func_that_is_not_finite_is_told_apart():
+@METHODS
+@pytest.mark.parametrize("func", [
+    lambda t, y: y / 0,
+    lambda t, y: torch.where(t > 0, math.nan, -y),  # at the start it is finite
+    lambda t, y: torch.where(t > 0, math.nan, -y.detach()),
+], ids=["everywhere", "in the stages", "in the stages, without a derivative"])  # fmt: skip
+def test_a_func_that_is_not_finite_is_told_apart(method, func):
     with pytest.raises(SolveError) as failure:
-        pyode.odeint(lambda t, y: y / 0, tensor(1.0), tensor(0, 0.25), method="trbdf2")
+        pyode.odeint(func, tensor(1.0), tensor(0, 0.25), method=method)
     assert failure.value.status is Status.NON_FINITE
+
+
+def test_a_gradient_that_is_not_finite_is_passed_on_as_by_explicit_methods(by):
+    for method in ("rk4", "trbdf2"):
+        y0 = Y0.clone().requires_grad_()
+        pyode.odeint(f, y0, tensor(0, 0.1), method=method)[-1].backward(torch.full_like(Y0, math.nan))
+        assert y0.grad.isnan().all()
 
 
 def test_max_iters_bounds_the_iterations():
@@ -408,152 +325,3 @@ def test_every_evaluation_is_counted(method, by):
     assert (stats.n_accepted, stats.n_rejected) == (4, 0)
     assert 4 <= stats.n_newton < len(calls)
     assert (stats.n_krylov > 0) == (by == "gmres")
-
-
-# ---- gradients ----
-
-
-@METHODS
-def test_gradcheck(method, by):
-    # Cubic output uses all that a step hands on: its stages, both ends and the slope at its start.
-    options = {"step_size": 0.2, "interp": "cubic"}
-
-    def solve(y0, matrix, t):
-        return pyode.odeint(lambda t, y: torch.sin(y @ matrix) * (1 + t), y0, t, method=method, options=options)
-
-    inputs = (Y0[:1].clone().requires_grad_(), A.clone().requires_grad_(), uneven(3).requires_grad_())
-    assert torch.autograd.gradcheck(solve, inputs, **TIGHT)
-
-
-@pytest.mark.parametrize("method", ["trapezoid", "radauIIA3"])
-def test_gradcheck_of_a_complex_tuple(method, by):
-    def solve(y, z, t):
-        def func(t, s):
-            return torch.sin(s[0].real @ A) * t + 0j * s[0], s[1] * 1j - s[1].abs() * s[1] + s[0].sum()
-
-        return torch.cat([part.reshape(-1) for part in pyode.odeint(func, (y + 0j, z), t, method=method)])
-
-    z = torch.tensor([0.3 - 1j, 0.7 + 0.2j], dtype=torch.complex128)
-    inputs = (Y0[:1].clone().requires_grad_(), z.requires_grad_(), uneven(2).requires_grad_())
-    assert torch.autograd.gradcheck(solve, inputs, **TIGHT)
-
-
-def test_a_stiff_gradient_is_that_of_the_converged_step():
-    # Through iterations it would depend on their number; y1 = (y0 + h l c) / (1 + h l) has the gradient below.
-    rate, c, h = 1e4, tensor(0.7).requires_grad_(), 0.1
-    y0 = tensor(3.0).requires_grad_()
-    y = pyode.odeint(lambda t, y: -rate * (y - c), y0, tensor(0, h), method="implicit_euler")[-1]
-    gradients = torch.autograd.grad(y.sum(), (y0, c))
-    assert torch.allclose(torch.stack(gradients)[:, 0], tensor(1, h * rate) / (1 + h * rate), rtol=1e-12)
-
-
-def test_a_gradient_is_not_differentiated_again():
-    y0 = Y0.clone().requires_grad_()
-    y = pyode.odeint(f, y0, uneven(), method="gl4")
-    with pytest.raises(pyode.InvalidValue, match="can't be differentiated"):
-        torch.autograd.grad(y.sum(), y0, create_graph=True)
-
-
-class Field(nn.Module):
-    """A small network with a parameter that it does not use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(2, 5).double(), nn.Linear(5, 2).double()
-        self.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
-
-    def forward(self, t, y):
-        return self.second(torch.tanh(self.first(y))) * (1 + t) - y
-
-
-def gradients_of(solve, field, **kwargs) -> list[Tensor]:
-    y0 = Y0.clone().requires_grad_()
-    y = solve(field, y0, tensor(0, 0.5, 1), **kwargs)
-    inputs = (y0, *field.parameters())
-    return list(torch.autograd.grad(y[1:].square().sum(), inputs, materialize_grads=True, allow_unused=True))
-
-
-@METHODS
-def test_adjoint_gradients_tend_to_direct_ones(method):
-    field, errors = Field(), []
-    for size in (0.1, 0.05):
-        found = [
-            gradients_of(solve, field, method=method, options={"step_size": size})
-            for solve in (pyode.odeint, pyode.odeint_adjoint)
-        ]
-        errors.append(max(float((a - b).abs().max()) for a, b in zip(*found)))
-    if method in SYMPLECTIC:  # their adjoint is their own backward pass: Sanz-Serna, SIAM Rev. 58 (2016)
-        assert max(errors) < 1e-10
-    else:
-        assert math.log2(errors[0] / errors[1]) > IMPLICIT[method].order - 0.4
-
-
-def test_gmres_makes_no_other_adjoint_gradients(by):
-    field = Field()
-    found = gradients_of(pyode.odeint_adjoint, field, method="gl4")
-    for direct, adjoint in zip(gradients_of(pyode.odeint, field, method="gl4"), found):
-        assert torch.allclose(direct, adjoint, atol=1e-10)
-
-
-def test_adjoint_gradients_reach_times_and_given_parameters_of_a_tuple():
-    matrix, t = A.clone().requires_grad_(), tensor(0, 0.3, 0.7).requires_grad_()
-
-    def func(t, s):
-        return torch.sin(s[0] @ matrix) * (1 + t), s[1] * t
-
-    y0 = (Y0.clone().requires_grad_(), tensor(2.0).requires_grad_())
-    found = []
-    for solve, kwargs in ((pyode.odeint, {}), (pyode.odeint_adjoint, {"adjoint_params": (matrix,)})):
-        y = solve(func, y0, t, method="gl6", options={"step_size": 0.1}, **kwargs)
-        loss = y[0][1:].square().sum() + y[1][-1].sum()
-        found.append(torch.autograd.grad(loss, (*y0, matrix)))
-    for direct, adjoint in zip(*found):
-        assert torch.allclose(direct, adjoint, rtol=1e-9)
-    y = pyode.odeint_adjoint(func, y0, t, method="gl6", options={"step_size": 0.05}, adjoint_params=(matrix,))
-    (slopes,) = torch.autograd.grad(y[1][-1].sum(), t)
-    assert float(slopes[-1]) == pytest.approx(float(y[1][-1].detach() * 0.7), rel=1e-6)
-
-
-def test_the_backward_solve_counts_its_iterations():
-    stats, field = Stats(), Field()
-    gradients_of(pyode.odeint_adjoint, field, method="trbdf2", adjoint_options={"step_size": 0.25, "stats": stats})
-    assert stats.n_accepted == 4
-    assert stats.n_newton >= 8
-
-
-# ---- GMRES ----
-
-
-@given(n=st.integers(1, 90), seed=st.integers(0, 99), dtype=st.sampled_from([torch.float64, torch.float32]))
-def test_gmres_solves_what_elimination_solves(n, seed, dtype):
-    generator = torch.Generator().manual_seed(seed)
-    matrix = torch.eye(n, dtype=dtype) + 0.5 * torch.randn(n, n, generator=generator, dtype=dtype) / math.sqrt(n)
-    b = torch.randn(n, generator=generator, dtype=dtype)
-    tolerance = 50 * torch.finfo(dtype).eps
-    x, left, iterations = gmres(lambda v: matrix @ v, b, tolerance, 0.0, 10_000)
-    assert left <= tolerance * float(b.norm())
-    assert torch.allclose(matrix @ x, b, rtol=0, atol=2 * tolerance * float(b.norm()))
-    assert n > RESTART or iterations <= n
-
-
-def test_gmres_ends_where_its_basis_is_complete():
-    b = torch.randn(50, dtype=torch.float64)
-    eye = torch.eye(50, dtype=torch.float64)
-    for matrix, most in ((2 * eye, 1), (eye + torch.ones(50, 50), 2)):
-        x, _, iterations = gmres(lambda v, m=matrix: m @ v, b, 1e-13, 0.0, 100)
-        assert iterations <= most
-        assert torch.allclose(matrix @ x, b)
-
-
-def test_gmres_gives_up_on_what_has_no_solution():
-    b = tensor(1.0, 1.0)
-    x, left, _ = gmres(lambda v: v * tensor(1, 0), b, 1e-12, 0.0, 100)
-    assert left == pytest.approx(1.0)
-    assert torch.allclose(x[0], b[0])
-    x, left, iterations = gmres(lambda v: v * math.nan, b, 1e-12, 0.0, 100)
-    assert (left, iterations) == (pytest.approx(math.sqrt(2)), 0)
-
-
-def test_gmres_of_nothing_is_nothing():
-    x, left, iterations = gmres(lambda v: v, torch.zeros(3), 1e-6, 0.0, 100)
-    assert (x.tolist(), left, iterations) == ([0, 0, 0], 0, 0)

@@ -7,6 +7,8 @@ import torch
 from ensembles import blow_up, oscillators, van_der_pol
 from torch import Tensor, nn
 from torch.autograd import gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import pyode
 from pyode import InvalidValue, odeint, odeint_adjoint, solve_ivp
@@ -107,6 +109,58 @@ def test_stats_count_both_solves():
     ys.sum().backward()
     assert stats.n_f_evals == forward > 0
     assert backward.n_f_evals > 0
+
+
+def test_the_parameters_integral_costs_one_product_a_stage_of_accepted_steps():
+    calls, field, backward = [0], Field(), pyode.Stats()
+
+    def counted(t: Tensor, y: Tensor) -> Tensor:
+        calls[0] += 1
+        return field(t, y)
+
+    y0 = Y0[:1].clone().requires_grad_()
+    ys = odeint_adjoint(
+        counted, y0, 5 * T[[0, -1]], options=SAMPLES, adjoint_params=(field.a,), adjoint_options={"stats": backward}
+    )
+    calls[0] = 0
+    torch.autograd.grad(ys.sum(), (y0, field.a))
+    weights = sum(w != 0 for w in pyode.methods.TABLEAUS["dopri5"].weights)
+    assert backward.n_rejected > 0
+    assert calls[0] == backward.n_f_evals == 1 + 6 * backward.n_steps + weights * backward.n_accepted
+
+
+def test_parameters_are_not_replicated_for_samples():
+    B, width = 64, 500
+    net = nn.Sequential(nn.Linear(2, width, dtype=F64), nn.Tanh(), nn.Linear(width, 2, dtype=F64))
+    y0 = torch.linspace(-1, 1, 2 * B, dtype=F64).view(B, 2).requires_grad_()
+    ys = solve_ivp(lambda t, y: net(y), y0, T, gradient="adjoint", params=net.parameters()).ys
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+            return out
+
+    with Largest() as largest:
+        torch.autograd.grad(ys.sum(), [y0, *net.parameters()])
+    assert (
+        largest.numel == B * width
+    )  # what the network itself makes; a copy of its weights for each sample is 4 times it
+
+
+def test_the_backward_solve_has_the_forward_solves_tolerances_and_none_of_its_options():
+    steps = []
+    for options, backward in (({}, {}), ({"max_step": 0.01}, {}), ({}, {"max_step": 0.01}), ({}, {"rtol": 1e-9})):
+        y0, stats = Y0.clone().requires_grad_(), pyode.Stats()
+        arguments = {"options": options, "adjoint_options": {**backward, "stats": stats}}
+        ys = solve_ivp(Field(), y0, T, gradient="adjoint", **arguments).ys
+        torch.autograd.grad(ys.sum(), y0)
+        steps.append(stats.n_steps / 3)
+    assert steps[1] < 1.5 * steps[0] < 40
+    assert steps[2] >= 130
+    assert steps[3] > 2 * steps[0]
 
 
 class TestTwice:

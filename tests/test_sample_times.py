@@ -21,18 +21,19 @@ Y0 = torch.tensor([[1.0], [2.0], [-3.0]], dtype=F64)
 @given(
     spans=st.lists(st.floats(-3, 3).filter(lambda x: abs(x) > 1e-3) | st.just(0.0), min_size=1, max_size=6),
     n=st.integers(2, 6),
+    size=st.sampled_from([1, 2, 3, 7, 64, 129]),
     padding=st.integers(0, 3),
     dtype=st.sampled_from([torch.float32, F64, torch.complex64]),
     time=st.sampled_from([torch.float32, F64]),
     grad=st.booleans(),
 )
-def test_samples_have_times_ends_and_directions_of_their_own(spans, n, padding, dtype, time, grad):
+def test_samples_have_times_ends_and_directions_of_their_own(spans, n, size, padding, dtype, time, grad):
     B = len(spans)
     t = torch.linspace(0, 1, n, dtype=time)[:, None] * torch.tensor(spans, dtype=time) + torch.arange(B) * 0.25
     if t[1:-1].numel() and not ((t.diff(dim=0) * (t[-1] - t[0])).gt(0) | (t[0] == t[-1])).all():
         return  # rounding made two times one
     t = torch.cat([t, t[-1:].expand(padding, B)])
-    y0 = torch.arange(1, B + 1).to(dtype)[:, None].expand(B, 2).contiguous()
+    y0 = torch.arange(1, B + 1).to(dtype)[:, None].expand(B, size).contiguous()
     with torch.set_grad_enabled(grad):
         solution = solve_ivp(decay, y0, t, rtol=1e-5, atol=1e-7)
         exact = y0.detach() * torch.exp(t[:1] - t)[..., None]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 
-import numpy as np
 import pytest
-import scipy.integrate
 import torch
 from ensembles import counts, decay, oscillators, van_der_pol
 
@@ -97,44 +96,6 @@ def test_odeint_has_the_same_control():
         joint = pyode.odeint(van_der_pol, y0[b : b + 1], T, rtol=1e-6, atol=1e-8)
         assert torch.equal(whole[:, b], alone[:, 0])
         assert torch.equal(alone, joint)
-
-
-# Against others.
-
-
-def test_the_work_of_the_mean_sample_is_that_of_solving_each_alone_and_results_are_scipys():
-    y0, t = oscillators(256), torch.linspace(0, 8, 3, dtype=F64)
-    with torch.no_grad():
-        together = solve_ivp(van_der_pol, y0, t, rtol=1e-5, atol=1e-7)
-        joint = solve_ivp(van_der_pol, y0, t, rtol=1e-5, atol=1e-7, control="joint")
-    checked = range(0, 256, 51)
-    accepted = []
-    for b in checked:
-        mu = float(y0[b, 2])
-        reference = scipy.integrate.solve_ivp(
-            lambda t, y, mu=mu: [y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]],
-            (0, 8), [2.0, 0.0], t_eval=t.numpy(), rtol=1e-9, atol=1e-11, method="LSODA",
-        )  # fmt: skip
-        assert np.allclose(together.ys[:, b, :2].numpy(), reference.y.T, atol=2e-2 * max(1, np.abs(reference.y).max()))
-        alone = solve_ivp(van_der_pol, y0[b : b + 1], t, rtol=1e-5, atol=1e-7)
-        accepted.append((int(together.stats.n_accepted[b]), int(alone.stats.n_accepted)))
-    mean, apart = np.mean(accepted, axis=0)
-    assert abs(mean - apart) <= 0.05 * apart
-    assert together.stats.n_steps.double().mean() < 0.7 * float(joint.stats.n_steps)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_torchode_takes_about_as_many_steps_to_the_same_solutions():
-    torchode = pytest.importorskip("torchode")
-    y0, t = oscillators(16, stiffest=10.0), torch.linspace(0, 5, 4, dtype=F64)
-    term = torchode.ODETerm(lambda t, y: van_der_pol(t, y))
-    control = torchode.IntegralController(1e-6, 1e-4, safety=0.9, factor_min=0.2, factor_max=10.0, term=term)
-    solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), control)
-    theirs = solver.solve(torchode.InitialValueProblem(y0=y0, t_eval=t.expand(16, -1)))
-    ours = solve_ivp(van_der_pol, y0, t, rtol=1e-4, atol=1e-6)
-    assert torch.allclose(ours.ys.transpose(0, 1), theirs.ys, atol=0.05, rtol=0.05)
-    # Its error weights, controller and norm are the same; it grows after a rejection, and chooses another first step.
-    assert torch.allclose(ours.stats.n_accepted.double(), theirs.stats["n_accepted"].double(), rtol=0.05, atol=3)
 
 
 # What func is given.
@@ -303,6 +264,7 @@ def test_joint_control_is_for_all_methods(method):
         ({"event_fn": 3}, InvalidType, "event_fn"),
         ({"event_fn": lambda t, y: y.sum()}, DynamicsError, r"\[B\] or \[B, E\]"),
         ({"event_fn": lambda t, y: 1.0}, DynamicsError, "tensor"),
+        ({"event_fn": lambda t, y: y[:, 0] * 1j}, DynamicsError, "real"),
     ],
 )
 def test_what_is_wrong_is_told(wrong, error, match):
@@ -339,7 +301,15 @@ def test_an_exception_of_funcs_passes_through_a_progress_bar_unchanged():
             solve_ivp(f, Y0, T, progress=True)
 
 
-def test_progress_shows_the_slowest_samples_time(monkeypatch):
+def test_progress_without_tqdm_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(InvalidValue, match="pip install tqdm"):
+        solve_ivp(decay, Y0, T, progress=True)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What a progress bar has shown: fractions, and what is beside them."""
     tqdm = pytest.importorskip("tqdm")
     shown = []
 
@@ -349,12 +319,34 @@ def test_progress_shows_the_slowest_samples_time(monkeypatch):
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
     monkeypatch.setattr("pyode.progress.INTERVAL", 0.0)
+    return shown
+
+
+@pytest.mark.parametrize("control", ["per_sample", "joint"])
+def test_progress_shows_the_slowest_samples_time(shown, control):
     ends = torch.tensor([1.0, 4.0, -0.1], dtype=F64)
-    solution = solve_ivp(van_der_pol, oscillators(3, stiffest=5.0), torch.stack([0 * ends, ends]), progress=True)
-    fractions = [n for n, _ in shown if _]
+    t = torch.stack([0 * ends, ends]) if control == "per_sample" else torch.tensor([0.0, 4.0], dtype=F64)
+    solution = solve_ivp(van_der_pol, oscillators(3, stiffest=5.0), t, control=control, progress=True)
+    fractions = [n for n, beside in shown if beside]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
     assert 0 < fractions[0] < 0.5
     assert len(fractions) > int(solution.stats.n_steps.max())
     assert f"rejected {int(solution.stats.n_rejected.sum())}" in shown[-1][1]
     assert "dt " in shown[-1][1]
+
+
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "adjoint"])
+def test_progress_is_shown_with_any_gradient(shown, gradient):
+    y0 = Y0.clone().requires_grad_()
+    solution = solve_ivp(decay, y0, T, gradient=gradient, params=(), progress=True)
+    assert shown[-1][0] == 1.0
+    (found,) = torch.autograd.grad(solution.ys[-1].sum(), y0)
+    assert torch.allclose(found, torch.exp(-T[-1]).expand(3, 1), rtol=1e-2)
+
+
+def test_progress_of_a_solve_that_fails_stands_still(shown):
+    y0 = torch.tensor([[0.1], [2.0]], dtype=F64)
+    solution = solve_ivp(lambda t, y: y * y, y0, torch.tensor([0.0, 1.0], dtype=F64), progress=True, throw=False)
+    assert not solution.success
+    assert shown[-1][0] == pytest.approx(0.5, abs=1e-3)  # where it blows up

@@ -23,16 +23,17 @@ MODULES = [path for path in PACKAGE.rglob("*.py") if path.stem != "__main__" and
 
 # Public functions -> gradients -> stepping -> methods, control, state -> _ops -> errors: imports point downwards.
 LAYERS = {
-    "__init__": 10, "patch": 9, "solve_ivp": 8, "dense": 7, "events": 7, "progress": 6, "samples": 6, "odeint": 6,
-    "idle": 6, "problem": 6, "vmapped": 5.5, "adjoint": 7, "compiled": 5, "gradients": 4, "callbacks": 4, "stepping": 3,
-    "circumstances": 2, "control": 2, "state": 2, "methods": 2, "parameters": 1, "compiling": 1, "solution": 1,
-    "_ops": 1, "errors": 0, "tree": 0, "_version": 0, "_C": 0,
+    "__init__": 10, "patch": 9, "solve_ivp": 8, "dense": 7, "events": 7, "adjoint": 7, "samples": 6.5, "odeint": 6,
+    "taped": 5.8, "solving": 5.7, "again": 5.65, "caches": 5.6, "device_backsolve": 5.65, "device_loop": 5.6,
+    "problem": 5.5, "vmapped": 5.5,
+    "captures": 5.2, "progress": 5, "compiled": 5, "gradients": 4, "callbacks": 4,
+    "stepping": 3, "circumstances": 2, "control": 2, "state": 2, "methods": 2, "parameters": 1, "compiling": 1,
+    "solution": 1, "_ops": 1,
+    "errors": 0, "tree": 0, "_version": 0, "_C": 0,
 }  # fmt: skip
 # control.py is told about methods and states; odeint passes {"gradient": "adjoint"} on, and imports it only then.
 # Within one level nobody else imports anybody but errors.
-SAME_LEVEL = {
-    ("odeint", "adjoint"), ("odeint", "idle"), ("odeint", "problem"), ("control", "methods"), ("control", "state"),
-}  # fmt: skip
+SAME_LEVEL = {("odeint", "adjoint"), ("control", "methods"), ("control", "state")}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -80,6 +81,7 @@ class TestNativeCode:
 
     def test_both_backends_have_the_same_files(self):
         ops = {path.stem for path in SOURCES if path.parent.name == "cuda" and path.suffix == ".cu"}
+        ops -= {"graph_loop", "measure_and_judge"}  # of a loop on the device
         assert ops <= {path.stem for path in SOURCES if path.parent.name == "cpu"}
         assert ops == {"control", "error_norm", "interpolate", "stage_combine"}
 

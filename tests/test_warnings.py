@@ -121,6 +121,20 @@ def test_of_a_callback_where_every_sample_takes_its_own_steps(suffix):
     assert text == f"Solver 'dopri5' does not support callbacks {{'callback_step{suffix}'}} with control='per_sample'"
 
 
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_of_an_adjoint_callback_that_solve_ivp_does_not_call(control):
+    func, y0 = Decay(), torch.ones(3, 2, requires_grad=True)
+    func.callback_accept_step_adjoint = lambda t0, y0, dt: pytest.fail("was called")
+
+    def solve():
+        pyode.solve_ivp(func, y0, T, control=control, gradient="adjoint").ys.sum().backward()
+
+    ((_, text),) = warned(solve)
+    assert text == (
+        "Solver 'dopri5' does not support callbacks {'callback_accept_step_adjoint'} in solve_ivp's backward solve"
+    )
+
+
 class Steep(Decay):
     def forward(self, t, y):
         return 100 * super().forward(t, y)

@@ -78,6 +78,9 @@ class Supply {
     return items_.back();
   }
 
+  /// The one taken last.
+  const Item& last() const { return items_.back(); }
+
   void clear() { items_.clear(); }
 
  private:

@@ -69,15 +69,34 @@ class Controller {
     op.parts = parts;
   }
 
+  /// From now on a loop on the device reads the flags, and goes on as they say: 0, or a graph's condition. The times of
+  /// all steps have one memory.
+  void stay_on_device(unsigned long long condition) {
+    op.condition = condition;
+    op.turn = 0;
+    if (!on_device_) times_.take(times_like_);
+    on_device_ = true;
+  }
+
   /// The flags; on CUDA they are still on the device, and -1 is returned.
   int64_t run(Phase phase, double first_step) {
-    op.phase = phase;
-    planned_ = phase == Phase::try_first ? &trial_times_.take(trial_times_like_) : &times_.take(times_like_);
-    op.stage_times = planned_->data;
-    op.first_step = first_step;
-    op.turn = 1 - op.turn;
+    prepare(phase, first_step);
     PYODE_DISPATCH(where, control, op);
     return where.cuda ? -1 : op.flags[op.turn];
+  }
+
+  /// What is to be carried out for a phase; a step's times are then those planned.
+  const Control& prepare(Phase phase, double first_step) {
+    op.phase = phase;
+    if (phase == Phase::try_first) {
+      planned_ = &trial_times_.take(trial_times_like_);
+    } else {
+      planned_ = on_device_ ? &times_.last() : &times_.take(times_like_);
+    }
+    op.stage_times = planned_->data;
+    op.first_step = first_step;
+    op.turn = on_device_ ? 0 : 1 - op.turn;
+    return op;
   }
 
   /// The times planned last: all, and for each stage.
@@ -93,6 +112,7 @@ class Controller {
   py::object times_like_, trial_times_like_;
   Supply times_, trial_times_;
   const Supply::Item* planned_ = nullptr;
+  bool on_device_ = false;
   double* means_ = nullptr;
 };
 

@@ -109,8 +109,7 @@ class AdamsCorrector {
  public:
   AdamsCorrector(const OwnedLayout& where, py::handle zero, py::handle rtol, py::handle atol)
       : zero_(address(zero)), each_(where.layout), means_(static_cast<size_t>(each_.size)) {
-    read_tolerance(rtol, &change_.rtol, &change_.rtol_each);
-    read_tolerance(atol, &change_.atol, &change_.atol_each);
+    read_tolerances(rtol, atol, change_);
     change_.terms = 2;
     change_.w[0] = 1;
     change_.w[1] = -1;

@@ -52,6 +52,10 @@ struct OwnedLayout {
 
 constexpr int64_t kWorthUnlocking = 1 << 15;  // numbers; below, letting go of the GIL costs more than the work
 
+inline void check_launch(const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string("a CUDA kernel was not launched: ") + error);
+}
+
 /// Runs an op on the layout's backend, without the GIL where that pays.
 template <class OnCpu, class OnCuda>
 void dispatch(const OwnedLayout& where, OnCpu on_cpu, OnCuda on_cuda) {
@@ -64,7 +68,7 @@ void dispatch(const OwnedLayout& where, OnCpu on_cpu, OnCuda on_cuda) {
     }
     return;
   }
-  if (const char* error = on_cuda()) throw std::runtime_error(std::string("a CUDA kernel was not launched: ") + error);
+  check_launch(on_cuda());
 }
 
 #if defined(PYODE_CUDA)
@@ -125,15 +129,20 @@ struct Table {
   }
 };
 
-/// A tolerance is a number, or a tensor with one for every number of the state.
-inline void read_tolerance(py::handle tolerance, double* value, const double** each) {
-  *each = nullptr;
-  *value = 0;
-  if (PyFloat_Check(tolerance.ptr())) {
-    *value = PyFloat_AsDouble(tolerance.ptr());
-  } else {
-    *each = address<const double>(tolerance);
-  }
+/// A tolerance is a number, or a tensor with one for every number of the state; on CUDA also a tensor of one for all.
+inline void read_tolerances(py::handle rtol, py::handle atol, ErrorNorm& op) {
+  const auto read = [](py::handle tolerance, double& value, const double*& each, int64_t& stride) {
+    each = nullptr;
+    value = 0;
+    if (PyFloat_Check(tolerance.ptr())) {
+      value = PyFloat_AsDouble(tolerance.ptr());
+    } else {
+      each = address<const double>(tolerance);
+      stride = integer(call_method(tolerance, PYODE_NAME(dim))) != 0;
+    }
+  };
+  read(rtol, op.rtol, op.rtol_each, op.rtol_stride);
+  read(atol, op.atol, op.atol_each, op.atol_stride);
 }
 
 }  // namespace bindings

@@ -4,6 +4,9 @@
 
 #include "../cpu/parallel.h"
 #include "grid.h"
+#if defined(PYODE_CUDA)
+#include "../cuda/graph_loop.h"
+#endif
 
 #define PYODE_STRINGIFY_(x) #x
 #define PYODE_STRINGIFY(x) PYODE_STRINGIFY_(x)
@@ -43,8 +46,7 @@ void error_norm(const OwnedLayout& where, const py::tuple& weights, py::handle y
   op.y0 = address(y0);
   op.y1 = address(y1);
   op.dt = address<double>(dt);
-  read_tolerance(rtol, &op.rtol, &op.rtol_each);
-  read_tolerance(atol, &op.atol, &op.atol_each);
+  read_tolerances(rtol, atol, op);
   op.means = address<double>(means);
   op.parts = parts;
   PYODE_DISPATCH(where, error_norm, op);
@@ -55,8 +57,8 @@ void select_rows(const OwnedLayout& where, py::handle moved, py::handle stayed, 
   PYODE_DISPATCH(where, select_rows, op);
 }
 
-void interpolate(const OwnedLayout& where, const Interpolant& interpolant, const Controller& controller, py::handle y,
-                 const py::list& ks, py::handle out, int64_t out_stride) {
+Interpolate outputs_of(const Interpolant& interpolant, const Controller& controller, py::handle y, const py::list& ks,
+                       py::handle out, int64_t out_stride) {
   Interpolate op = interpolant.op;
   for (int j = 0; j < op.terms; ++j) op.k[j] = address(ks[interpolant.stages[j]]);
   op.y = address(y);
@@ -64,8 +66,41 @@ void interpolate(const OwnedLayout& where, const Interpolant& interpolant, const
   op.grid = controller.op.grid;
   op.out = address(out);
   op.out_stride = out_stride;
+  return op;
+}
+
+void interpolate(const OwnedLayout& where, const Interpolant& interpolant, const Controller& controller, py::handle y,
+                 const py::list& ks, py::handle out, int64_t out_stride) {
+  const Interpolate op = outputs_of(interpolant, controller, y, ks, out, out_stride);
   PYODE_DISPATCH(where, interpolate, op);
 }
+
+#if defined(PYODE_CUDA)
+void measure_and_judge(const OwnedLayout& where, const py::tuple& weights, py::handle y0, py::handle y1, const py::list& ks,
+                py::handle rtol, py::handle atol, Controller& controller) {
+  ErrorNorm op;
+  Weights(weights).fill(op, [&](int j) { return derivative(ks, j); });
+  op.y0 = address(y0);
+  op.y1 = address(y1);
+  op.dt = controller.dt();
+  read_tolerances(rtol, atol, op);
+  op.means = controller.means();
+  op.parts = controller.op.parts;
+  check_launch(pyode::cuda::measure_and_judge(where.layout, op, controller.prepare(Phase::judge, 0)));
+}
+
+void finish_step(const OwnedLayout& where, const Interpolant& interpolant, const Controller& controller, py::handle y,
+                 const py::list& ks, py::handle y1, py::handle out, int64_t out_stride, py::handle stage, double w) {
+  const FinishStep op = {outputs_of(interpolant, controller, y, ks, out, out_stride),
+                         address(y),
+                         address(ks[0]),
+                         address(y1),
+                         address(ks[ks.size() - 1]),
+                         address(stage),
+                         w};
+  check_launch(pyode::cuda::finish_step(where.layout, op));
+}
+#endif
 
 // What a signal's handler has raised while a long call without the GIL was under way.
 thread_local std::optional<py::error_already_set> interruption;
@@ -119,7 +154,8 @@ PYBIND11_MODULE(_C, m) {
       .def("run", [](Controller& self, int phase,
                      double first_step) { return self.run(static_cast<Phase>(phase), first_step); })
       .def_property_readonly("stage_times", [](const Controller& self) { return self.planned().whole(); })
-      .def_property_readonly("turn", [](const Controller& self) { return self.op.turn; });
+      .def_property_readonly("turn", [](const Controller& self) { return self.op.turn; })
+      .def("stay_on_device", &Controller::stay_on_device);
   py::class_<Interpolant>(m, "Interpolant")
       .def(py::init<const py::tuple&, const py::tuple&>())
       .def("weights_at", &Interpolant::weights_at);
@@ -137,4 +173,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("error_norm", &error_norm);
   m.def("interpolate", &interpolate);
   m.def("select_rows", &select_rows);
+#if defined(PYODE_CUDA)
+  m.def("measure_and_judge", &measure_and_judge);
+  m.def("finish_step", &finish_step);
+  using pyode::cuda::GraphLoop;
+  py::class_<GraphLoop>(m, "GraphLoop")
+      .def(py::init([] {
+        auto loop = std::make_unique<GraphLoop>();
+        if (const char* error = loop->create()) throw std::runtime_error(error);
+        return loop;
+      }))
+      .def_property_readonly("condition", &GraphLoop::condition)
+      .def("assemble",
+           [](GraphLoop& self, uintptr_t opening, uintptr_t body) {
+             if (const char* error = self.assemble(reinterpret_cast<void*>(opening), reinterpret_cast<void*>(body)))
+               throw std::runtime_error(error);
+           })
+      .def("launch", [](const GraphLoop& self, uintptr_t stream) {
+        py::gil_scoped_release unlocked;
+        check_launch(self.launch(reinterpret_cast<void*>(stream)));
+      });
+#endif
 }

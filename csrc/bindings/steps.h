@@ -113,11 +113,16 @@ class Step {
   void combine(const Weights& weights, const double* dt) { combine(y_.data, weights, dt, y1_); }
 
   /// Evaluates n stages after the first at `time_of(j)`: for each a state, of which the last is the end, and its
-  /// derivative.
+  /// derivative. The first of these states may be given.
   template <class TimeOf>
-  void evaluate(const Table& table, size_t n, const double* dt, Evaluator& evaluator, TimeOf time_of) {
+  void evaluate(const Table& table, size_t n, const double* dt, Evaluator& evaluator, TimeOf time_of,
+                py::handle given = py::none()) {
     if (n > table.rows.size()) throw py::value_error("a step: there are more times than rows");
     for (size_t j = 0; j < n; ++j) {
+      if (j == 0 && !given.is_none()) {
+        put(1, evaluator(time_of(0), given));
+        continue;
+      }
       combine(table.rows[j], dt);
       put(j + 1, evaluator(time_of(j), y1_.tensor));
     }
@@ -190,13 +195,13 @@ class Step {
   const void* k_data_[kMaxStages + 1] = {};
 };
 
-/// All evaluations of a step after its first. Returns the last state.
+/// All evaluations of a step after its first, of whose states the first may be given. Returns the last state.
 inline py::object stages(const OwnedLayout& where, const Table& table, py::object y, const py::list& ks, py::handle dt,
-                         const py::tuple& times, py::handle dynamics) {
+                         const py::tuple& times, py::handle dynamics, py::handle given) {
   Step step(where, std::move(y), ks);
   Evaluator evaluator(dynamics);
   step.evaluate(table, times.size(), address<double>(dt), evaluator,
-                [&](size_t j) { return py::handle(PyTuple_GET_ITEM(times.ptr(), static_cast<Py_ssize_t>(j))); });
+                [&](size_t j) { return py::handle(PyTuple_GET_ITEM(times.ptr(), static_cast<Py_ssize_t>(j))); }, given);
   return (times.empty() ? step.start() : step.end()).tensor;
 }
 
@@ -230,8 +235,7 @@ inline py::tuple take_steps(const OwnedLayout& where, const Table& table, const 
   Step step(where, std::move(y), ks);
   Evaluator evaluator(dynamics);
   ErrorNorm tolerances;
-  read_tolerance(rtol, &tolerances.rtol, &tolerances.rtol_each);
-  read_tolerance(atol, &tolerances.atol, &tolerances.atol_each);
+  read_tolerances(rtol, atol, tolerances);
   void* const outputs = address(out);
   if (!t0.is_none()) {
     step.copy_start(outputs);

@@ -5,76 +5,9 @@
 // `flags ? a : b` in place of branches. One's bits are those of a sample alone.
 #pragma once
 
-#include "side_by_side.h"
+#include "times.h"
 
 namespace pyode {
-
-/// How a sample's solve stands. Python has the sentences (pyode/errors.py).
-enum Status : int64_t { kSuccess = 0, kRunning = 1, kStepTooSmall = 2, kTooManySteps = 3, kNonFinite = 4 };
-
-/// What a controller call tells the host about all samples: bits of one word.
-constexpr int64_t kAnyRunning = 1;   // some sample wants another step
-constexpr int64_t kAnyAccepted = 2;  // some sample's step was accepted
-constexpr int64_t kAnyStayed = 4;    // some sample's state stays where it was: rejected, done, or failed
-constexpr int64_t kAnyOutput = 8;    // some accepted step passed an output time
-constexpr int64_t kAnyJump = 16;     // some accepted step ended on a discontinuity
-constexpr int64_t kAnyFailed = 32;   // some sample has failed
-
-/// What goes with R, which is double, or a SIMD vector of double for as many samples side by side: what a comparison
-/// gives, and integers.
-template <class R>
-using flags_t = decltype(R{} < R{});
-template <class Flags>
-struct CountsFor {
-  using type = Flags;
-};
-template <>
-struct CountsFor<bool> {
-  using type = int64_t;
-};
-template <class R>
-using counts_t = typename CountsFor<flags_t<R>>::type;
-
-/// One sample of the step state, or several side by side. In memory it is kWords rows of B words of 8 bytes, in this
-/// order.
-template <class R>
-struct Samples {
-  R t;            // where the accepted steps have come to
-  R dt;           // the step to take, signed; 0: stand still
-  R t1;           // where it ends; t + dt but for rounding, exact at a prescribed time
-  R t_prev;       // start of the last step tried
-  R dt_prev;      // its size
-  R dt_whole;     // the step to take before a prescribed time cut it short
-  R slope;        // first step only: |f(t0, y0)|, scaled
-  R size1;        // of the step accepted last; 0 before there is one
-  R size2;        // of the one before; this and the errors are kept unless control is by the last error alone
-  R error1;       // the scaled error of the step accepted last; 1 before there is one
-  R error2;       // of the one before
-  R next_output;  // the time of the first output not passed yet; of the last one if all are
-  R end;          // of the last output
-  counts_t<R> status;
-  counts_t<R> accepted;      // whether the last step was
-  counts_t<R> output_begin;  // the outputs which the last step passed: [begin, end)
-  counts_t<R> output_end;
-  counts_t<R> on_jump;     // whether the step to take ends on a discontinuity
-  counts_t<R> non_finite;  // whether the last error estimate was inf or nan
-  counts_t<R> n_accepted;
-  counts_t<R> n_rejected;
-  counts_t<R> n_steps;      // since the last output, or since the start: what max_num_steps bounds
-  counts_t<R> next_step_t;  // index of the next prescribed step end
-  counts_t<R> next_jump_t;  // index of the next discontinuity
-};
-using Sample = Samples<double>;
-constexpr int kWords = static_cast<int>(sizeof(Sample) / 8);
-constexpr int kRealWords = 13;
-static_assert(sizeof(Sample) == 8 * 24, "Sample is a row of 8-byte words");
-
-/// B samples as kWords rows of B words. In host memory on the CPU, in device memory on CUDA.
-struct StepState {
-  double* words;
-  int64_t samples;
-  int64_t stride;  // from row to row: B or more
-};
 
 /// The step-size controller's constants (Hairer, Norsett, Wanner I, II.4, eq. 4.13; torchdiffeq's names), a digital
 /// filter of the errors and sizes of the last steps (Soderlind 2003).
@@ -92,124 +25,24 @@ struct Policy {
   int64_t resume;            // after a step that a prescribed time cut short go on with at least its whole size
 };
 
-/// The times a solve has to meet, all in the direction of integration.
-struct Grid {
-  const double* times;  // outputs: sample b's i-th is times[i * time_stride + b * sample_stride]; the first is t0
-  int64_t n_times, time_stride, sample_stride;
-  const double* step_t;  // [n_step_t] steps end here; sorted, in whichever direction, as jump_t is
-  int64_t n_step_t;
-  const double* jump_t;  // [n_jump_t] and here f is discontinuous
-  int64_t n_jump_t;
-  int64_t jump_stride = 1, jump_sample_stride = 0;  // as those of times
-};
-
 constexpr double kEpsilon = 2.220446049250313e-16;  // of double precision
 constexpr double kLeastError = 1e-10;               // smaller ones count as this in the filter: 0 would be forever
 
-/// Sets of words: as bits, the one whose offset in Sample is given, and those that no step changes under I control with
-/// no times prescribed but the outputs.
-constexpr int64_t word_at(size_t offset) { return int64_t{1} << (offset / 8); }
-constexpr int64_t kKeptPlainly = word_at(offsetof(Sample, slope)) | word_at(offsetof(Sample, end)) |
-                                 word_at(offsetof(Sample, size2)) | word_at(offsetof(Sample, error1)) |
-                                 word_at(offsetof(Sample, error2)) | word_at(offsetof(Sample, on_jump)) |
-                                 word_at(offsetof(Sample, next_step_t)) | word_at(offsetof(Sample, next_jump_t));
-
 inline namespace PYODE_LEVEL {
 
-/// Sample b, or for a vector those from b on.
-template <class R = double>
-PYODE_HD Samples<R> load_sample(const StepState& state, int64_t b) {
-  Samples<R> sample;
-  char* const words = reinterpret_cast<char*>(&sample);
-  PYODE_UNROLL
-  for (int i = 0; i < kWords; ++i) memcpy(words + i * sizeof(R), &state.words[i * state.stride + b], sizeof(R));
-  return sample;
+/// A sample at its start, before its first step is chosen.
+PYODE_HD Sample start_sample(const Grid& grid, int64_t b) {
+  Sample s = {};
+  s.t = s.t1 = s.t_prev = output_time(grid, 0, b);
+  s.output_end = 1;
+  while (s.output_end < grid.n_times && output_time(grid, s.output_end, b) == s.t) s.output_end += 1;
+  s.output_begin = s.output_end;
+  s.status = s.output_end < grid.n_times ? kRunning : kSuccess;
+  s.error1 = s.error2 = 1;
+  s.end = last_time(grid, b);
+  s.next_output = s.output_end < grid.n_times ? output_time(grid, s.output_end, b) : s.end;
+  return s;
 }
-
-/// All words but those in a set of them.
-template <int64_t kBut = 0, class R>
-PYODE_HD void store_sample(const StepState& state, int64_t b, const Samples<R>& sample) {
-  const char* const words = reinterpret_cast<const char*>(&sample);
-  PYODE_UNROLL
-  for (int i = 0; i < kWords; ++i)
-    if (!(kBut >> i & 1)) memcpy(&state.words[i * state.stride + b], words + i * sizeof(R), sizeof(R));
-}
-
-/// 1 if sample b's last step has passed an output, else 0.
-PYODE_HD int64_t passes_outputs(const StepState& state, int64_t b) {
-  const Sample s = load_sample(state, b);
-  return s.output_end > s.output_begin;
-}
-
-/// x for every sample.
-template <class R>
-PYODE_HD R spread(double x) {
-  return x - R{};  // x - 0 is x, also for -0
-}
-template <class R>
-PYODE_HD counts_t<R> spread_count(int64_t n) {
-  return n + counts_t<R>{};
-}
-
-template <class R = double>
-PYODE_HD R output_time(const Grid& grid, counts_t<R> i, counts_t<R> b) {
-  return read_at<R>(grid.times, i * grid.time_stride + b * grid.sample_stride);
-}
-template <class R = double>
-PYODE_HD R first_time(const Grid& grid, counts_t<R> b) {
-  return grid.sample_stride == 0 ? spread<R>(grid.times[0]) : output_time<R>(grid, counts_t<R>{}, b);
-}
-template <class R = double>
-PYODE_HD R last_time(const Grid& grid, counts_t<R> b) {
-  const int64_t last = grid.n_times - 1;
-  if (grid.sample_stride == 0) return spread<R>(grid.times[last * grid.time_stride]);
-  return output_time<R>(grid, spread_count<R>(last), b);
-}
-
-template <class R>
-PYODE_HD flags_t<R> is_running(const Samples<R>& s) {
-  return s.status == int64_t{kRunning};
-}
-
-/// +1 or -1: where time goes for sample b.
-template <class R = double>
-PYODE_HD R direction(const Grid& grid, counts_t<R> b) {
-  const flags_t<R> backwards = last_time<R>(grid, b) < first_time<R>(grid, b);
-  return backwards ? spread<R>(-1) : spread<R>(1);
-}
-
-/// The same from the step to take, which a sample that runs has.
-template <class R>
-PYODE_HD R direction(const Samples<R>& s) {
-  return math::copysign(spread<R>(1), s.dt);
-}
-
-/// Prescribed times in the order in which a sample meets them.
-template <class R>
-struct Stops {
-  const double* times;
-  int64_t n, stride;  // n >= 1
-  counts_t<R> offset, last;
-  R sign;
-  flags_t<R> reversed;
-
-  PYODE_HD Stops(const double* sorted, int64_t count, int64_t apart, counts_t<R> from, R where)
-      : times(sorted), n(count), stride(apart), offset(from), last(spread_count<R>(count - 1)), sign(where) {
-    reversed = sign * (read_at<R>(times, last * stride + offset) - read_at<R>(times, offset)) < 0;
-  }
-
-  /// The i-th; of those behind the last one, the last.
-  PYODE_HD R operator[](counts_t<R> i) const {
-    const counts_t<R> within = i > last ? last : i;
-    return read_at<R>(times, (reversed ? last - within : within) * stride + offset);
-  }
-
-  /// Index of the first, from the i-th on, that lies behind t.
-  PYODE_HD counts_t<R> skip_passed(counts_t<R> i, R t) const {
-    for (flags_t<R> passed; any(passed = (i < n) & (sign * ((*this)[i] - t) <= 0));) i = passed ? i + 1 : i;
-    return i;
-  }
-};
 
 /// Fixes the step to take, dt: within its bounds, not across a prescribed time, not too small to move t.
 template <class R>
@@ -254,20 +87,6 @@ PYODE_HD void plan_step(Samples<R>& s, const Policy& policy, const Grid& grid, c
     s.dt = over ? s.end - s.t : s.dt;
     s.on_jump = over ? none : s.on_jump;
   }
-}
-
-/// A sample at its start, before its first step is chosen.
-PYODE_HD Sample start_sample(const Grid& grid, int64_t b) {
-  Sample s = {};
-  s.t = s.t1 = s.t_prev = output_time(grid, 0, b);
-  s.output_end = 1;
-  while (s.output_end < grid.n_times && output_time(grid, s.output_end, b) == s.t) s.output_end += 1;
-  s.output_begin = s.output_end;
-  s.status = s.output_end < grid.n_times ? kRunning : kSuccess;
-  s.error1 = s.error2 = 1;
-  s.end = last_time(grid, b);
-  s.next_output = s.output_end < grid.n_times ? output_time(grid, s.output_end, b) : s.end;
-  return s;
 }
 
 /// The first step's size is given; its sign isn't.
@@ -398,21 +217,6 @@ PYODE_HD counts_t<R> flags_of(const Samples<R>& s, flags_t<R> was_on_jump) {
   return flag(is_running(s), kAnyRunning) | flag(accepted, kAnyAccepted) | flag(!accepted, kAnyStayed) |
          flag(s.output_end > s.output_begin, kAnyOutput) | flag(accepted & was_on_jump, kAnyJump) |
          flag(s.status > int64_t{kRunning}, kAnyFailed);
-}
-
-/// The time of a stage with abscissa c of the step to take, rounded to T. At c = 1 it is the neighbour of t1 towards t:
-/// just before a discontinuity there.
-template <class T, class R>
-PYODE_HD T stage_time(const Samples<R>& s, double c) {
-  const counts_t<R> one = spread_count<R>(1), none{};
-  if (c == 1) return round_and_nudge<T>(s.t1, s.dt > 0 ? -one : (s.dt < 0 ? one : none));
-  return round_and_nudge<T>(s.t + c * s.dt, none);
-}
-
-/// Where on the last step an output time lies, from 0 to 1; exactly 1 at its end.
-template <class R>
-PYODE_HD R output_position(const Samples<R>& s, R time) {
-  return time == s.t ? spread<R>(1) : (time - s.t_prev) / s.dt_prev;
 }
 
 }  // namespace PYODE_LEVEL

@@ -1,4 +1,4 @@
-// What controller.h asks of numbers: of a double, and of vectors of double, samples side by side.
+// What the controller asks of numbers: of a double, and of vectors of double, samples side by side.
 #pragma once
 
 #include "vector_math.h"

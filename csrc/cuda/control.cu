@@ -1,15 +1,17 @@
-#include "../control.h"
-#include "launch.cuh"
+#include "control.cuh"
 
 namespace pyode::cuda {
 namespace {
 
 template <class T>
 __global__ void control_kernel(const __grid_constant__ Control op) {
-  auto* flags = reinterpret_cast<unsigned long long*>(op.flags);
-  for (int64_t b = thread_index(); b < op.state.samples; b += thread_count())
-    atomicOr(flags + op.turn, static_cast<unsigned long long>(control_sample<T>(op, b)));
-  if (thread_index() == 0) flags[1 - op.turn] = 0;
+  for (int64_t b = thread_index(); b < op.state.samples; b += thread_count()) add_flags(op, control_sample<T>(op, b));
+  if (op.condition == 0) {
+    if (thread_index() == 0) flags_at(op)[1 - op.turn] = 0;
+    return;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0 && is_last_block(op)) conclude(op);
 }
 
 template <class T>

@@ -6,6 +6,13 @@
 #include "../core/step.h"
 #include "../ops.h"
 
+// Whether this CUDA has graphs with a WHILE node: 12.4 and later.
+#if CUDART_VERSION >= 12040
+#define PYODE_GRAPH_LOOPS 1
+#else
+#define PYODE_GRAPH_LOOPS 0
+#endif
+
 namespace pyode::cuda {
 
 constexpr int kThreads = 256;

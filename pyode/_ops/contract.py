@@ -1,6 +1,6 @@
 """What both backends of the seam take: the shape of a solve, its prescribed times, its step-size policy.
 
-The compiled counterparts are the structs of csrc/ops.h and csrc/core/controller.h.
+The compiled counterparts are the structs of csrc/ops.h and csrc/core (step_state.h, times.h, controller.h).
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Phase(IntEnum):
 
 
 class Flag(IntFlag):
-    """What a controller's call tells of all samples together; see csrc/core/controller.h."""
+    """What a controller's call tells of all samples together; see csrc/core/step_state.h."""
 
     RUNNING = 1
     ACCEPTED = 2
@@ -154,7 +154,7 @@ class Flag(IntFlag):
     FAILED = 32
 
 
-# The words of one sample's step state, in the order of `struct Sample` in csrc/core/controller.h.
+# The words of one sample's step state, in the order of `struct Samples` in csrc/core/step_state.h.
 REAL_FIELDS = (
     "t", "dt", "t1", "t_prev", "dt_prev", "dt_whole", "slope", "size1", "size2", "error1", "error2", "next_output",
     "end",

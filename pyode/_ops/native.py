@@ -5,8 +5,11 @@ A tensor handed to an op is contiguous, and of the layout's dtype and device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,16 +106,18 @@ class Table(_C.Table):
         self, rows: tuple[tuple[float, ...], ...], weights: tuple[float, ...], error_weights: tuple[float, ...]
     ) -> None:
         super().__init__(rows, weights, error_weights)
-        self.rows, self.weights = rows, weights
+        self.rows, self.weights, self.error_weights = rows, weights, error_weights
 
 
 # How many hold on to a tensor's memory; None where torch doesn't tell: then none is given out again.
 _storage_uses = getattr(torch._C, "_storage_Use_Count", None) if hasattr(Tensor, "_use_count") else None
 
 
-def stage_combine(layout: Layout, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor) -> Tensor:
-    """Returns y + dt sum_j w_j k_j; dt is [B] float64."""
-    out = torch.empty_like(y)
+def stage_combine(
+    layout: Layout, weights: tuple[float, ...], y: Tensor, ks: list[Tensor], dt: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Returns y + dt sum_j w_j k_j, which is written to `out` if that is given; dt is [B] float64."""
+    out = torch.empty_like(y) if out is None else out
     _C.stage_combine(layout.handle, weights, y, ks, dt, out)
     return out
 
@@ -125,13 +130,16 @@ def stages(
     dt: Tensor,
     times: tuple[Tensor, ...],
     dynamics: RightHandSide,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Evaluates a step's stages after the first: ks[j + 1] is the derivative at times[j] of row j's state.
+
+    The first of several such states may be given.
 
     Returns the last state. func is called from the compiled loop. A state's memory serves again for a later one when
     nobody holds on to it.
     """
-    return _C.stages(layout.handle, table, y, ks, dt, times, dynamics)  # type: ignore[no-any-return]
+    return _C.stages(layout.handle, table, y, ks, dt, times, dynamics, given)  # type: ignore[no-any-return]
 
 
 def take_steps(
@@ -303,7 +311,32 @@ def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-class Controller:
+class Readings:
+    """The step state of all samples, as it is or was.
+
+    Args:
+        words: rows of one word of each sample, and behind them the flags.
+        stride: from row to row.
+        samples: how many.
+    """
+
+    def __init__(self, words: Tensor, stride: int, samples: int) -> None:
+        self._words, self._stride, self._samples = words, stride, samples
+        self._flags = N_FIELDS * stride
+
+    def field(self, name: str) -> Tensor:
+        """A field of the step state, [B]: a view."""
+        start = (REAL_FIELDS + INTEGER_FIELDS).index(name) * self._stride
+        row = self._words[start : start + self._samples]
+        return row if name in REAL_FIELDS else row.view(torch.int64)
+
+    def flags(self) -> list[int]:
+        """Those that calls have left, by turn; this waits for the device."""
+        flags: list[int] = self._words[self._flags : self._flags + 2].view(torch.int64).tolist()
+        return flags
+
+
+class Controller(Readings):
     """The step-size controller of all samples, and the norms it judges by.
 
     Args:
@@ -320,6 +353,7 @@ class Controller:
         state = layouts[0]
         B, device = state.samples, state.device
         self.layouts = layouts
+        self._on_device = False
         self._grid = grid  # keeps the memory that the handle points to
         parts = max(layout.handle.error_parts for layout in layouts)
         slots = sum(layout.n_segments for layout in layouts)
@@ -327,16 +361,17 @@ class Controller:
         self._n_segments, self._parts = slots, parts
         # One allocation: the rows of the state's words, two of flags, the means of a first step or of any other. Long
         # rows begin an odd number of cache lines apart, for a power of two has them all in the same few places.
-        self._stride = stride = B if B < 64 else 8 * (-(-B // 8) | 1)
-        self._flags = N_FIELDS * stride
-        words = torch.zeros(self._flags + 2 + 2 * slots * parts * B, dtype=torch.float64, device=device)
-        self._words = words
+        stride = B if B < 64 else 8 * (-(-B // 8) | 1)
+        flags = N_FIELDS * stride
+        self._means_begin = flags + 3
+        words = torch.zeros(self._means_begin + 2 * slots * parts * B, dtype=torch.float64, device=device)
+        super().__init__(words, stride, B)
         base = words.data_ptr()
-        self._means = base + 8 * (self._flags + 2)
+        self._means = base + 8 * self._means_begin
         self.dt, self.one = words[stride : stride + B], _one(B, device)
         shape = (len(abscissae),) if B == 1 else (len(abscissae), B)
         self.handle = handle = _C.Controller(
-            state.handle, _SCALARS[state.real_dtype], words, stride, base + 8 * self._flags, abscissae,
+            state.handle, _SCALARS[state.real_dtype], words, stride, base + 8 * flags, abscissae,
             _like(shape, state.real_dtype, device), _like(shape[1:], state.real_dtype, device),
             _with_views, _as_view, state.storage_uses,
         )  # fmt: skip
@@ -372,7 +407,7 @@ class Controller:
     def put_norm(self, norm: Tensor | float, slot: int = 0) -> None:
         """Notes a norm that someone else has computed: a number, or for several samples [B]."""
         B = self.layouts[0].samples
-        i = self._flags + 2 + slot * self._slot // 8
+        i = self._means_begin + slot * self._slot // 8
         self._words[i : i + B] = norm * norm
 
     def run(self, phase: Phase, first_step: float = 0.0, unseen: int = 0) -> int:
@@ -385,8 +420,27 @@ class Controller:
     def read(self, flags: int) -> int:
         """The flags that a call of the handle returned, or those on the device, for which this waits."""
         if flags < 0:
-            flags = self._words[self._flags : self._flags + 2].view(torch.int64).tolist()[self.handle.turn]
+            return int(Flag.RUNNING) if self._on_device else self.flags()[self.handle.turn]
         return flags
+
+    def stay_on_device(self, condition: int = 0) -> None:
+        """From now on nobody waits for flags: a loop on the device goes on as they say.
+
+        The times of all steps' stages have one memory, and `run` returns RUNNING.
+
+        Args:
+            condition: the loop's; 0 while there is none yet.
+        """
+        self.handle.stay_on_device(condition)
+        self._on_device = True
+
+    def restart(self) -> None:
+        """All samples at rest, before a solve."""
+        self._words[: self._means_begin].zero_()
+
+    def readings(self) -> Readings:
+        """A copy of how all samples stand."""
+        return Readings(self._words[: self._means_begin].clone(), self._stride, self._samples)
 
     @property
     def stage_times(self) -> Tensor:
@@ -399,15 +453,135 @@ class Controller:
         self.field("status").masked_fill_(which, status)
         self.dt.masked_fill_(which, 0.0)
 
-    def field(self, name: str) -> Tensor:
-        """A field of the step state, [B]: a view."""
-        start = (REAL_FIELDS + INTEGER_FIELDS).index(name) * self._stride
-        row = self._words[start : start + self.layouts[0].samples]
-        return row if name in REAL_FIELDS else row.view(torch.int64)
-
 
 def interpolate(
     layout: Layout, interpolant: Interpolant, controller: Controller, y: Tensor, ks: list[Tensor], out: Tensor
 ) -> None:
     """Writes all outputs that the last step passed to their rows of `out`, [T, ...]."""
     _C.interpolate(layout.handle, interpolant, controller.handle, y, ks, out, layout.stride)
+
+
+def measure_and_judge(
+    layout: Layout,
+    weights: tuple[float, ...],
+    controller: Controller,
+    y0: Tensor,
+    y1: Tensor,
+    ks: list[Tensor],
+    rtol: float | Tensor,
+    atol: float | Tensor,
+) -> None:
+    """Controller.error_norm of the step just tried and Phase.JUDGE, in one launch if that can be. On CUDA alone."""
+    _C.measure_and_judge(layout.handle, weights, y0, y1, ks, rtol, atol, controller.handle)
+
+
+def finish_step(
+    layout: Layout,
+    interpolant: Interpolant,
+    controller: Controller,
+    y: Tensor,
+    ks: list[Tensor],
+    y1: Tensor,
+    out: Tensor,
+    stage: Tensor | None = None,
+    weight: float = 0.0,
+) -> None:
+    """Writes all outputs that the last step passed; then, where it was accepted, y1 to y and ks[-1] to ks[0], in place.
+
+    With a stage, y + dt weight ks[0] of the next step is written there. On CUDA alone.
+    """
+    _C.finish_step(layout.handle, interpolant, controller.handle, y, ks, y1, out, layout.stride, stage, weight)
+
+
+class GraphLoop:
+    """Work on a GPU that is captured once and launched as one: an opening, and a body that the device repeats.
+
+    Args:
+        device: the GPU.
+
+    Attributes:
+        condition: what a kernel sets to have the body repeated, or not.
+
+    Raises:
+        RuntimeError: there is no such thing here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if not hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph"):
+            raise RuntimeError(f"torch {torch.__version__} does not give out the graphs that it captures")
+        self.device = device
+        self.handle = _C.GraphLoop()
+        self.condition = self.handle.condition
+        self._graphs: list[torch.cuda.CUDAGraph] = []  # they own the memory that was allocated while capturing
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._used: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it work is done on a stream of its own, after all before, and before all behind."""
+        outside = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(outside)
+        with torch.cuda.stream(self._stream):
+            yield
+        outside.wait_stream(self._stream)
+
+    def capture(self, opening: Callable[[], None], body: Callable[[], None]) -> None:
+        """Captures both, without running them; to be called aside. The memory they work on is used ever after.
+
+        Raises:
+            RuntimeError: something can't be captured.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        collects = gc.isenabled()
+        gc.disable()  # what it would free can't be freed while a stream is captured
+        # The memory in which cuBLAS works is then allocated with the rest: two loops may run side by side.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            self._graphs = [self._captured(work, pool) for work in (opening, body)]
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
+            if collects:
+                gc.enable()
+        self.handle.assemble(*(graph.raw_cuda_graph() for graph in self._graphs))
+
+    def _captured(self, work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            work()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            with contextlib.suppress(RuntimeError):  # where the former has not come to it
+                torch._C._cuda_endAllocateToPool(self.device.index, pool)
+            raise
+        graph.capture_end()
+        return graph
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within it the memory is the current stream's, after whoever had it before."""
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self._used)
+        try:
+            yield
+        finally:
+            self._used.record(stream)
+
+    def launch(self) -> None:
+        """On the current stream, in use."""
+        self.handle.launch(current_stream(self.device))
+
+    def wait(self) -> None:
+        """Until the last use is over, on the device too."""
+        self._used.synchronize()
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Changes with every random number that is drawn on a GPU."""
+    return torch.cuda.get_rng_state(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -48,6 +50,31 @@ class Guards:
             id(cell) for cell, value in self._cells if _is_counted(values.get(id(cell)), value)
         }
         self._cells = [(cell, value) for cell, value in self._cells if id(cell) not in self._counting]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All whose identity is looked at."""
+        return [x for x in (*(item for *_, item in self._items), *(x for _, x in self._cells)) if isinstance(x, Tensor)]
+
+    @contextmanager
+    def replaced(self, others: dict[int, Tensor]) -> Iterator[set[int]]:
+        """Within it func finds other tensors in the places of some, named by their ids.
+
+        Yields the ids of those replaced: what is in a tuple can't be.
+        """
+        items = [place for place in self._items if id(place[2]) in others and not isinstance(place[0], tuple)]
+        cells = [place for place in self._cells if id(place[1]) in others]
+        try:
+            for container, key, value in items:
+                container[key] = others[id(value)]
+            for cell, value in cells:
+                cell.cell_contents = others[id(value)]
+            yield {id(value) for *_, value in (*items, *cells)}
+        finally:
+            for container, key, value in items:
+                container[key] = value
+            for cell, value in cells:
+                cell.cell_contents = value
 
     def hold(self) -> bool:
         """Whether nothing has changed."""

@@ -166,6 +166,9 @@ class CompiledSamples:
         status = self._states["status"]
         self.failed = bool(status.any())  # success is 0
         if self.failed:
+            tried, finite = self._states["n_accepted"] + self._states["n_rejected"], self._states["finite_start"] != 0
+            no_start = (status == int(Status.NON_FINITE)) & (tried == 0)
+            status[no_start & finite] = int(Status.STEP_TOO_SMALL)  # a tolerance is 0 where y0 is 0
             self._fail(self._error(int(status.nonzero()[0])))
         return ys
 
@@ -194,12 +197,8 @@ class CompiledSamples:
 
     def _error(self, b: int) -> SolveError:
         """Why sample b could not go on."""
-        status, accepted, rejected, finite = (
-            int(self._states[name][b]) for name in ("status", "n_accepted", "n_rejected", "finite_start")
-        )
+        status, accepted, rejected = (int(self._states[name][b]) for name in ("status", "n_accepted", "n_rejected"))
         t, dt = (float(self._states[name][b]) for name in ("t", "dt_prev"))
-        if status == Status.NON_FINITE and accepted + rejected == 0 and finite:
-            status = int(Status.STEP_TOO_SMALL)  # all is finite, but a tolerance is 0 where y0 is 0
         several = len(self._states["status"]) > 1
         return SolveError(Status(status), t, dt, accepted + rejected, b if several else None)
 

@@ -36,6 +36,7 @@ class Prepared:
         t, version: the times, and how often they had been written to.
         rows: of the state.
         entry, plan: what was compiled.
+        eagerly: does the same by a loop.
     """
 
     key: tuple[Any, ...]
@@ -44,6 +45,7 @@ class Prepared:
     rows: int
     entry: Entry
     plan: Plan
+    eagerly: Callable[[Tensor], Tensor]
 
 
 def solve_again(
@@ -53,7 +55,6 @@ def solve_again(
     rtol: Any,
     atol: Any,
     method: str | None,
-    eagerly: Callable[[Tensor], Tensor],
 ) -> Tensor | None:
     """The states at the output times where the last solve was the same but for y0's numbers; None if not.
 
@@ -75,7 +76,7 @@ def solve_again(
     if _is_recorded(y0, t, entry):
         if t.requires_grad or plan.library is not compiled.library(entry, True):
             return None
-        ys, solve = _recorded(plan, last.rows, entry, eagerly, y0)
+        ys, solve = _recorded(plan, last.rows, entry, last.eagerly, y0)
     elif plan.library is entry.library:
         ys, solve = plan.run(y0, entry.inputs)
     else:
@@ -182,7 +183,8 @@ class CompiledLoop:
         else:
             ys, self._solve = plan.run(y0, entry.inputs)
         if self._key is not None:
-            self._compiled.last = Prepared(self._key, self._t, self._t._version, self._rows, entry, plan)
+            parts = self._rows, entry, plan, self._eagerly
+            self._compiled.last = Prepared(self._key, self._t, self._t._version, *parts)
         sample = self._solve.sample
         self.last_step = abs(sample.dt_prev) if self._method.adaptive else None
         if sample.status != _SUCCESS:

@@ -80,7 +80,7 @@ def backwards(times: Times, options: dict[str, Any]) -> tuple[Times, dict[str, A
     return ends, options
 
 
-class _AdjointDynamics:
+class AdjointDynamics:
     """d/dt of (y, a), stacked; notes the integrands of time and the parameters."""
 
     def __init__(self, forward: Dynamics, params: tuple[Tensor, ...], time: bool, warns: bool) -> None:
@@ -93,15 +93,19 @@ class _AdjointDynamics:
 
     @property
     def n_evals(self) -> int:
+        """See RightHandSide."""
         return self.forward.n_evals
 
     def count(self, n: int) -> None:
+        """See RightHandSide."""
         self.forward.count(n)
 
     def accept(self, k: Any, y: Tensor) -> Tensor:
+        """See RightHandSide."""
         return self.forward.accept(k, y)
 
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
+        """See RightHandSide."""
         quadrature = self.quadrature
         wanted = quadrature is not None and quadrature.wanted
         y, a = z.unbind()
@@ -120,6 +124,7 @@ class _AdjointDynamics:
         return self._stacked(f, slope)
 
     def trial(self, t: Tensor, z: Tensor, /) -> Tensor:
+        """See RightHandSide."""
         recording = torch.is_grad_enabled()
         with torch.enable_grad():
             y, a = z.unbind()
@@ -169,7 +174,7 @@ class Backsolve:
         self.time_carried = self.time or (config.restart and config.method.adaptive)
         self.func = func
         self.forward = Dynamics(func, form, ys[0])
-        self.dynamics = _AdjointDynamics(self.forward, params, self.time_carried, config.warns)
+        self.dynamics = AdjointDynamics(self.forward, params, self.time_carried, config.warns)
         self.evals_counted = 0
         self.time_gradients = [torch.zeros((), dtype=times.tensor.dtype, device=ys.device) for _ in times.values]
         n, segments = ys[0].numel(), form.segments

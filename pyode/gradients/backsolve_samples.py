@@ -17,6 +17,7 @@ from torch import Tensor
 from .._ops import backend_for
 from .._ops.contract import Grid, Policy
 from ..control import Times
+from ..errors import warn
 from ..methods import Tableau
 from ..solution import Stats
 from ..state import Func
@@ -24,6 +25,15 @@ from ..stepping.adaptive import AdaptiveLoop
 from ..stepping.hooks import Hooks
 from ..stepping.segment import BatchSegment
 from .survey import Survey
+
+
+def warn_of_host(options: dict[str, Any]) -> None:
+    """Warns where a loop on the device is asked for."""
+    if options.get("device_loop") not in (None, False, "auto"):
+        warn(
+            "adjoint_options['device_loop']: the host drives the backward solve, because every sample has steps of its "
+            "own there"
+        )
 
 
 @dataclass
@@ -92,52 +102,44 @@ class SampleBacksolve:
 
     def solve(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Returns the gradients with respect to y0, [B, D], the times, [T, B], and the parameters."""
-        samples = torch.arange(self.times.shape[1], device=self.times.device)
-        zero = torch.zeros_like(self.ys[0])
-        ends = torch.stack([self.times[-1], self.times[0]])
-        z = self._arrive(
-            self.times[-1], torch.ones_like(samples, dtype=torch.bool), torch.stack([self.ys[-1], zero], 1)
-        )
-        if bool((ends[0] != ends[1]).any()):
-            jumps, given = self.times[1:-1], self.config.grid.jump_t
-            if given is not None:
-                jumps = torch.cat([jumps, given.to(jumps)[:, None].expand(-1, len(samples))]).sort(0).values
-            grid = Grid(ends.contiguous(), self.config.grid.step_t, jumps.contiguous() if len(jumps) else None)
-            tableau, policy = self.config.tableau, self.config.policy
-            values = ends[:, 0].tolist() if len(samples) else [0.0, 1.0]
-            hooks = Hooks(watch_batch=self._add_integrals)
-            tolerances = (self.config.rtol, self.config.atol)
-            rtol, atol = (x if isinstance(x, float) else torch.cat([x.reshape(-1)] * 2) for x in tolerances)
-            loop = AdaptiveLoop(
-                self,
-                tableau,
-                self.layout,
-                rtol,
-                atol,
-                policy,
-                grid,
-                Times(ends, values),
-                None,
-                None,
-                self._arrive,
-                hooks,
-            )
+        start, everywhere = self.times[-1], torch.ones_like(self.times[-1], dtype=torch.bool)
+        z = self._arrive(start, everywhere, torch.stack([self.ys[-1], torch.zeros_like(self.ys[-1])], 1))
+        if bool((start != self.times[0]).any()):
+            loop = self._loop()
             try:
                 z = loop.solve(z, self.first_step)[1]
             finally:
                 loop.add_to(self.config.stats)
-        y0_gradient = z.reshape(len(samples), 2, -1)[:, 1] + self.gradients[0]
-        return y0_gradient, self.time_gradients, self.param_gradients
+        return z[:, 1] + self.gradients[0], self.time_gradients, self.param_gradients
+
+    def _loop(self) -> AdaptiveLoop:
+        """From the last time to the first; where gradients arrive in between, there is a discontinuity."""
+        config, ends = self.config, torch.stack([self.times[-1], self.times[0]])
+        jumps, given = self.times[1:-1], config.grid.jump_t
+        if given is not None:
+            jumps = torch.cat([jumps, given.to(jumps)[:, None].expand(-1, jumps.shape[1])]).sort(0).values
+        grid = Grid(ends.contiguous(), config.grid.step_t, jumps.contiguous() if len(jumps) else None)
+        # A tolerance for each number of the state is the adjoint's too.
+        rtol, atol = (x if isinstance(x, float) else torch.cat([x.reshape(-1)] * 2) for x in (config.rtol, config.atol))
+        return AdaptiveLoop(
+            self, config.tableau, self.layout, rtol, atol, config.policy, grid, Times(ends, ends[:, 0].tolist()),
+            at_jump=self._arrive, hooks=Hooks(watch_batch=self._add_integrals),
+        )  # fmt: skip
 
     def _arrive(self, now: Tensor, there: Tensor, z: Tensor) -> Tensor:
-        """The state behind an output: y from the forward solve, a with the gradients that arrive."""
-        shape, z = z.shape, z.reshape(z.shape[0], 2, -1)
+        """The state behind outputs: y from the forward solve, a with the gradients that arrive.
+
+        Args:
+            now: [B] the samples' times.
+            there: [B] bool, which of them have just come to an output.
+            z: [B, 2, D] (y, a) before it.
+        """
         now, there = now.to(self.times.device), there.to(self.times.device)
-        here = (self.times == now) & there & (torch.arange(len(self.times), device=now.device) > 0)[:, None]
+        here = (self.times == now) & there
+        here[0] = False  # the start: its gradient is added at the end
         arriving = here.to(z.device)
         gradient = torch.where(arriving.unsqueeze(-1), self.gradients, 0.0)
-        index = arriving.int().argmax(0)
-        y = self.ys[index, torch.arange(len(index), device=z.device)]
+        y = self.ys[arriving.int().argmax(0), torch.arange(len(z), device=z.device)]
         if self.with_time and bool(arriving.any()):
             # Moving an output time moves the output along f.
             f = self.func(now.to(z.device, self.layout.real_dtype), y)
@@ -145,8 +147,7 @@ class SampleBacksolve:
             self.time_gradients = self.time_gradients + torch.where(here, effect, 0.0)
             self.time_gradients[0] -= torch.where(here, effect, 0.0).sum(0)
         met = arriving.any(0)[:, None]
-        y, a = torch.where(met, y, z[:, 0]), z[:, 1] + gradient.sum(0)
-        return torch.stack([y, a], 1).reshape(shape)
+        return torch.stack([torch.where(met, y, z[:, 0]), z[:, 1] + gradient.sum(0)], 1)
 
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
         """d/dt of (y, a)."""

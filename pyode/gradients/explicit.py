@@ -24,7 +24,7 @@ from ..methods import Tableau
 from ..state import Dynamics
 from ..stepping.course import table_of
 from ..stepping.recorder import Evaluation, evaluate
-from ..stepping.rows import RunningRows
+from ..stepping.running_rows import RunningRows
 from ..stepping.tape import Step
 from .arrivals import Shares
 from .reversal import Reversal

@@ -1,9 +1,4 @@
-"""The loop of the variable-coefficient Adams method: predict, evaluate, correct, evaluate; then choose order and step.
-
-The strategy is that of Shampine and Gordon's STEP (Computer Solution of Ordinary Differential Equations, 1975, chapter
-10): begin at order 1 and raise order and step size together until that no longer pays; from then on change the order
-by one where the error estimates of its neighbours say so, and double the step size, keep it, or shrink it.
-"""
+"""The loop of the variable-coefficient Adams method: predict, evaluate, correct, evaluate."""
 
 from __future__ import annotations
 
@@ -21,16 +16,11 @@ from ..control import Times
 from ..errors import SolveError, Status
 from ..methods.adams import Row, VariableAdams, Weights
 from ..solution import Stats
-from .adaptive import Norm
 from .fixed_grid import Outputs
 from .hooks import NO_HOOKS, Hooks
+from .measure import Norm
 from .segment import AdamsSegment, unmoved, weighted
-
-# Tolerances: the error of a step that is 1 / safety times as long as the one chosen. Shampine and Gordon choose half a
-# tolerance in the Euclidean norm, which in the root mean square of three numbers is this.
-AIM = 0.3
-GROWTH = 2.0  # of a step; with more the formulas of high orders are not stable
-KEPT = 2  # steps with an order before a higher one is considered
+from .strategy import Strategy
 
 
 class AdamsLoop:
@@ -98,7 +88,7 @@ class AdamsLoop:
                 now = self._time(self.t)
                 self._begin(self.dynamics(torch.nextafter(now, now + sign), self.y))
         if passed < len(values):
-            hooks.fail(SolveError(self._status, self.t, self._size, self.n_accepted + self.n_rejected))
+            hooks.fail(SolveError(self._status, self.t, self._strategy.size, self.n_accepted + self.n_rejected))
             self.y = unmoved(self.y, self._fs[0], self._shift)
         for _ in values[passed:]:
             outputs.add(self.y)
@@ -114,8 +104,8 @@ class AdamsLoop:
     def _begin(self, f: Tensor, first_step: float | None = None) -> None:
         """Starts at order 1, with f at the present time and state."""
         self._fs, self._sizes = [f], list[float]()  # of the last steps' ends, and of the steps; the latest first
-        self._order, self._climbing, self._kept, self._failures, self._non_finite = 1, True, 0, 0, False
-        self._size = self.times.sign * (self._first_step(f) if first_step is None else first_step)
+        size = self.times.sign * (self._first_step(f) if first_step is None else first_step)
+        self._strategy = Strategy(self.policy, self.method.max_order, size)
 
     def _first_step(self, f: Tensor) -> float:
         """The size of a first step of order 1 (Hairer, Norsett, Wanner I, II.4)."""
@@ -136,14 +126,14 @@ class AdamsLoop:
 
     def _plan(self) -> bool:
         """Fixes the step to take: within its bounds, not across a prescribed time; returns whether there is one."""
-        policy, sign = self.policy, self.times.sign
-        size = min(max(abs(self._size), policy.min_step), policy.max_step)
+        policy, sign, strategy = self.policy, self.times.sign, self._strategy
+        size = min(max(abs(strategy.size), policy.min_step), policy.max_step)
         self._t1, self._on_jump = self.t + sign * size, False
         if self._status is Status.RUNNING and self.n_steps >= policy.max_num_steps:
             self._status = Status.TOO_MANY_STEPS
         least = policy.least_ulps * sys.float_info.epsilon * abs(self.t)
         if self._status is Status.RUNNING and (not sign * (self._t1 - self.t) > 0 or size < least):
-            self._status = Status.NON_FINITE if self._non_finite else Status.STEP_TOO_SMALL
+            self._status = Status.NON_FINITE if strategy.non_finite else Status.STEP_TOO_SMALL
         i = bisect_right(self._stops, (sign * self.t, True))
         if i < len(self._stops):
             stop, is_jump = self._stops[i]
@@ -152,12 +142,12 @@ class AdamsLoop:
                 size, self._t1, self._on_jump = left, sign * stop, is_jump
             elif left < 2 * size and not is_jump:  # two equal steps: formulas do not like a tiny one in their past
                 size, self._t1 = left / 2, self.t + sign * left / 2
-        self._size = sign * size
+        strategy.size = sign * size
         return self._status is Status.RUNNING
 
     def _step(self) -> AdamsSegment | None:
         """Tries the step; returns it if it was accurate enough."""
-        k, size, fs, y, hooks = self._order, self._size, self._fs, self.y, self.hooks
+        k, size, fs, y, hooks = self._strategy.order, self._strategy.size, self._fs, self.y, self.hooks
         if hooks.step is not None:
             hooks.step(self.t, y, abs(size))
         formulas = self.method.formulas(tuple([h / size for h in self._sizes[:k]]), k)
@@ -178,8 +168,8 @@ class AdamsLoop:
             return None
         step.ks = [f1, *ks[: k + 1]]
         self.t, self.y = self._t1, y1
-        self.n_accepted, self.n_steps, self._failures = self.n_accepted + 1, self.n_steps + 1, 0
-        self._choose(error * formulas.constant, lower, higher if len(self._sizes) >= k else math.inf)
+        self.n_accepted, self.n_steps = self.n_accepted + 1, self.n_steps + 1
+        self._strategy.accept(error * formulas.constant, lower, higher if len(self._sizes) >= k else math.inf)
         most = self.method.max_order
         self._fs, self._sizes = [f1, *fs][:most], [size, *self._sizes][: most - 1]
         if hooks.accept is not None:
@@ -197,52 +187,17 @@ class AdamsLoop:
         return time if step.shift is None else time + step.shift.to(time)
 
     def _tolerates(self, error: float) -> bool:
-        return error <= 1 or (abs(self._size) <= self.policy.min_step and math.isfinite(error))
+        return error <= 1 or (abs(self._strategy.size) <= self.policy.min_step and math.isfinite(error))
 
     def _reject(self, error: float, lower: list[float]) -> None:
-        """Plans the next attempt at the step: smaller, of a lower order if that is better, of order 1 after three."""
+        """Plans the next attempt at the step."""
+        size = abs(self._strategy.size)
         if self.hooks.reject is not None:
-            self.hooks.reject(self.t, self.y, abs(self._size))
-        self.n_rejected, self.n_steps, self._failures = self.n_rejected + 1, self.n_steps + 1, self._failures + 1
-        self._non_finite = not math.isfinite(error)
-        if self._non_finite and abs(self._size) <= self.policy.min_step:
+            self.hooks.reject(self.t, self.y, size)
+        self.n_rejected, self.n_steps = self.n_rejected + 1, self.n_steps + 1
+        if not math.isfinite(error) and size <= self.policy.min_step:
             self._status = Status.NON_FINITE
-        self._climbing, self._kept = False, 0
-        if self._wants_lower(error, lower):
-            self._order, error = self._order - 1, lower[0]
-        factor = self.policy.dfactor if self._non_finite else self._factor(error)
-        if self._failures >= 3:
-            self._order = 1
-        self._size *= min(factor, 0.5)
-
-    def _wants_lower(self, error: float, lower: list[float]) -> bool:
-        """Whether the errors of the next orders below are no larger; order 1 has to be much better than order 2."""
-        return bool(lower) and max(lower) <= (error if len(lower) == 2 else error / 2)
-
-    def _choose(self, error: float, lower: list[float], higher: float) -> None:
-        """Chooses the next step's order and size from the errors of this order and its neighbours; inf is unknown."""
-        k, most = self._order, self.method.max_order
-        lowers = self._wants_lower(error, lower)
-        if self._climbing and not lowers and k < most:
-            self._order, self._size = k + 1, self._size * min(GROWTH, self.policy.ifactor)
-            return
-        self._climbing = False
-        if not lowers and self._kept >= KEPT and higher < math.inf:
-            lowers = k > 1 and lower[0] <= min(error, higher)
-            if not lowers and k < most and higher < (error if k > 1 else error / 2):
-                self._order, error = k + 1, higher
-        if lowers:
-            self._order, error = k - 1, lower[0]
-        self._kept = self._kept + 1 if self._order == k else 0
-        self._size *= self._factor(error)
-
-    def _factor(self, error: float) -> float:
-        """By how much to change the step size: often not at all, as then the formulas stay the same."""
-        policy, exponent = self.policy, self._order + 1
-        aim, growth = AIM * policy.safety**exponent, min(GROWTH, policy.ifactor)
-        if error * growth**exponent <= aim:
-            return growth
-        return 1.0 if error <= aim else max(policy.dfactor, min(0.9, (aim / error) ** (1 / exponent)))
+        self._strategy.reject(error, lower)
 
     def _time(self, t: float) -> Tensor:
         return torch.full((), t, dtype=self.layout.real_dtype, device=self.layout.device)

@@ -62,7 +62,7 @@ def table_of(ops: ModuleType, tableau: Tableau) -> Any:
 
 @dataclass
 class Course:
-    """A fixed grid under way: what a method needs to take its steps.
+    """A fixed grid, or a part of it, under way: what a method needs to take its steps.
 
     Attributes:
         dynamics, layout, ops, quadrature: as AdaptiveLoop's.
@@ -138,6 +138,9 @@ class Steps(Protocol):
     def under_way(self) -> int:
         """The number of the step begun last; -1 before there is one."""
 
+    def move_to(self, course: Course) -> None:
+        """Goes on with the next part of the grid, whose steps are numbered from 0 again."""
+
     def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken | SolveError:
         """Takes steps from `begin` on, one or more, before `end`; returns why, if the first of them can't be taken.
 
@@ -150,9 +153,13 @@ class ExplicitSteps:
     """The steps of an explicit Runge-Kutta method."""
 
     def __init__(self, tableau: Tableau, course: Course) -> None:
-        self.tableau, self.course = tableau, course
-        self.times = course.stage_times((0.0, *tableau.abscissae))
-        self.grid_steps, self.table = course.grid_steps(self.times), table_of(course.ops, tableau)
+        self.tableau, self.table = tableau, table_of(course.ops, tableau)
+        self.move_to(course)
+
+    def move_to(self, course: Course) -> None:
+        """See Steps."""
+        self.course, self.times = course, course.stage_times((0.0, *self.tableau.abscissae))
+        self.grid_steps = course.grid_steps(self.times)
 
     @property
     def under_way(self) -> int:

@@ -44,8 +44,8 @@ class EventSearch:
     ) -> None:
         self.event, self.last, self.tolerance = event, last, tolerance
         with torch.no_grad():
-            self.signs = torch.sign(event(t0, y0)).reshape(-1)
-        self._staying = bool((self.signs == 0).any())
+            self.signs: list[float] = torch.sign(event(t0, y0)).reshape(-1).tolist()
+        self._staying = 0 in self.signs
         self.time: float | None = t0 if self._staying and not skip_initial else None
         self.segment: Segment | None = None
 
@@ -57,22 +57,23 @@ class EventSearch:
         with torch.no_grad():
             for x in LEAVING if self._staying else (1.0,):
                 t = end if x == 1 else segment.t0 + x * (end - segment.t0)
-                value = self._values(segment, t)
-                if self._crossed(value):
+                values = self._values(segment, t)
+                if self._crossed(values):
                     self.time, self.segment = self._locate(segment, begin, t), segment
                     break
                 if self._staying:
-                    self.signs = torch.where(self.signs == 0, torch.sign(value), self.signs)
-                    self._staying = bool((self.signs == 0).any())
+                    self.signs = [(v > 0) - (v < 0) if sign == 0 else sign for v, sign in zip(values, self.signs)]
+                    self._staying = 0 in self.signs
                 begin = t
         return None if self.time is None else segment.at(self.time)
 
-    def _values(self, segment: Segment, t: float) -> Tensor:
-        return self.event(t, segment.at(t)).reshape(-1)
+    def _values(self, segment: Segment, t: float) -> list[float]:
+        values: list[float] = self.event(t, segment.at(t).detach()).reshape(-1).tolist()
+        return values
 
-    def _crossed(self, value: Tensor) -> bool:
-        """Whether one of the functions, of those that have left their start, has changed its sign."""
-        return not bool(((value * self.signs > 0) | (self.signs == 0)).all())
+    def _crossed(self, values: list[float]) -> bool:
+        """Whether one of the functions, of those that have left their start, has changed its sign, or become nan."""
+        return not all(value * sign > 0 for value, sign in zip(values, self.signs) if sign != 0)
 
     def _locate(self, segment: Segment, begin: float, end: float) -> float:
         """Halves the time between one before the event and one behind it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -27,6 +27,7 @@ from .quadrature import Quadrature
 from .segment import RungeKuttaSegment, unmoved
 from .tape import Passed, Step
 
+PART = 64  # steps of a grid that are prepared together where the solve may end at any
 INTERPOLATIONS = ("linear", "cubic")
 
 
@@ -121,17 +122,26 @@ class FixedGridLoop:
         recording = torch.is_grad_enabled()
         # Where times carry a gradient, so do step sizes and positions between: the twin does the work.
         moving = recording and (self.grid.requires_grad or self.times.tensor.requires_grad)
-        course = self._course(y0, moving)
-        steps = steps_of(self.method, course)
-        ends, hooks, t = self.grid.tolist(), self.hooks, self.times.tensor
+        hooks, t = self.hooks, self.times.tensor
         outputs = Outputs(self.ops, self.layout, len(self.times.values), y0, recording)
         values, sign, i, y = self.times.values, self.times.sign, 1, y0
         # Else steps follow each other up to that which passes the next output, or to the end if all end on outputs.
         one_by_one = bool(recording or self.quadrature or hooks.step or hooks.watch or hooks.tape)
+        parts = self._parts()
+        part = next(parts)
+        course, ends = self._course(part, moving), part.tolist()
+        steps = steps_of(self.method, course)
         on_grid = not one_by_one and ends == values
         last = n = -1
         failure: SolveError | None = None
-        while n < len(ends) - 2:
+        while True:
+            if n == len(ends) - 2:
+                further = next(parts, None)
+                if further is None:
+                    break
+                course, ends = self._course(further, moving), further.tolist()
+                steps.move_to(course)
+                last = n = -1
             n += 1
             if hooks.step is not None:
                 hooks.step(ends[n], y, abs(ends[n + 1] - ends[n]))
@@ -179,15 +189,18 @@ class FixedGridLoop:
                 n += 1
                 failure = SolveError(Status.TOO_MANY_STEPS, ends[n], ends[n] - ends[n - 1], self.counts.n_accepted)
             hooks.fail(failure)
-            if moving and n > 0:
-                t0 = course.grid[n].detach()
-                slope = self.dynamics(t0.to(y.device, self.layout.real_dtype), y)
-                y = unmoved(y, slope, course.grid[n] - t0)
+            if moving and self.counts.n_accepted > 0:
+                y = self._unmoved(y, course.grid[n])
             for _ in values[i:]:
                 outputs.add(y)
             if hooks.tape is not None:
                 hooks.tape.left = torch.arange(len(values), device=y.device) >= i
         return outputs.collect()
+
+    def keep_times(self) -> None:
+        """Makes the times this loop's own, for another solve whose steps end there: the user's may change."""
+        self.times = Times(self.times.tensor.detach().clone(), self.times.values)
+        self.grid = self.times.tensor
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
         """Adds the solve's counts."""
@@ -200,9 +213,15 @@ class FixedGridLoop:
         sign = self.times.sign
         return min(bisect_left(ends, sign * value, n + 1, key=lambda end: sign * end), len(ends) - 1) - 1
 
-    def _course(self, y0: Tensor, moving: bool) -> Course:
-        grid = self.grid if moving else self.grid.detach()
-        grid = grid.to(clock_device(y0.device)).double()
+    def _parts(self) -> Iterator[Tensor]:
+        """The grid, in parts that share an end where someone may end the solve long before its own end."""
+        n = len(self.grid) - 1
+        size = n if self.hooks.watch is None else PART
+        return (self.grid[begin : begin + size + 1] for begin in range(0, n, size))
+
+    def _course(self, grid: Tensor, moving: bool) -> Course:
+        grid = grid if moving else grid.detach()
+        grid = grid.to(clock_device(self.layout.device)).double()
         return Course(
             self.dynamics,
             self.layout,
@@ -217,13 +236,18 @@ class FixedGridLoop:
             self.counts,
         )
 
+    def _unmoved(self, y: Tensor, time: Tensor) -> Tensor:
+        """The state reached at a time, without its motion along the solution with that time."""
+        slope = self.dynamics(time.detach().to(y.device, self.layout.real_dtype), y)
+        return unmoved(y, slope, time - time.detach())
+
     def _noted(self, steps: Any, n: int, ends: list[float], outputs: range) -> Step:
         """Step n of a Runge-Kutta method, for a tape; of an implicit one the times are those of its ends."""
         times, weights = steps.times[n], steps.tableau.weights
         if isinstance(self.method, ImplicitTableau):
             times = steps.course.grid[[n, n, n + 1]]
         elif self.cubic:
-            times = torch.cat([times, self.grid[n + 1 : n + 2].to(times)])
+            times = torch.cat([times, steps.course.grid[n + 1 : n + 2].to(times)])
         values, (t0, t1) = self.times.values, ends[n : n + 2]
         polynomial = _cubic(weights, 0) if self.cubic else _linear(weights)
         passed = (Passed(i, 0, 1.0 if values[i] == t1 else (values[i] - t0) / (t1 - t0), polynomial) for i in outputs)
@@ -238,12 +262,13 @@ class FixedGridLoop:
         if self.cubic:
             if not any(k is step.slope for k in ks):  # an implicit step may do without it
                 weights, ks = (*weights, 0.0), [*ks, step.slope]
-            t1 = (self.grid if moving else self.grid.detach())[n + 1].to(y.device, self.layout.real_dtype)
+            t1 = course.grid[n + 1].to(y.device, self.layout.real_dtype)
             polynomial = _cubic(weights, next(j for j, k in enumerate(ks) if k is step.slope))
             ks = [*ks, self.dynamics(t1, y1)]
         shift = course.grid[n] - course.grid[n].detach() if moving else None
         size = ends[n + 1] - ends[n]
-        return RungeKuttaSegment(self.layout, polynomial, ends[n], ends[n + 1], size, y, ks, course.sizes[n], shift)
+        dt = course.sizes[n]
+        return RungeKuttaSegment(self.layout, polynomial, ends[n], ends[n + 1], size, y, ks, dt, shift, y1)
 
 
 @lru_cache(maxsize=64)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ class ImplicitSteps:
     def __init__(self, tableau: ImplicitTableau, course: Course) -> None:
         if torch._C._are_functorch_transforms_active():  # Newton differentiates by ways that they do not allow
             raise InvalidValue(f"{tableau.name!r} is not for torch.func's grad, jvp and vmap; take an explicit method")
-        self.tableau, self.course = tableau, course
+        self.tableau = tableau
+        self.move_to(course)
         layout, options = course.layout, course.options
         self.dtype = torch.promote_types(layout.real_dtype, torch.float32)
         width = 2 if layout.dtype.is_complex else 1
@@ -46,15 +47,18 @@ class ImplicitSteps:
             int(number_from(options, "max_iters", 100, 1, 2**31)),
             course.counts,
         )
-        self.times = course.stage_times((0.0, *tableau.abscissae))
+
+    def move_to(self, course: Course) -> None:
+        """See Steps."""
+        self.course, self.times = course, course.stage_times((0.0, *self.tableau.abscissae))
         self.under_way = -1
         self.circumstances = None
         if torch.is_grad_enabled():  # a backward pass evaluates func, too
             assert isinstance(course.dynamics, Dynamics)
-            self.circumstances = Circumstances(course.dynamics.func, layout.device)
+            self.circumstances = Circumstances(course.dynamics.func, course.layout.device)
 
     def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken | SolveError:
-        """See Steps; takes one, or returns an error: NOT_CONVERGED, or NON_FINITE where f(t0, y) is not finite."""
+        """See Steps; takes one, or returns an error: NOT_CONVERGED, or NON_FINITE where f became inf or nan."""
         self.under_way = begin
         step = self._step(begin, y)
         if isinstance(step, SolveError):
@@ -70,15 +74,18 @@ class ImplicitSteps:
         start, *times = (t.clone() if t.is_inference() else t for t in self.times[n].unbind())
         slope = (course.dynamics if tableau.first_is_explicit else course.dynamics.trial)(start, y)
         ks = [slope] * len(tableau.weights)
+        at, over = y.detach(), dt.detach()
+        failure = partial(_failure, course.grid.detach()[n : n + 2], course.counts.n_accepted)
+        size = partial(self._size, at, over)
         for block in tableau.blocks if y.numel() else ():
-            size, failure = partial(self._size, y.detach(), dt.detach()), partial(self._failure, n, slope.detach())
-            known = [k.detach() for k in ks]
             guess = self._vector([slope.detach()] * len(block))
-            x = self.newton.solve(partial(self._derivatives, block, times, y.detach(), known, dt.detach()), guess, size)
+            equation = partial(self._derivatives, block, times, at, [k.detach() for k in ks], over)
+            x = self.newton.solve(equation, guess, size)
             if x is None:
-                return failure()
+                return failure(Status.NOT_CONVERGED if self.newton.finite else Status.NON_FINITE)
             if self.circumstances is not None:
-                x = self.newton.differentiable(self._equation(block, times, y, ks.copy(), dt), x, size, failure)
+                equation = partial(self._under, self.circumstances, block, times, y, ks.copy(), dt)
+                x = self.newton.differentiable(equation, x, size, partial(failure, Status.NOT_CONVERGED))
             for i, k in zip(block, self._states(x, y)):
                 ks[i] = k.to(y.dtype)
         if course.quadrature is not None:
@@ -86,18 +93,10 @@ class ImplicitSteps:
                 course.dynamics(times[i], course.combine(tableau.rows[i], y, ks, dt))
         return Increment(tableau.weights, ks, slope)
 
-    def _equation(
-        self, block: tuple[int, ...], times: list[Tensor], y: Tensor, ks: list[Tensor], dt: Tensor
-    ) -> Callable[[Tensor], Tensor]:
-        """What x solves, with a graph to all it is made of; evaluates func as it was when the step was taken."""
-        assert self.circumstances is not None
-        again = self.circumstances.again
-
-        def phi(x: Tensor) -> Tensor:
-            with again():
-                return self._derivatives(block, times, y, ks, dt, x)
-
-        return phi
+    def _under(self, circumstances: Circumstances, *arguments: Any) -> Tensor:
+        """The same as `_derivatives` under the circumstances of the forward pass."""
+        with circumstances.again():
+            return self._derivatives(*arguments)
 
     def _derivatives(
         self, block: tuple[int, ...], times: list[Tensor], y: Tensor, ks: list[Tensor], dt: Tensor, x: Tensor
@@ -127,7 +126,8 @@ class ImplicitSteps:
         largest = [part.amax().expand_as(part) if len(part) else part for part in torch.split(sizes, self.parts)]
         return torch.cat(largest).clamp_min(torch.finfo(self.dtype).tiny).repeat(len(x) // len(sizes))
 
-    def _failure(self, n: int, slope: Tensor) -> SolveError:
-        status = Status.NOT_CONVERGED if bool(torch.isfinite(slope).all()) else Status.NON_FINITE
-        t0, t1 = self.course.grid.detach()[n : n + 2].tolist()
-        return SolveError(status, t0, t1 - t0, n)
+
+def _failure(ends: Tensor, n: int, status: Status) -> SolveError:
+    """That of the step between these two times, behind n others."""
+    t0, t1 = ends.tolist()
+    return SolveError(status, t0, t1 - t0, n)

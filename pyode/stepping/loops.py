@@ -15,10 +15,11 @@ from ..methods.adams import VariableAdams
 from ..methods.external import ScipySolver
 from ..solution import SampleStats, Stats
 from .adams import AdamsLoop
-from .adaptive import AdaptiveLoop, AtJump, Norm
+from .adaptive import AdaptiveLoop, AtJump
 from .external import ScipyLoop
 from .fixed_grid import FixedGridLoop
 from .hooks import NO_HOOKS, Hooks
+from .measure import Norm
 from .quadrature import Quadrature
 
 

@@ -26,16 +26,15 @@ class AdamsSteps:
     """The steps of an Adams method; the first ones are rk4's."""
 
     def __init__(self, method: FixedAdams, course: Course) -> None:
-        self.course = course
         self.start = ExplicitSteps(TABLEAUS["rk4"], course)
-        implicit = method.implicit and bool(course.options.get("implicit", True))
+        self.implicit = implicit = method.implicit and bool(course.options.get("implicit", True))
         exact = implicit or course.layout.real_dtype is torch.float64
         default = HIGHEST_ORDER if exact else HIGHEST_EXPLICIT_IN_FLOAT32
         max_order = int(number_from(course.options, "max_order", default, 1, HIGHEST_ORDER))
         if max_order < LOWEST_ORDER:
             warn(f"max_order is below {LOWEST_ORDER}, so the solver reduces to `rk4`.")
         self.most = max_order - 1
-        self.grid_steps = course.grid_steps(course.stage_times((0.0, 1.0)), implicit)
+        self._move_to(course)
         orders = range(1, self.most + 1)
         # Over f at a step's end and the values of f before it.
         self.predictors = tuple((0.0, *bashforth(n)) for n in orders)
@@ -44,6 +43,15 @@ class AdamsSteps:
         table = reference.AdamsTable if isinstance(self.grid_steps, reference.GridSteps) else course.ops.AdamsTable
         self.table = table(self.predictors, self.correctors, max_iters)
         self.slopes: list[Tensor] = []  # the newest first
+
+    def move_to(self, course: Course) -> None:
+        """See Steps."""
+        self.start.move_to(course)
+        self._move_to(course)
+
+    def _move_to(self, course: Course) -> None:
+        self.course = course
+        self.grid_steps = course.grid_steps(course.stage_times((0.0, 1.0)), self.implicit)
 
     @property
     def under_way(self) -> int:

@@ -140,6 +140,40 @@ class Quadrature:
         """Moves to the last output time."""
         self.values = [out[1] for out in self._outputs]
 
+    def stay_on_device(self) -> None:
+        """From now on a loop on the device takes the steps: values and integrands at a step's start keep their place.
+
+        To be called before the loop is captured. Then `values` are those at the solve's start, 0, and `ends` those at
+        its end.
+        """
+        self._starts = [torch.empty_like(value) for value in self.values]
+        self._outputs = [value.new_empty((2, *value.shape)) for value in self.values]
+
+    def start_on_device(self) -> None:
+        """The same as `start`; the values are 0."""
+        for value in self.values:
+            value.zero_()
+        self.start()
+
+    def keep_integrands(self, where: Tensor | None = None) -> None:
+        """Makes the evaluation noted last that at the start of the next step, at once or where a mask is set."""
+        (noted,) = self._evaluations[:1]
+        assert noted is not None
+        for start, integrand in zip(self._starts, noted):
+            start.copy_(integrand if where is None else torch.where(where, integrand, start))
+        self._evaluations = [list(self._starts)]
+
+    def finish_on_device(self, controller: Any, interpolant: Any) -> None:
+        """Notes the values at the outputs that the step has passed, and moves to its end if it was accepted."""
+        tracks = zip(self._all_layouts, self.values, self._columns(), self._ends, self._outputs)
+        for layout, value, gs, end, out in tracks:
+            self.ops.finish_step(layout, interpolant, controller, value, gs, end, out)
+        del self._evaluations[1:]
+
+    def copies(self) -> list[Tensor]:
+        """The values at the last output time, after a loop on the device."""
+        return [out[1].clone() for out in self._outputs]
+
     def accept(self) -> None:
         """Moves to the step's end; the last evaluation is the next step's first."""
         self.values = self._ends

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._ops import autograd, backend_of, reference
-from .._ops.contract import Layout
+from .._ops.contract import Layout, clock_device
 from ..methods.adams import Formulas
 
 
@@ -36,6 +36,7 @@ class RungeKuttaSegment:
         y, ks: the state at t0 and the derivatives.
         dt: `size` as a tensor, [1]; with a graph if the step size has a gradient.
         shift: how far the step has moved: 0, with the gradient of the solve's start; None if it hasn't one.
+        y1: the state at t1, if it is at hand.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class RungeKuttaSegment:
         ks: list[Tensor],
         dt: Tensor,
         shift: Tensor | None = None,
+        y1: Tensor | None = None,
     ) -> None:
         self.layout, self.polynomial = layout, polynomial
         self.t0, self.t1, self.size = t0, t1, size
-        self.y, self.ks, self.dt, self.shift = y, ks, dt, shift
+        self.y, self.ks, self.dt, self.shift, self.y1 = y, ks, dt, shift, y1
 
     def position(self, t: float) -> float:
         """Where in the step a time lies, from 0 to 1."""
@@ -60,6 +62,8 @@ class RungeKuttaSegment:
 
     def at(self, t: float, moved: Tensor | None = None) -> Tensor:
         """See Segment; `moved` is 0, with the gradient of this time."""
+        if moved is None and self.shift is None and self.y1 is not None and t == self.t1:
+            return self.y1
         weights, ops = self.polynomial.weights_at(self.position(t)), backend_of(self.layout)
         if moved is None and self.shift is None:
             return autograd.stage_combine(ops, self.layout, weights, self.y, self.ks, self.dt)
@@ -87,7 +91,7 @@ class BatchSegment:
 
     Args:
         layout, polynomial, y, ks: as RungeKuttaSegment's.
-        controller: of all samples, which has just judged the step.
+        controller: of all samples, which has just judged the step; times are on the `clock_device`.
         dt: [B] the step sizes as they were used, with a graph if they have a gradient.
         shift: [B] how far each step has moved; None if that has no gradient.
     """
@@ -105,10 +109,13 @@ class BatchSegment:
         self.layout, self.polynomial, self.controller = layout, polynomial, controller
         self.y, *self.ks = (x.reshape(layout.samples, layout.size) for x in (y, *ks))
         self.shift = shift
-        # Copies: the next step's take their places.
-        self.t0, self.t1, self.size = (controller.field(name).clone() for name in ("t_prev", "t", "dt_prev"))
-        self.accepted = controller.field("accepted") != 0
-        self.dt = dt if dt.requires_grad else self.size
+        # Copies: the next step's take their places. The twin's controller keeps its clock on the host everywhere.
+        clock = clock_device(layout.device)
+        self.t0, self.t1, self.size = (
+            controller.field(name).to(clock, copy=True) for name in ("t_prev", "t", "dt_prev")
+        )
+        self.accepted = controller.field("accepted").to(clock) != 0
+        self.dt = dt.to(clock) if dt.requires_grad else self.size
 
     def position(self, t: Tensor) -> Tensor:
         """Where in the step times lie, [B], from 0 to 1."""
@@ -119,7 +126,7 @@ class BatchSegment:
 
         Samples that stood still are given their state.
         """
-        rows: Any = slice(None) if some is None else some
+        rows: Any = slice(None) if some is None else some.to(self.t0.device)
         here = rows if some is None else some.to(self.y.device)
         t, t0, t1, dt = (v[rows] for v in (t.to(self.t0), self.t0, self.t1, self.dt))
         elapsed = t - t0 - (0.0 if self.shift is None else self.shift.to(t0)[rows])

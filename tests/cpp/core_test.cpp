@@ -33,7 +33,7 @@ Layout layout_of(Scalar scalar, int64_t samples, int64_t size, int threads, cons
 
 void stage_sums_cover_every_number_once() {
   for (int64_t samples : {1, 2, 300})
-    for (int64_t size : {0, 1, 2, 63, 64, 65, 1000, 70001 / static_cast<int>(samples)})
+    for (int64_t size : {0, 1, 2, 63, 64, 65, 127, 128, 129, 1000, 70001 / static_cast<int>(samples)})
       for (int threads : {1, 2, 3}) {
         const size_t n = static_cast<size_t>(samples * size);
         std::vector<double> y(n, 1.0), k(n, 2.0), out(n, -1.0), dt(static_cast<size_t>(samples));
@@ -74,6 +74,45 @@ void error_norms_are_the_same_for_any_number_of_threads() {
   CHECK(means[0] == means[1]);
   CHECK(means[0][1] == 0);  // an empty segment
   CHECK(means[0][3] > 0);
+}
+
+// Short rows are summed many at a time, long ones one by one; 128 numbers are the most of a short one.
+void an_error_norm_of_many_rows_is_that_of_each_alone() {
+  for (int64_t samples : {2, 37, 300})
+    for (int64_t size : {1, 2, 3, 4, 6, 8, 9, 15, 16, 17, 64, 96, 127, 128, 129})
+      for (int64_t n_segments : {1, 2}) {
+        const int64_t whole[] = {0, size}, halves[] = {0, size / 2, size};
+        const int64_t* const segments = n_segments == 1 ? whole : halves;
+        const size_t n = static_cast<size_t>(samples * size);
+        std::vector<float> y(n), k(n);
+        std::vector<double> dt(static_cast<size_t>(samples)), means(static_cast<size_t>(n_segments * samples));
+        for (size_t i = 0; i < n; ++i)
+          y[i] = static_cast<float>(std::sin(i)), k[i] = static_cast<float>(std::cos(3 * i));
+        for (size_t b = 0; b < dt.size(); ++b) dt[b] = 0.01 * static_cast<double>(b % 5);
+        ErrorNorm op = {};
+        op.y0 = op.y1 = y.data();
+        op.k[0] = op.k[1] = k.data();
+        op.w[0] = 0.7;
+        op.w[1] = -0.2;
+        op.terms = 2;
+        op.dt = dt.data();
+        op.rtol = op.atol = 1e-3;
+        op.parts = 1;
+        op.means = means.data();
+        cpu::error_norm(layout_of(Scalar::float32, samples, size, 2, segments, n_segments), op);
+        bool right = true;
+        for (int64_t b = 0; b < samples; ++b) {
+          double alone[2];
+          op.y0 = op.y1 = y.data() + b * size;
+          op.k[0] = op.k[1] = k.data() + b * size;
+          op.dt = dt.data() + b;
+          op.means = alone;
+          cpu::error_norm(layout_of(Scalar::float32, 1, size, 1, segments, n_segments), op);
+          for (int64_t s = 0; s < n_segments; ++s)
+            right = right && alone[s] == means[static_cast<size_t>(s * samples + b)];
+        }
+        CHECK(right);
+      }
 }
 
 void rows_beyond_two_to_the_31() {
@@ -179,6 +218,7 @@ int main() {
   std::printf("SIMD level: %s\n", cpu::simd_level());
   stage_sums_cover_every_number_once();
   error_norms_are_the_same_for_any_number_of_threads();
+  an_error_norm_of_many_rows_is_that_of_each_alone();
   rows_beyond_two_to_the_31();
   outputs_beyond_two_to_the_31();
   the_16_bit_types_round_trip();

@@ -5,8 +5,6 @@
 // takes every stride-th bit pattern of float (1: all of them) and the neighbourhoods of critical points, as float,
 // double and vectors of every width the instruction set has. One line for each function and precision: its name, the
 // largest error in ulp and where, and a digest of all results, to be compared between instruction sets.
-#include "../../csrc/core/vector_math.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -15,6 +13,8 @@
 #include <limits>
 #include <random>
 #include <vector>
+
+#include "../../csrc/core/side_by_side.h"
 
 using namespace pyode;
 
@@ -276,6 +276,21 @@ void check_two(const char* name, F f, Exact exact, double bound) {
   if (kLongDoubleIsWider) check_pairs<double>(name, f, exact, bound);
 }
 
+/// The controller's root, x to the power of -1 / order, of positive doubles within single precision's range or beyond
+/// it. Within it, whole orders up to 12 are found by Halley's method; all else is a power, which multiplies the
+/// rounding of a logarithm and of -1 / order by |log(x) / order|.
+void check_inverse_root(const char* name, double order, bool within) {
+  if ((only && std::strcmp(name, only) != 0) || !kLongDoubleIsWider) return;
+  const auto root = [order](auto x, auto) { return inverse_root(x, order); };
+  const auto exact = [order](long double x, long double) { return std::pow(x, -1 / static_cast<long double>(order)); };
+  Check<double, decltype(root), decltype(exact)> check{root, exact, {}};
+  arguments(double(), [&](double x) {
+    if (x > 0 && std::isfinite(x) && within == (x >= 1e-30 && x <= 1e30)) check.add(x);
+  });
+  const bool halley = within && order <= 12 && order == std::floor(order);
+  check.report(name, 2 + (halley ? 0 : 2 * (within ? std::log(1e30) : 745) / order));
+}
+
 template <class T>
 T logistic(T x) {
   const T power = std::exp(-std::abs(x));
@@ -312,5 +327,9 @@ int main(int argc, char** argv) {
   check_two(
       "minimum", [](auto x, auto y) { return math::minimum(x, y); },
       [](auto x, auto y) { return x != x || x < y ? x : y; }, 0);
+  for (double order : {1.0, 2.0, 3.0, 5.0, 7.0, 8.0, 12.0, 13.0, 2.5}) {
+    check_inverse_root("root", order, true);
+    check_inverse_root("farroot", order, false);
+  }
   return failures != 0;
 }

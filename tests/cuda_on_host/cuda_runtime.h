@@ -38,6 +38,26 @@ T atomicOr(T* at, T bits) {
   return before;
 }
 
+template <class T>
+T atomicAdd(T* at, T more) {
+  const T before = *at;
+  *at += more;
+  return before;
+}
+template <class T>
+T atomicExch(T* at, T next) {
+  const T before = *at;
+  *at = next;
+  return before;
+}
+inline void __threadfence() {}
+
+#define CUDART_VERSION 12040
+/// A graph's condition is the address of a number.
+inline void cudaGraphSetConditional(unsigned long long condition, unsigned value) {
+  *reinterpret_cast<unsigned*>(condition) = value;
+}
+
 /// How many there have been.
 extern "C" {
 __attribute__((visibility("default"))) inline int64_t cuda_on_host_launches = 0;

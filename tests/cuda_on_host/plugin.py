@@ -7,9 +7,13 @@ As far as the code between can tell, every state is on a GPU: steps are read bac
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import os
 import sys
+
+import torch
 
 
 def _load() -> None:
@@ -21,10 +25,47 @@ def _load() -> None:
     spec.loader.exec_module(module)
     sys.modules["pyode._C"] = module
     from pyode._ops import native
+    from pyode.compiled.guards import Guards
 
     assert native.build_info()["cuda"] == "on the host"
     native.on_gpu = lambda device: True
     native.current_stream = lambda device: 0
+    native.random_state = lambda device: torch.get_rng_state()
+
+    # What func finds in the place of its parameters while it is captured, it has to find when it is called again.
+    replaced, stand_ins = Guards.replaced, []
+
+    def noted(guards, others):
+        stand_ins.append((guards, others))
+        return replaced(guards, others)
+
+    Guards.replaced = noted
+
+    class GraphLoop:
+        """Repeats the body itself, as the kernels on the host set the condition."""
+
+        def __init__(self, device):
+            self.handle = native._C.GraphLoop()
+            self.condition = self.handle.condition
+            self.aside = self.in_use = contextlib.nullcontext
+
+        def capture(self, opening, body):
+            loop = opening.__self__
+            self.parts = loop, loop.dynamics, opening, body, stand_ins[-1]
+
+        def launch(self):
+            loop, dynamics, opening, body, (guards, others) = self.parts
+            goes_on = ctypes.c_uint.from_address(self.condition)
+            loop.dynamics, goes_on.value = dynamics, 1
+            with replaced(guards, others):
+                opening()
+                while goes_on.value:
+                    body()
+
+        def wait(self):
+            pass
+
+    native.GraphLoop = GraphLoop
 
 
 _load()

@@ -21,7 +21,7 @@ _LEAST_ERROR = 1e-10  # as kLeastError
 
 @dataclass
 class Sample:
-    """The step state of one sample; see csrc/core/controller.h for every field."""
+    """The step state of one sample; see csrc/core/step_state.h for every field."""
 
     t: float
     dt: float = 0.0

@@ -89,7 +89,7 @@ class GridSteps:
         self, layout: Layout, times: Tensor, sizes: Tensor, combine: Callable[..., Tensor] = stage_combine
     ) -> None:
         self.layout, self.combine = layout, combine
-        self._chunks = times.split(self.CHUNK), sizes.split(self.CHUNK)  # type: ignore[no-untyped-call]
+        self._all_times, self._all_sizes = times, sizes
         self._chunk = self.under_way = -1
         self._times: list[tuple[Tensor, ...]] = []
         self._sizes: tuple[Tensor, ...] = ()
@@ -99,7 +99,8 @@ class GridSteps:
         self.under_way = n
         chunk, i = divmod(n, self.CHUNK)
         if chunk != self._chunk:
-            times, sizes = (chunks[chunk] for chunks in self._chunks)
+            some = slice(n - i, n - i + self.CHUNK)
+            times, sizes = self._all_times[some], self._all_sizes[some]
             views, stages = times.reshape(-1).unbind(), times.shape[1]
             self._times = [views[j : j + stages] for j in range(0, len(views), stages)]
             self._sizes, self._chunk = sizes.unsqueeze(1).unbind(), chunk

@@ -1,96 +1,23 @@
-"""A solve as one of B samples, whatever the user's state: 1 under joint control."""
+"""The solution of every sample as a function of time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._ops import reference
-from ._ops.contract import clock_device, wide_dtype
-from .compiling import not_compiled
-from .errors import DynamicsError, InvalidType, InvalidValue
-from .state import Dynamics, Form, Func, State, with_args
-from .stepping.segment import BatchSegment
-
-
-class Samples:
-    """Between the user's states and [B, D], B samples of D numbers.
-
-    Args:
-        form: of the user's state.
-        y0: packed.
-        times: [T] or [T, B].
-
-    Attributes:
-        t0, t1: [B] float64, where each starts and ends; on the `clock_device`, as all times here.
-        y0: [B, D].
-    """
-
-    def __init__(self, form: Form, y0: Tensor, times: Tensor) -> None:
-        self.form, self.shape, self.count = form, y0.shape, form.samples
-        self.y0 = self.flat(y0)
-        ends = times.detach()[[0, -1]].to(self.clock, torch.float64)
-        self.t0, self.t1 = (end.expand(self.count) if end.dim() == 0 else end for end in ends)
-
-    @property
-    def clock(self) -> torch.device:
-        """Where times are."""
-        return clock_device(self.y0.device)
-
-    def flat(self, y: Tensor) -> Tensor:
-        """[B, D] from a packed state."""
-        return y.reshape(self.count, self.form.segments[-1])
-
-    def of_user(self, flat: Tensor, joint_axis: bool = False) -> State:
-        """The user's states from [..., B, D]; with B in front also under joint control if `joint_axis`."""
-        leading: tuple[int, ...] = tuple(flat.shape[:-2])
-        if joint_axis and not self.form.per_sample:
-            leading = (*leading, 1)
-        return self.form.unpack(flat.reshape(*leading, *self.shape), leading)
-
-    def times_of(self, t: Tensor) -> Tensor:
-        """[T, B] float64 from times [T] or [T, B]."""
-        times = t.detach().to(self.clock, torch.float64)
-        return times if times.dim() == 2 else times[:, None].expand(-1, self.count)
-
-    def func(self, problem: Any) -> Func:
-        """A problem's func as one of times [B] and states [B, D]."""
-        dynamics = Dynamics(problem.func, self.form, problem.y0)
-        real = problem.y0.real.dtype if problem.y0.is_complex() else problem.y0.dtype
-
-        def func(t: Tensor, flat: Tensor) -> Tensor:
-            time = t.to(flat.device, real)
-            if self.count == 1:  # a view of more than one, as the stages' times are: torch.compile would compile anew
-                time = time.repeat(2)[0]
-            return self.flat(dynamics(time, flat.reshape(self.shape)))
-
-        return func
-
-    def event(self, event_fn: Any, args: Sequence[Any]) -> Callable[[Tensor, Tensor], Tensor]:
-        """A user's event function as one of times [B] and states [B, D] that returns [B, E]."""
-        if not callable(event_fn):
-            raise InvalidType(f"event_fn must be callable as event_fn(t, y), not a {type(event_fn).__name__}")
-        event_fn, per_sample = with_args(event_fn, args), self.form.per_sample
-
-        def event(t: Tensor, flat: Tensor) -> Tensor:
-            t = t.to(flat.device, wide_dtype(flat.device))
-            value = event_fn(t if per_sample else t[0], self.of_user(flat))
-            if not isinstance(value, Tensor) or (value.numel() == 0 and self.count):
-                raise DynamicsError(f"event_fn must return a tensor of numbers, not {value!r}")
-            if per_sample and (value.dim() not in (1, 2) or len(value) != self.count):
-                shape = tuple(value.shape)
-                raise DynamicsError(f"event_fn must return [B] or [B, E], here with B = {self.count}, not {shape}")
-            several = per_sample and value.dim() == 2
-            return value if several else value[:, None] if per_sample else value.reshape(1, -1)
-
-        return event
+from .._ops import reference
+from ..compiling import not_compiled
+from ..errors import InvalidValue
+from ..state import State
+from ..stepping.segment import BatchSegment
+from .batch import Samples
 
 
 class SampleDenseOutput:
-    """The solution of every sample as a function of time: what the interpolant of a Solution is.
+    """What the interpolant of a Solution is.
 
     Args:
         samples: the solve's.

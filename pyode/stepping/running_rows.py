@@ -1,4 +1,4 @@
-"""func called with some of the samples only."""
+"""func called with the rows that still run only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import Status
 from ..state import Form, Func, State
 
 
@@ -27,13 +28,13 @@ class RunningRows:
 
     def look(self, controller: Any) -> None:
         """Takes note of which samples still run."""
-        running = controller.field("status") == 1
+        running = controller.field("status") == Status.RUNNING
         count = int(running.sum())
         if 0 < count <= self.WORTHWHILE * self.count:
             self.rows, self.count = running.nonzero()[:, 0], count
 
     def only(self, running: Tensor) -> None:
-        """The rows to call with from now on, [B] bool."""
+        """The rows to call with from now on, [B] bool, where that pays."""
         rows = running.nonzero()[:, 0]
         self.rows = rows if len(rows) <= self.WORTHWHILE * len(running) else None
 

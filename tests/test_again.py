@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pyode
-from pyode.idle import idle_loops
+from pyode.again import idle_loops
 
 T = torch.tensor([0.0, 0.5, 1.0])
 Y0 = torch.tensor([[1.0, -2.0], [0.5, 3.0]])

@@ -1,0 +1,141 @@
+"""Solves like one before, by what that one has made: checking arguments and making a loop takes longer than a step.
+
+Such a solve differs in func, if that is not compiled, and in the state's numbers; of all else its kind is made, by
+value. Nothing is kept of func and of the states of a solve.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._ops import backend_for, native
+from .callbacks import has_callbacks
+from .compiled.dynamics import CompiledDynamics
+from .state import Dynamics, Form, Func
+from .stepping.adaptive import AdaptiveLoop
+from .stepping.fixed_grid import FixedGridLoop
+from .stepping.hooks import NO_HOOKS, raise_it
+
+Kind = tuple[Any, ...]
+
+PER_SAMPLE, ON_DEVICE = {"control": "per_sample"}, {"device_loop": True}
+LARGEST = 1 << 18  # bytes of a state; a loop keeps the memory of a few
+
+
+def solve_again(
+    func: Func, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None, options: dict[str, Any] | None
+) -> tuple[Tensor | None, Kind | None]:
+    """Solves as the last solve of the same kind did.
+
+    Returns:
+        The states at the output times, [T, *y0.shape], or None if there was no such solve; and the kind, by which a
+        solve is to be kept for the next one, or None if none is kept.
+    """
+    if not (type(y0) is Tensor and type(t) is Tensor and type(rtol) is float and type(atol) is float):
+        return None, None
+    if options == ON_DEVICE:
+        from .device_loop import solve_again as again_on_device  # only those who ask for it wait for its import
+
+        return again_on_device(func, y0, t, rtol, atol, method), None
+    if isinstance(func, CompiledDynamics):
+        return _compiled_again(func, y0, t, rtol, atol, method, options)
+    if options:
+        return None, None
+    kind = _kind_of(func, y0, t, rtol, atol, method)
+    idle = None if kind is None else idle_loops.take(kind)
+    if idle is None or not callable(func):
+        return None, kind
+    ys = idle.solve(func, y0)
+    idle_loops.put(kind, idle)
+    return ys, kind
+
+
+def _compiled_again(
+    func: CompiledDynamics, y0: Tensor, t: Tensor, rtol: float, atol: float, method: str | None, options: Any
+) -> tuple[Tensor | None, Kind | None]:
+    """The same where func is compiled, and keeps the last solve itself."""
+    if not options:
+        from .compiled.solve import solve_again  # only those who compile wait for its import
+
+        return solve_again(func, y0, t, rtol, atol, method), None
+    if options != PER_SAMPLE:
+        return None, None
+    from .compiled.samples import key_of, samples_again
+
+    kind = key_of(y0, rtol, atol, "odeint", method)
+    loop = samples_again(func, kind, y0, t, raise_it)
+    return None if loop is None else loop.solve(y0), kind
+
+
+def _kind_of(func: Func, y0: Tensor, t: Tensor, rtol: float, atol: float, method: str | None) -> Kind | None:
+    """What a solve without options has in common with others that the same loop can do; None if none is kept for it."""
+    if (
+        y0.is_cpu
+        and t.is_cpu
+        and t.dim() == 1
+        and not t.requires_grad
+        and not has_callbacks(func)
+        and backend_for(y0) is native
+        and not torch.is_inference_mode_enabled()
+    ):
+        grad = torch.is_grad_enabled()
+        return y0.dtype, y0.shape, tuple(t.tolist()), rtol, atol, method, grad, torch.get_num_threads()
+    return None
+
+
+@dataclass
+class IdleLoop:
+    """A loop that has no func."""
+
+    form: Form
+    loop: AdaptiveLoop | FixedGridLoop
+
+    def solve(self, func: Func, y0: Tensor) -> Tensor:
+        """Solves for another func and start: [T, *y0.shape]."""
+        loop, y0 = self.loop, self.form.pack(y0)
+        loop.dynamics = Dynamics(func, self.form, y0, partial(loop.ops.copy, loop.layout))
+        return loop.solve(y0)
+
+
+class IdleLoops(threading.local):
+    """Those of a thread, the least recently used first. A loop at work is not among them: func may solve itself."""
+
+    MOST = 16
+
+    def __init__(self) -> None:
+        self._loops: OrderedDict[Any, IdleLoop] = OrderedDict()
+
+    def take(self, kind: Kind) -> IdleLoop | None:
+        """Returns the one for a kind, which is then no longer here."""
+        return self._loops.pop(kind, None)
+
+    def put(self, kind: Any, idle: IdleLoop) -> None:
+        """Keeps a loop whose solve has succeeded, and nothing of what it solved."""
+        idle.loop.dynamics, idle.loop.hooks = None, NO_HOOKS  # type: ignore[assignment]
+        self._loops[kind] = idle
+        if len(self._loops) > self.MOST:
+            self._loops.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self._loops.clear()
+
+
+idle_loops = IdleLoops()
+
+
+def keep(kind: Kind, form: Form, loop: Any) -> None:
+    """Makes the loop of a solve that has succeeded idle, if it is one that can be."""
+    if (
+        isinstance(loop, (AdaptiveLoop, FixedGridLoop))
+        and loop.layout.samples * loop.layout.size * loop.layout.dtype.itemsize <= LARGEST
+    ):
+        loop.keep_times()
+        idle_loops.put(kind, IdleLoop(form, loop))

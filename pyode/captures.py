@@ -1,0 +1,284 @@
+"""Solves captured for a GPU to do by itself, kept for others of the same kind.
+
+Of the same kind are those of the same func, shapes, dtypes, method and constants of the controller. What differs from
+one to the next is copied in: start, times, tolerances, args. Parameters are read in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._ops import native
+from .compiled.arguments import Slots, kind_of
+from .compiled.guards import Guards
+from .errors import Status
+from .state import Func
+from .stepping.captured import CapturedLoop
+from .tree import Tree
+
+Key = tuple[Any, ...]
+# How many steps a turn of the device's loop takes, in solves of up to so many steps; in longer ones, MOST_A_TURN. A
+# turn itself takes as long as a few small kernels, but what of the last one lies behind the end is in vain.
+STEPS_A_TURN = ((8, 1), (24, 2), (96, 4))
+MOST_A_TURN = 8
+
+
+class CaptureError(RuntimeError):
+    """A solve can't be captured; says why."""
+
+
+class BoundFunc:
+    """A func with its args, for whose tensors others will stand.
+
+    Attributes:
+        func: as the user gave it.
+        tensors: those in args.
+        key: tells it from others.
+    """
+
+    def __init__(self, func: Func, args: tuple[Any, ...]) -> None:
+        self.func = func
+        self.tree = Tree(args) if args else None
+        self.leaves = self.tree.leaves(args) if self.tree is not None else []
+        self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+        # A bound method is made anew whenever it is named.
+        self.owner: Any = getattr(func, "__self__", func)
+        which = getattr(func, "__func__", None)
+        self.key: Key = id(self.owner), which, kind_of(self.leaves), self.tree and str(self.tree.spec)
+
+    def kept(self) -> tuple[Callable[[], Any], list[Any]]:
+        """What tells whether the func is still that of the key: a reference to it, weak if it can be, and its args.
+
+        An id is given out again when its owner is gone.
+        """
+        try:
+            owner: Callable[[], Any] = weakref.ref(self.owner)
+        except TypeError:
+            owner = partial(_itself, self.owner)
+        return owner, [leaf for leaf in self.leaves if not isinstance(leaf, Tensor)]
+
+    def with_slots(self) -> tuple[Func, list[Tensor]]:
+        """A function of (t, y) with empty tensors in the places of those in args, and these tensors."""
+        if self.tree is None:
+            return self.func, []
+        slots = Slots(self.func, self.tree, self.leaves)
+        return slots, slots.tensors
+
+
+def _itself(x: Any) -> Any:
+    return x
+
+
+@dataclass
+class Captured:
+    """A captured solve.
+
+    Attributes:
+        loop: its memory.
+        graph: what is launched.
+        slots: one tensor for each tensor in args.
+        inputs: other tensors to be filled before a launch.
+        kept: see BoundFunc.
+        guards: on what func was when it was captured.
+        tensors: those that func reads in place, with their addresses.
+        filled: what the inputs that stay the same are filled with.
+    """
+
+    loop: CapturedLoop
+    graph: native.GraphLoop
+    slots: list[Tensor]
+    inputs: list[Tensor]
+    kept: tuple[Callable[[], Any], list[Any]]
+    guards: Guards
+    tensors: list[tuple[Tensor, int]] = field(default_factory=list)
+    filled: Any = None
+
+    def holds(self) -> bool:
+        """Whether a launch would still do what func does."""
+        alive = self.kept[0]() is not None
+        return alive and self.guards.hold() and all(x.data_ptr() == address for x, address in self.tensors)
+
+
+class CapturedSolves:
+    """Those not in use, the least recently used first. One in use is not among them: a launch has its memory for it."""
+
+    MOST = 16
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Key, list[Captured]] = OrderedDict()
+        self._lock = threading.RLock()  # what the collector finalizes within it comes here too
+        self._watched: set[int] = set()  # ids of funcs
+        self.n_captures = 0
+
+    def watch(self, owner: Any) -> None:
+        """Lets go of those of a func, of which there is a new one, when the func is no more."""
+        self.n_captures += 1
+        with self._lock, contextlib.suppress(TypeError):
+            if id(owner) not in self._watched:
+                weakref.finalize(owner, self.forget, id(owner)).atexit = False
+                self._watched.add(id(owner))
+
+    def take(self, key: Key) -> Captured | None:
+        """Returns one for a key, which is then no longer here."""
+        with self._lock:
+            found = self._kept.pop(key, [])
+            fits = next((captured for captured in found if captured.holds()), None)
+            rest = [captured for captured in found if captured is not fits and captured.holds()]
+            if rest:
+                self._kept[key] = rest
+            stale = [captured for captured in found if captured is not fits and not any(captured is x for x in rest)]
+        for captured in stale:
+            captured.graph.wait()
+        return fits
+
+    def put(self, key: Key, captured: Captured) -> None:
+        """Keeps one."""
+        dropped = None
+        with self._lock:
+            self._kept.setdefault(key, []).append(captured)
+            self._kept.move_to_end(key)
+            if sum(map(len, self._kept.values())) > self.MOST:
+                oldest = next(iter(self._kept))
+                dropped = self._kept[oldest].pop(0)
+                if not self._kept[oldest]:
+                    del self._kept[oldest]
+        if dropped is not None:
+            dropped.graph.wait()
+
+    def forget(self, owner: int) -> None:
+        """Drops those of a func that is no more."""
+        with self._lock:
+            self._watched.discard(owner)
+            gone = [self._kept.pop(key) for key in list(self._kept) if key[0][0] == owner]
+        for captured in (captured for some in gone for captured in some):
+            captured.graph.wait()
+
+    def clear(self) -> None:
+        """Forgets all."""
+        with self._lock:
+            gone, self._kept = self._kept, OrderedDict()
+        for captured in (captured for some in gone.values() for captured in some):
+            captured.graph.wait()
+
+
+captured_solves = CapturedSolves()
+_capturing = threading.RLock()  # one capture at a time
+
+
+def captured_for(
+    key: Key,
+    bound: BoundFunc,
+    device: torch.device,
+    make: Callable[[Func, dict[int, Tensor]], tuple[CapturedLoop, list[Tensor]]],
+    fill: Callable[[Captured], None],
+) -> Captured:
+    """A captured solve for a key, which begins with that of the func: one that was kept, or a new one.
+
+    Args:
+        make: from func and, by id, what stands for the tensors in args and for those that func finds by itself, makes
+            the loop and further inputs.
+        fill: copies in what a launch is to work on.
+
+    Raises:
+        CaptureError: func can't be captured.
+    """
+    captured = captured_solves.take(key)
+    if captured is not None:
+        return captured
+    try:
+        graph = native.GraphLoop(device)
+    except RuntimeError as error:
+        raise CaptureError(str(error)) from error
+    with _capturing, graph.aside(), torch.no_grad(), _nothing_cast_before():
+        func, slots = bound.with_slots()
+        before = Guards(bound.func)
+        # A graph that somebody else holds has a tensor's gradient summed up on his stream. These are in none: the same
+        # memory as tensors of their own.
+        others = {id(x): x.detach().requires_grad_() for x in before.tensors if x.requires_grad}
+        with before.replaced(others) as replaced:
+            stand_ins = {id(x): slot for x, slot in zip(bound.tensors, slots)}
+            stand_ins |= {name: x for name, x in others.items() if name in replaced}
+            loop, inputs = make(func, stand_ins)
+            captured = Captured(loop, graph, slots, inputs, bound.kept(), before)
+            fill(captured)
+            n_steps = _warm_up(loop, device)
+            a_turn = next((steps for most, steps in STEPS_A_TURN if n_steps <= most), MOST_A_TURN)
+            loop.controller.stay_on_device(graph.condition)
+            try:
+                graph.capture(loop.open, partial(_repeat, loop.step, a_turn))
+            except RuntimeError as error:
+                raise CaptureError(f"func can't be captured: {str(error).splitlines()[0]}") from error
+    captured.guards = Guards(bound.func, before)
+    captured.tensors = [(x, x.data_ptr()) for x in captured.guards.tensors]
+    loop.dynamics = None  # type: ignore[assignment]  # func may go
+    captured_solves.watch(bound.owner)
+    return captured
+
+
+@contextlib.contextmanager
+def _nothing_cast_before() -> Iterator[None]:
+    """Within it autocast keeps no copies of parameters, which would go into a graph in their places."""
+    caches = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(caches)
+
+
+def _warm_up(loop: CapturedLoop, device: torch.device) -> int:
+    """Solves, driven by the host, and returns in how many steps; of a long solve it takes the first.
+
+    So func, and the libraries that it uses, have done what they do once. Raises CaptureError if func is random.
+    """
+    most = STEPS_A_TURN[-1][0]
+    before = native.random_state(device)
+    loop.open()
+    for n in range(1, most + 2):
+        loop.step()
+        if not torch.equal(before, native.random_state(device)):
+            raise CaptureError("func uses random numbers, which would be the same ones at every launch")
+        if not bool((loop.controller.field("status") == int(Status.RUNNING)).any()):
+            return n
+    return most + 1
+
+
+def _repeat(work: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        work()
+
+
+def surroundings() -> Key:
+    """What else the numbers of a captured func depend on."""
+    return (
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def fill_tolerances(loop: CapturedLoop, rtol: float | Tensor, atol: float | Tensor) -> None:
+    """Copies them in."""
+    for tolerance, given in ((loop.rtol, rtol), (loop.atol, atol)):
+        assert isinstance(tolerance, Tensor)
+        tolerance.copy_(given) if isinstance(given, Tensor) else tolerance.fill_(given)
+
+
+def places_for_tolerances(rtol: float | Tensor, atol: float | Tensor, device: torch.device) -> list[Tensor]:
+    """Tensors to copy them into."""
+    return [
+        torch.empty_like(x) if isinstance(x, Tensor) else torch.zeros((), dtype=torch.float64, device=device)
+        for x in (rtol, atol)
+    ]

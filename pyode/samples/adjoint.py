@@ -1,0 +1,46 @@
+"""The continuous adjoint behind a solve of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..gradients.backsolve_samples import SampleBacksolveConfig
+from ..gradients.samples import SampleAdjoint, SolvedSamples
+from ..problem import Problem
+from .batch import Samples
+
+
+def with_adjoint(
+    odeint: Callable[..., Any],
+    config: SampleBacksolveConfig,
+    problem: Problem,
+    samples: Samples,
+    t: Tensor,
+    ys: Tensor,
+    reached: Tensor,
+    last_dt: Tensor,
+    end: tuple[Tensor, Tensor] | None,
+    params: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The states at the output times, [T, B, D], and where samples ended early, [B, D], with gradients to the rest.
+
+    Args:
+        odeint: records the backward solve, where gradients of gradients are wanted.
+        config: of the backward solve.
+        problem, samples, t: of the forward solve, which kept no graph.
+        ys, reached: [T, B, D] its states, and [T, B] which of them were reached.
+        last_dt: [B] its last steps.
+        end: [B] and [B, D], times and states at which samples ended early, nan where they did not; None if none did.
+        params: the tensors whose gradients are wanted, beside those of y0 and t.
+    """
+    end_t, end_y = end or (samples.t0 * torch.nan, torch.full_like(samples.y0, torch.nan))
+    solved = SolvedSamples(
+        problem.func, samples.func(problem), config, problem.form.segments, samples.times_of(t),
+        reached.to(samples.clock), ys, end_t, end_y, last_dt.to(samples.clock), odeint,
+    )  # fmt: skip
+    states: tuple[Tensor, Tensor] = SampleAdjoint.apply(solved, t, samples.y0, *params)  # type: ignore[no-untyped-call]
+    return states

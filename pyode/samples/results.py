@@ -1,0 +1,120 @@
+"""From what a solve has come to, the Solution."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SolveError, Status
+from ..problem import Problem
+from ..solution import SampleStats, Solution, Stats
+from ..stepping.event import SampleEvents
+from ..stepping.loops import SampleLoop
+from .batch import Samples
+from .dense_output import SampleDenseOutput
+from .event_gradients import moved_events
+
+if TYPE_CHECKING:
+    from ..compiled.samples import CompiledSamples
+
+
+@dataclass
+class Results:
+    """How each of B samples has fared.
+
+    Attributes:
+        status: [B] a `Status` each.
+        stats: what it has taken.
+        reached: [T, B] bool, which outputs it came to.
+    """
+
+    status: Tensor
+    stats: SampleStats
+    reached: Tensor
+
+    def until(self, events: SampleEvents, samples: Samples, t: Tensor) -> Results:
+        """The same for samples of which some ended at an event."""
+        met, sign = events.index >= 0, torch.sign(samples.t1 - samples.t0)
+        before = sign * (samples.times_of(t) - events.time) <= 0
+        return replace(
+            self,
+            status=torch.where(met.cpu(), int(Status.EVENT), self.status),
+            reached=torch.where(met, before, self.reached.to(met.device)),
+        )
+
+
+def results_of(loop: Any, failures: list[SolveError], problem: Problem) -> Results:
+    """That of a loop which has done its solve, and told of its failures."""
+    if isinstance(loop, SampleLoop):
+        left = loop.left()
+        return Results(loop.status_of_samples(), loop.stats_of_samples(), ~(left if left.dim() == 2 else left[:, None]))
+    counts = Stats()
+    loop.add_to(counts)
+    n_f_evals, n_accepted, n_rejected = (
+        torch.tensor([n]) for n in (counts.n_f_evals, counts.n_accepted, counts.n_rejected)
+    )
+    last_dt = torch.tensor([loop.last_step or 0.0], dtype=torch.float64)
+    sign, values = problem.times.sign, problem.times.values
+    end = failures[0].t if failures else values[-1]
+    return Results(
+        torch.tensor([int(failures[0].status if failures else Status.SUCCESS)]),
+        SampleStats(n_f_evals, n_accepted, n_rejected, last_dt),
+        torch.tensor([[sign * (value - end) <= 0] for value in values]),
+    )
+
+
+def solution_of(
+    problem: Problem,
+    samples: Samples,
+    t: Tensor,
+    ys: Tensor,
+    results: Results,
+    events: SampleEvents | None,
+    dense: SampleDenseOutput | None,
+    start: Tensor | None,
+) -> Solution:
+    """All together.
+
+    Args:
+        ys: [T, B, D], which become nan behind a sample's failure or event.
+        start: see `moved_events`.
+    """
+    nan = torch.full_like(samples.y0[:, :1], math.nan)
+    event_t, event_index = samples.t0 * math.nan, torch.full_like(samples.t0, -1, dtype=torch.int64)
+    event_y = nan.expand_as(samples.y0)
+    if events is not None:
+        event_t, event_index, event_y = moved_events(events, samples.func(problem), samples, start)
+    if not bool(results.reached.all()):
+        ys = torch.where(results.reached.to(ys.device).unsqueeze(-1), ys, nan)
+    return Solution(
+        ts=t,
+        ys=samples.of_user(ys),
+        status=results.status,
+        stats=results.stats,
+        interpolant=None if dense is None else dense.stacked(event_t),
+        event_t=event_t,
+        event_index=event_index,
+        event_y=samples.of_user(event_y, joint_axis=True),
+    )
+
+
+def solution_of_native(loop: CompiledSamples, y0: Tensor, t: Tensor, ys: Tensor) -> Solution:
+    """The same of a compiled solve of a tensor, without events, in less time."""
+    if loop.failed:
+        left = loop.left()
+        ys = torch.where(left.reshape(*left.shape, *[1] * (ys.dim() - 2)), math.nan, ys)
+    B = len(y0)
+    return Solution(
+        ts=t,
+        ys=ys,
+        status=loop.status_of_samples(),
+        stats=loop.stats_of_samples(),
+        interpolant=None,
+        event_t=torch.full((B,), math.nan, dtype=torch.float64),
+        event_index=torch.full((B,), -1),
+        event_y=torch.full(y0.shape, math.nan, dtype=y0.dtype),
+    )

@@ -1,0 +1,107 @@
+"""The adaptive loop as work for a GPU to do by itself: an opening and a step, in memory of their own, without a look.
+
+What the host-driven loop decides by flags is decided on the device: a step's end takes the place of its start where it
+was accepted, outputs that it passed are written, and the controller says whether there is another step. The numbers are
+the same ops', in the same order, so the bits are the host-driven loop's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._ops.contract import Phase
+from .adaptive import AdaptiveLoop
+from .outputs import column
+
+
+class CapturedLoop(AdaptiveLoop):
+    """An adaptive explicit Runge-Kutta solve whose steps nobody looks at.
+
+    Args:
+        y0: what states are like.
+        first_step: whether the first step is given.
+        further: as AdaptiveLoop's. at_jump is called after every step, with the samples that are at a discontinuity.
+
+    Attributes:
+        y: the state; the start, before `open`.
+        k: its derivative.
+        out: [T, *y0.shape] the states at the output times.
+        first_step: [B] float64, the given one; None if it is to be chosen.
+        crossings: [2, B] int64: how many discontinuities each sample has crossed, and in how many steps any of them
+            has.
+    """
+
+    def __init__(self, *further: Any, y0: Tensor, first_step: bool, **more: Any) -> None:
+        super().__init__(*further, **more)
+        B, clock = self.layout.samples, self.grid.times.device
+        self.y, self.k = torch.empty_like(y0), torch.empty_like(y0)
+        self.stage = torch.empty_like(y0) if len(self.table.rows) > 1 else None
+        self.out = y0.new_empty((len(self.times.values), *y0.shape))
+        self.first_step = torch.zeros(B, dtype=torch.float64, device=clock) if first_step else None
+        self.crossings = torch.zeros(2, B, dtype=torch.int64, device=clock)
+        self.controller.stay_on_device()
+        if self.quadrature is not None:
+            self.quadrature.stay_on_device()
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """Begins the solve from y: evaluates func there, and plans the first step."""
+        self.controller.restart()
+        self.crossings.zero_()
+        self.out[: 1 if self.grid.times.dim() == 1 else None] = self.y  # a sample may have no way to go
+        if self.quadrature is not None:
+            self.quadrature.start_on_device()
+        self.ops.copy(self.layout, self.dynamics(self.start(), self.y), self.k)
+        self.measure.start(self.dynamics, self.y, self.k, self.first_step)
+        if self.quadrature is not None:
+            self.quadrature.keep_integrands()
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        """The first stage's state, where the end of the step before has not left it."""
+        row = self.table.rows[0]
+        if self.stage is not None:
+            self.ops.stage_combine(self.layout, row, self.y, [self.k], self.controller.dt, self.stage)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Takes a step, in vain where all samples are done."""
+        controller, layout, y = self.controller, self.layout, self.y
+        ks: list[Any] = [self.k, *[None] * len(self.table.rows)]
+        times = controller.stage_times.unbind()
+        y1 = self.ops.stages(layout, self.table, y, ks, controller.dt, times, self.dynamics, self.stage)
+        if self.quadrature is None:
+            self.ops.measure_and_judge(layout, self.table.error_weights, controller, y, y1, ks, self.rtol, self.atol)
+        else:
+            self.measure.step(y, y1, ks)
+            controller.run(Phase.JUDGE)
+        weight = self.table.rows[0][0]
+        self.ops.finish_step(layout, self.interpolant, controller, y, ks, y1, self.out, self.stage, weight)
+        if self.quadrature is not None:
+            self.quadrature.finish_on_device(controller, self.interpolant)
+        if self.grid.jump_t is not None:
+            self._cross(self.grid.jump_t)
+
+    def _cross(self, stops: Tensor) -> None:
+        """Where the step has ended on a discontinuity: the state and its derivative just behind it."""
+        field, quadrature = self.controller.field, self.quadrature
+        now = field("t")
+        there = (now == (stops if stops.dim() == 2 else stops[:, None])).any(0)
+        jumped = there & (field("accepted") != 0) & (field("status") == 1)
+        self.crossings += torch.stack([jumped, jumped.any().expand_as(jumped)])
+        mask = jumped if self.layout.samples == 1 else column(jumped, self.y)
+        if self.at_jump is not None:
+            self.y.copy_(torch.where(mask, self.at_jump(now, jumped, self.y), self.y))
+        t = now.to(self.layout.real_dtype)
+        behind = torch.nextafter(t, t + field("dt_prev").sign().to(t))
+        behind = torch.where(jumped, behind, t)
+        if quadrature is not None:
+            quadrature.restart()
+        k = self.dynamics(behind[0] if self.layout.samples == 1 else behind, self.y)
+        self.k.copy_(torch.where(mask, k, self.k))
+        if quadrature is not None:
+            quadrature.keep_integrands(jumped)
+        self._begin_step()
