@@ -194,6 +194,21 @@ class TestTwice:
         for ours, exact in zip(product("adjoint"), product("direct")):
             assert torch.allclose(ours, exact, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+    def test_in_single_precision(self, dtype):
+        def product(dtype, tolerance):
+            y0 = (Y0 * (1 + 0.3j) if dtype.is_complex else Y0).to(dtype).requires_grad_()
+            t = OWN.to(dtype.to_real()).requires_grad_()
+            field = lambda t, y: y * (0.5 - 0.2 * y.abs()) * torch.cos(t)[:, None]  # noqa: E731
+            ys = odeint_adjoint(field, y0, t, tolerance, tolerance, options=SAMPLES, adjoint_params=())
+            first = torch.autograd.grad(ys.abs().square().sum(), (y0, t), create_graph=True)
+            along = sum(g.abs().square().sum() for g in first)
+            return [x.detach() for x in (*first, *torch.autograd.grad(along, (y0, t)))]
+
+        wide = {torch.float32: F64, torch.complex64: torch.complex128}[dtype]
+        for ours, exact in zip(product(dtype, 1e-6), product(wide, 1e-8)):
+            assert float((ours - exact).norm() / exact.norm()) < 1e-3
+
     def test_there_is_no_third(self):
         y0 = Y0.clone().requires_grad_()
         (first,) = torch.autograd.grad(odeint_adjoint(Field(), y0, T, options=SAMPLES).sum(), y0, create_graph=True)

@@ -176,9 +176,9 @@ def backsolve_samples_with_graph(
     rtol, atol = _least(config.rtol), _least(config.atol)
 
     def stretched(start: Tensor, end: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        size = (end - start).to(y.device)[:, None]
+        size = (end - start).to(y.device, y.real.dtype if y.is_complex() else y.dtype)[:, None]
         k = func(start + x.to(start) * (end - start), y)
-        return torch.where(size == 0, 0.0, k * size.to(x))
+        return torch.where(size == 0, 0.0, k * size)
 
     def solve(slopes: Func, flat: Tensor, t: Tensor, norm: Any) -> Tensor:
         return odeint(slopes, flat, t, rtol, atol, config.tableau.name, {"norm": norm})[-1]
