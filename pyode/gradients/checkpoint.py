@@ -83,6 +83,6 @@ class _Checkpointed(torch.autograd.Function):
         on_device = torch.cuda.device(gradient.device) if gradient.is_cuda else nullcontext()
         with on_device, ctx.circumstances.again(), torch.enable_grad():
             start = reversal.run(states)
-        found = iter(reversal.param_gradients)
+        found = iter(reversal.totals.settled())
         times = reversal.of_times(t) if time_wanted else None
         return None, None, times, start if y0_wanted else None, *(next(found) if want else None for want in wanted)

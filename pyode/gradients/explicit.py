@@ -29,7 +29,7 @@ from ..stepping.tape import Step
 from .arrivals import Shares
 from .reversal import Reversal
 from .time import TimeGradients
-from .vjp import accumulate, vjp
+from .vjp import vjp
 
 
 class ExplicitReversal(Reversal):
@@ -167,7 +167,7 @@ class ExplicitReversal(Reversal):
         if self.clock is not None:
             self.clock.add_evaluation(n, i, gradients[len(own) - 1])
         if self.params:
-            accumulate(self.param_gradients, gradients[len(own) :])
+            self.totals.add(gradients[len(own) :])
         h = None if unwanted else gradients[0]
         return self.zero if h is None else plain(h)
 

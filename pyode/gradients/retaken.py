@@ -13,7 +13,7 @@ from ..state import Dynamics
 from .arrivals import inner
 from .reversal import Reversal
 from .survey import Survey
-from .vjp import accumulate, vjp
+from .vjp import vjp
 
 
 class RetakenReversal(Reversal):
@@ -67,5 +67,5 @@ class RetakenReversal(Reversal):
             if of_inside is not None:
                 for passed, gradient in zip(step.outputs, of_inside.unbind()):
                     self.output_gradients[passed.index] += gradient * passed.timed
-        accumulate(self.param_gradients, found[len(leaves) :])
+        self.totals.add(found[len(leaves) :])
         return torch.zeros_like(lam) if found[0] is None else plain(found[0])

@@ -17,6 +17,7 @@ from ..stepping.recorder import Evaluation
 from ..stepping.tape import Step
 from .arrivals import arrivals_at
 from .revolve import backwards
+from .vjp import Totals
 
 Retake = Callable[[Step, Tensor, Tensor, Tensor], Tensor]
 
@@ -61,7 +62,7 @@ class Reversal(ABC):
         last: the evaluation at the end, if its graph was kept; taken out when it is used.
 
     Attributes:
-        param_gradients: of the steps undone.
+        totals: the gradients of the params, of the steps undone.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Reversal(ABC):
         last: list[Evaluation | None],
     ) -> None:
         self.recipe, self.steps, self.end, self.left, self.params = recipe, steps, end, left, params
-        self.param_gradients = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
+        self.totals = Totals(params)
         self.gradient = plain(gradient.detach())
         self.ops = ops = backend_for(end)
         samples, size = recipe.form.samples, recipe.form.segments[-1]

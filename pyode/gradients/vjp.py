@@ -31,8 +31,35 @@ def vjp(
     return _run_backward((f,), (g,), False, False, inputs, allow_unreachable=True, accumulate_grad=False)
 
 
-def accumulate(totals: list[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    """Adds gradients, where there are any, to totals, in place."""
-    pairs = [(total, gradient) for total, gradient in zip(totals, gradients) if gradient is not None]
-    if pairs:
-        torch._foreach_add_(*map(list, zip(*pairs)))
+class Totals:
+    """Sums of gradients. Small ones are added many at a time, as each addition costs more than its numbers do.
+
+    Args:
+        like: what they are the gradients of.
+    """
+
+    MOST = 1 << 18  # bytes to be held until they are added
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self._sums = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in like]
+        self._held: list[Sequence[Tensor | None]] = []
+        self._room: int | None = None  # how many times gradients may be held
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Adds gradients, where there are any."""
+        if self._room is None:  # they may be views of much more
+            size = sum(g.untyped_storage().nbytes() for g in gradients if g is not None)
+            self._room = self.MOST // max(1, size)
+        self._held.append(gradients)
+        if len(self._held) >= self._room:
+            self.settled()
+
+    def settled(self) -> list[Tensor]:
+        """The sums of all that has been added."""
+        columns = [[g for g in column if g is not None] for column in zip(*self._held)]
+        self._held = []
+        pairs = [(total, gs) for total, gs in zip(self._sums, columns) if gs]
+        if pairs:
+            totals, several = zip(*pairs)
+            torch._foreach_add_(totals, [gs[0] if len(gs) == 1 else torch.stack(gs).sum(0) for gs in several])
+        return self._sums
