@@ -12,6 +12,7 @@ COMPILER: str
 CUDA: str | None
 
 def simd_level() -> str: ...
+def prefer_large_pages(array: Any, bytes: int, /) -> None: ...
 
 class Layout:
     def __init__(

@@ -33,6 +33,10 @@ STEPS_A_TURN = ((8, 1), (24, 2), (96, 4))
 MOST_A_TURN = 8
 
 
+# From func and, by id, what stands for the tensors that it uses: the loop, and further inputs.
+Make = Callable[[Func, dict[int, Tensor]], tuple[CapturedLoop, list[Tensor]]]
+
+
 class CaptureError(RuntimeError):
     """A solve can't be captured; says why."""
 
@@ -112,17 +116,28 @@ class Captured:
 class CapturedSolves:
     """Those not in use, the least recently used first. One in use is not among them: a launch has its memory for it."""
 
-    MOST = 16
+    MOST, MOST_REFUSED = 16, 256
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Key, list[Captured]] = OrderedDict()
         self._lock = threading.RLock()  # what the collector finalizes within it comes here too
         self._watched: set[int] = set()  # ids of funcs
+        self._refused: dict[Key, str] = {}
         self.n_captures = 0
 
+    def refuse(self, key: Key, why: str) -> None:
+        """Notes that there is no use in trying to capture."""
+        with self._lock:
+            if len(self._refused) >= self.MOST_REFUSED:
+                self._refused.pop(next(iter(self._refused)))
+            self._refused[key] = why
+
+    def refused(self, key: Key) -> str | None:
+        """Why there is no use in trying; None if there may be."""
+        return self._refused.get(key)
+
     def watch(self, owner: Any) -> None:
-        """Lets go of those of a func, of which there is a new one, when the func is no more."""
-        self.n_captures += 1
+        """Lets go of what is known of a func when the func is no more."""
         with self._lock, contextlib.suppress(TypeError):
             if id(owner) not in self._watched:
                 weakref.finalize(owner, self.forget, id(owner)).atexit = False
@@ -160,6 +175,7 @@ class CapturedSolves:
         with self._lock:
             self._watched.discard(owner)
             gone = [self._kept.pop(key) for key in list(self._kept) if key[0][0] == owner]
+            self._refused = {key: why for key, why in self._refused.items() if key[0][0] != owner}
         for captured in (captured for some in gone for captured in some):
             captured.graph.wait()
 
@@ -167,6 +183,7 @@ class CapturedSolves:
         """Forgets all."""
         with self._lock:
             gone, self._kept = self._kept, OrderedDict()
+            self._refused.clear()
         for captured in (captured for some in gone.values() for captured in some):
             captured.graph.wait()
 
@@ -179,7 +196,7 @@ def captured_for(
     key: Key,
     bound: BoundFunc,
     device: torch.device,
-    make: Callable[[Func, dict[int, Tensor]], tuple[CapturedLoop, list[Tensor]]],
+    make: Make,
     fill: Callable[[Captured], None],
 ) -> Captured:
     """A captured solve for a key, which begins with that of the func: one that was kept, or a new one.
@@ -195,6 +212,18 @@ def captured_for(
     captured = captured_solves.take(key)
     if captured is not None:
         return captured
+    why = captured_solves.refused(key)
+    if why is not None:
+        raise CaptureError(why)
+    captured_solves.watch(bound.owner)
+    try:
+        return _capture(bound, device, make, fill)
+    except CaptureError as error:
+        captured_solves.refuse(key, str(error))
+        raise
+
+
+def _capture(bound: BoundFunc, device: torch.device, make: Make, fill: Callable[[Captured], None]) -> Captured:
     try:
         graph = native.GraphLoop(device)
     except RuntimeError as error:
@@ -221,7 +250,7 @@ def captured_for(
     captured.guards = Guards(bound.func, before)
     captured.tensors = [(x, x.data_ptr()) for x in captured.guards.tensors]
     loop.dynamics = None  # type: ignore[assignment]  # func may go
-    captured_solves.watch(bound.owner)
+    captured_solves.n_captures += 1
     return captured
 
 

@@ -90,6 +90,7 @@ class DeviceLoop(Outcome):
             problem.policy, grid, Times(grid.times, problem.times.values),
             y0=y0, first_step=problem.first_step is not None,
         )  # fmt: skip
+        loop.y.copy_(y0)  # the warm-up's, too
         return loop, []
 
     def _fill(self, captured: Captured) -> None:

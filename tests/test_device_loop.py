@@ -306,6 +306,24 @@ def test_what_the_host_drives_instead_is_told(func, kwargs, reason):
     check_same(Field(), normal(4, 3), times())  # and the next one can be captured
 
 
+def test_what_could_not_be_captured_is_not_tried_again():
+    class Counting(Random):
+        calls = 0
+
+        def forward(self, t, y):
+            Counting.calls += 1
+            return super().forward(t, y)
+
+    func, counts = Counting(), []
+    for _ in range(3):
+        before, stats = Counting.calls, pyode.Stats()
+        with pytest.warns(UserWarning, match="random numbers"):
+            pyode.odeint(func, torch.ones(3, device=DEVICE), times(), 1e-1, 1e-1, options={**ON, "stats": stats})
+        counts.append(Counting.calls - before - stats.n_f_evals)
+    assert counts[0] > 0
+    assert counts[1:] == [0, 0]
+
+
 def test_a_graph_through_every_step_is_the_hosts():
     with torch.enable_grad(), pytest.warns(UserWarning, match="gradient='direct'"):
         y = pyode.odeint(Field(), normal(4, 3), times(), options=ON)

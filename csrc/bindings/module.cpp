@@ -2,6 +2,7 @@
 // (pyode/_ops/native.py).
 #include <optional>
 
+#include "../cpu/pages.h"
 #include "../cpu/parallel.h"
 #include "grid.h"
 #if defined(PYODE_CUDA)
@@ -134,6 +135,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("CUDA") = py::none();
 #endif
   m.def("simd_level", &cpu::simd_level);
+  m.def("prefer_large_pages", [](py::handle array, size_t bytes) { cpu::prefer_large_pages(address(array), bytes); });
   py::class_<OwnedLayout>(m, "Layout")
       .def(py::init<int, bool, int64_t, int64_t, const std::vector<int64_t>&, int, bool, uintptr_t, py::object,
                     py::object, py::object>())

@@ -94,9 +94,27 @@ class Layout(contract.Layout):
             cuda,
             current_stream(device) if cuda else 0,
             torch.tensor(offsets, device=device) if cuda else None,
-            torch.empty_like,
+            _large_like if not cuda and self.stride * self.real_dtype.itemsize >= _LARGE else torch.empty_like,
             self.storage_uses,
         )
+
+
+_LARGE = 1 << 22  # bytes of a tensor whose first write is mostly the system's work
+
+
+def _large_like(y: Tensor) -> Tensor:
+    """A new tensor, of large pages where they are to be had."""
+    new = torch.empty_like(y)
+    _C.prefer_large_pages(new, new.nbytes)
+    return new
+
+
+def new_states(y0: Tensor, n: int) -> Tensor:
+    """A place for n states like y0, [n, ...]."""
+    states = y0.new_empty((n, *y0.shape))
+    if states.is_cpu and states.nbytes >= _LARGE:
+        _C.prefer_large_pages(states, states.nbytes)
+    return states
 
 
 class Table(_C.Table):
@@ -521,9 +539,11 @@ class GraphLoop:
         """Within it work is done on a stream of its own, after all before, and before all behind."""
         outside = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(outside)
-        with torch.cuda.stream(self._stream):
-            yield
-        outside.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            outside.wait_stream(self._stream)
 
     def capture(self, opening: Callable[[], None], body: Callable[[], None]) -> None:
         """Captures both, without running them; to be called aside. The memory they work on is used ever after.

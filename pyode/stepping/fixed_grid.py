@@ -290,7 +290,7 @@ class Outputs:
     def __init__(self, ops: ModuleType, layout: Layout, n: int, y0: Tensor, recording: bool) -> None:
         self.ops, self.layout = ops, layout
         self.states = [y0]
-        self.out = None if recording else torch.empty((n, *y0.shape), dtype=y0.dtype, device=y0.device)
+        self.out = None if recording else ops.new_states(y0, n)
         self.filled = 0  # so many rows of `out`
         if self.out is not None:
             self.add(y0)

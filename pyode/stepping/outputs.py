@@ -27,7 +27,7 @@ class Output:
 
     def __init__(self, loop: AdaptiveLoop, y0: Tensor, begun: bool = True) -> None:
         self.loop = loop
-        self.out = y0.new_empty((len(loop.times.values), *y0.shape))
+        self.out: Tensor = loop.ops.new_states(y0, len(loop.times.values))
         if not begun:
             return
         times = loop.grid.times

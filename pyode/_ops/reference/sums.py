@@ -51,6 +51,11 @@ def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor)
     return torch.where(chosen, moved, stayed)
 
 
+def new_states(y0: Tensor, n: int) -> Tensor:
+    """A place for n states like y0, [n, ...]."""
+    return y0.new_empty((n, *y0.shape))
+
+
 def copy(layout: Layout, y: Tensor, out: Tensor | None = None) -> Tensor:
     """Copies a state, to the beginning of `out` if given."""
     return y.clone() if out is None else out.view(-1, *y.shape)[0].copy_(y)
