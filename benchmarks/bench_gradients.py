@@ -162,7 +162,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, len(CASES), figsize=(10, 4.4), constrained_layout=True)
     for axis, name in zip(axes, CASES):
@@ -172,8 +172,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             axis.loglog([p["error"] for p in points], [p["ms"] for p in points], style, marker="o", label=solver)
         axis.set(title=name, xlabel="error of the parameters' gradient", ylabel="forward and backward, one thread [ms]")
         axis.invert_xaxis()
-        for where in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            where("{x:g}")
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SOLVERS))
     figure.savefig(path, dpi=80)
 

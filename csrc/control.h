@@ -44,13 +44,13 @@ PYODE_HD void write_stage_time(const Control& op, int i, const Samples<R>& s, in
 }
 
 /// Judges the step just tried by the samples from b on, from the norm of its error and its fitting_factor,
-/// plans the next one, and returns their flags.
+/// plans the next one, and returns their flags; `s` is how they stand then.
 template <int64_t kKept = 0, class R>
-PYODE_HD counts_t<R> control_step(const Control& op, int64_t b, R error, R fitting) {
+PYODE_HD counts_t<R> control_step(const Control& op, int64_t b, R error, R fitting, Samples<R>& s) {
   counts_t<R> samples = {};
   for (int l = 1; l < lanes<R>; ++l) math::set_lane(samples, l, int64_t{l});
   samples += b;
-  Samples<R> s = load_sample<R>(op.state, b);
+  s = load_sample<R>(op.state, b);
   const flags_t<R> was_on_jump = s.on_jump != 0;
   judge_step(s, op.policy, op.grid, samples, error, fitting);
   plan_step(s, op.policy, op.grid, samples);
@@ -90,8 +90,8 @@ template <class T>
 PYODE_HD int64_t control_sample(const Control& op, int64_t b) {
   if (op.phase != Phase::judge) return control_first_step<T>(op, b);
   const double error = norm_of<double>(op, op.means, b);
-  const int64_t flags = control_step(op, b, error, fitting_factor(op.policy, error));
-  const Sample s = load_sample(op.state, b);
+  Sample s;
+  const int64_t flags = control_step(op, b, error, fitting_factor(op.policy, error), s);
   for (int i = 0; i < op.n_times; ++i) write_stage_time<T>(op, i, s, b);
   return flags;
 }

@@ -53,8 +53,8 @@ struct ErrorNorm {
   const double* rtol_each;  // [D], for complex states a number for each pair's both members
   const double* atol_each;
   int64_t rtol_stride = 1, atol_stride = 1;  // cuda: 0 where there is one number, in device memory
-  double* means;  // [n_segments, parts, B]
-  int64_t parts;  // cpu: 1; cuda: error_parts() or more
+  double* means;                             // [n_segments, parts, B]
+  int64_t parts;                             // cpu: 1; cuda: error_parts() or more
 };
 
 /// For each sample and each output i which its last step passed, at the position x in the step:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import methods
 from .callbacks import callbacks_of
+from .circumstances import Circumstances
 from .compiled.dynamics import CompiledDynamics
 from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
@@ -18,7 +19,6 @@ from .errors import InvalidValue, warn
 from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
 from .gradients.backsolve_samples import SampleBacksolveConfig, warn_of_host
 from .gradients.twice import backsolve_with_graph
-from .gradients.vjp import Circumstances
 from .odeint import odeint
 from .parameters import find_parameters, lost_gradient, named_parameters
 from .problem import PER_SAMPLE, Problem, pose
@@ -28,7 +28,7 @@ from .solving import solve
 from .state import Dynamics, Form, Func, State
 from .stepping.fixed_grid import check_interp
 from .stepping.outcome import Outcome
-from .vmapped import no_second_solve, under_vmap
+from .vmapped import check_transforms
 
 NOT_INHERITED = frozenset({"norm", "stats"})
 
@@ -53,9 +53,10 @@ def odeint_adjoint(
 ) -> Any:
     """Solves dy/dt = func(t, y) as `odeint` does; gradients come from a second solve, backwards in time.
 
-    With options={"control": "per_sample"} every sample has steps of its own in both solves; once differentiable.
+    With options={"control": "per_sample"} every sample has steps of its own in both solves.
     The memory of a backward pass does not grow with the number of steps; its gradients are as accurate as the backward
-    solve's tolerances. With create_graph=True they can be differentiated once more; that backward solve is recorded.
+    solve's tolerances. With create_graph=True they can be differentiated once more; that backward solve is recorded,
+    and its samples take their steps together.
 
     Args:
         func: an nn.Module, or any callable in which parameters can be found, or for which adjoint_params are given.
@@ -82,8 +83,7 @@ def odeint_adjoint(
         Chen, Rubanova, Bettencourt, Duvenaud, Neural ordinary differential equations, 2018; seminorm: Kidger, Chen,
         Lyons, "Hey, that's not an ODE", 2021.
     """
-    if under_vmap(method):
-        no_second_solve("adjoint")
+    check_transforms("adjoint")
     found, warned = listed_parameters(func, adjoint_params, args)
     if adjoint_options is not None:
         check_dict(adjoint_options, "adjoint_options")
@@ -205,7 +205,9 @@ def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: Sa
     failed = ~reached[-1]  # from there on the last state stands for the rest
     end_t = torch.where(failed.to(samples.clock), loop.controller.field("t").to(samples.clock), torch.nan)
     end = end_t, torch.where(failed[:, None], flat[-1], torch.nan)
-    flat, end_y = with_adjoint(config, problem, samples, t, flat, reached, loop.stats_of_samples().last_dt, end, params)
+    flat, end_y = with_adjoint(
+        odeint, config, problem, samples, t, flat, reached, loop.stats_of_samples().last_dt, end, params
+    )
     return samples.of_user(torch.where(reached.unsqueeze(-1), flat, end_y) if bool(failed.any()) else flat)
 
 
@@ -263,6 +265,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         norm = ctx.adjoint_options["norm"]
         if norm is not config.norm:
             config = replace(config, norm=norm, fused=False)
+        found: tuple[Tensor, Tensor | None, list[Tensor]] | None = None
         with ctx.circumstances.again():
             if torch.is_grad_enabled():
                 reached = t[:n] if len(values) == n else torch.cat([t[:n], t.new_tensor(values[n:])])
@@ -273,23 +276,20 @@ class _OdeintAdjoint(torch.autograd.Function):
             else:
                 times = Times(t.new_tensor(values), values)
                 with_time = ctx.needs_input_grad[2]
-                native = None
                 if problem.compiled is not None and not with_time:
                     from .compiled.backsolve import backsolve_compiled  # only those who compile wait for its import
 
-                    native = backsolve_compiled(
+                    found = backsolve_compiled(
                         problem.compiled, problem.form, times, config, ys, gradient, tuple(params)
                     )
-                if native is None and config.options.get("device_loop"):
+                if found is None and config.options.get("device_loop"):
                     from .device_backsolve import backsolve_on_device  # likewise
 
-                    native = backsolve_on_device(problem, times, config, ys, gradient, tuple(params), with_time)
-                found = (
-                    native
-                    or Backsolve(
+                    found = backsolve_on_device(problem, times, config, ys, gradient, tuple(params), with_time)
+                if found is None:
+                    found = Backsolve(
                         problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time
                     ).solve()
-                )
             y0_gradient, t_gradient, param_gradients = found
             if t_gradient is not None and standing is not None and n > 1:
                 f = Dynamics(problem.func, problem.form, ys[0])(t[n - 1].to(ys.device, ys.real.dtype), ys[n - 1])

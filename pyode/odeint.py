@@ -16,7 +16,7 @@ from .problem import pose
 from .solving import Solved, solve
 from .state import Func, State
 from .taped import parameters_of, solve_taped, take_steps, undone_natively
-from .vmapped import odeint_vmapped, under_vmap
+from .vmapped import check_transforms, odeint_vmapped, under_vmap
 
 GRADIENTS = ("direct", "adjoint", "checkpoint")
 GRADIENT_OPTIONS = ("gradient", "checkpoints", "graph_bytes")
@@ -112,6 +112,7 @@ def odeint(
     gradient = choice.get("gradient", "direct")
     if gradient not in GRADIENTS:
         raise InvalidValue(f"options['gradient'] must be one of {', '.join(GRADIENTS)}, not {gradient!r}")
+    check_transforms(gradient)
     if gradient == "adjoint":
         from .adjoint import odeint_adjoint  # which is made of this module's parts
 

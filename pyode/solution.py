@@ -28,7 +28,7 @@ class Stats:
             at all stages that are solved for together.
         n_krylov: iterations of GMRES in them, for large states: each is a product with the Jacobian, a derivative of an
             evaluation that was made, and counts as none.
-        n_events: solves that ended at an event.
+        n_events: solves by `odeint` that ended at an event.
     """
 
     n_f_evals: int = 0

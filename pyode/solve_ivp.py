@@ -22,7 +22,7 @@ from .errors import InvalidValue, SolveError
 from .gradients.backsolve_samples import SampleBacksolveConfig, warn_of_host
 from .methods import Tableau
 from .methods.external import ScipySolver
-from .odeint import GRADIENTS
+from .odeint import GRADIENTS, odeint
 from .problem import Problem, pose
 from .samples.adjoint import with_adjoint
 from .samples.batch import Samples
@@ -35,7 +35,7 @@ from .stepping.adaptive import AdaptiveLoop
 from .stepping.loops import Loop
 from .stepping.tape import Tape
 from .taped import parameters_of, solve_checkpointed, undone_natively
-from .vmapped import solve_ivp_vmapped, under_vmap
+from .vmapped import check_transforms, solve_ivp_vmapped, under_vmap
 
 # Options that are arguments here, or have no meaning, and what is instead.
 ARGUMENTS = {
@@ -156,6 +156,7 @@ def solve_ivp(
             return solution_of_native(again, y0, t, ys)
     if gradient not in GRADIENTS:
         raise InvalidValue(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, not {gradient!r}")
+    check_transforms(gradient)
     options = {} if options is None else dict(check_dict(options, "options"))
     memory: dict[str, Any] = {name: options.pop(name) for name in ("checkpoints", "graph_bytes") if name in options}
     options = _with_arguments(options, method, control, compile, first_step, max_num_steps)
@@ -177,7 +178,8 @@ def solve_ivp(
         elif graph and gradient == "checkpoint":
 
             def solve_by_tape() -> Tensor:
-                return solve_checkpointed(problem, parameters_of(func, args, params), memory, run, params != ())
+                listed = parameters_of(func, args, params)
+                return solve_checkpointed(problem, listed, memory, run, params != (), compact)
 
             ys = run(problem, otherwise=solve_by_tape) if undone_natively(memory, params) else solve_by_tape()
         else:
@@ -194,7 +196,7 @@ def solve_ivp(
         wanted = [x for x in parameters_of(func, args, params) if x.requires_grad]
         end = None if events is None else (events.time, events.state)
         flat, state = with_adjoint(
-            adjoint, problem, samples, t, flat, results.reached, results.stats.last_dt, end, wanted
+            odeint, adjoint, problem, samples, t, flat, results.reached, results.stats.last_dt, end, wanted
         )
         if events is not None:
             events.state = state

@@ -69,6 +69,7 @@ def solve_checkpointed(
     choice: dict[str, Any],
     carry_out: Callable[[Problem, Tape], Tensor],
     warns: bool = True,
+    compact: bool = False,
 ) -> Tensor:
     """A solve whose gradient is found by undoing its steps: its outputs, packed.
 
@@ -79,6 +80,7 @@ def solve_checkpointed(
         carry_out: solves the problem, which has no graph, notes its steps on the tape, and returns the outputs; first
             those at the output times.
         warns: whether of tensors that func depends on and that get no gradient.
+        compact: whether the backward pass calls func with the rows alone that move.
     """
     method, y0, t = problem.method, problem.y0, problem.times.tensor
     if not isinstance(method, (Tableau, ImplicitTableau)):
@@ -102,6 +104,6 @@ def solve_checkpointed(
     most = None if most is None else int(number_from(choice, "checkpoints", 1, 1))
     graph_bytes = int(number_from(choice, "graph_bytes", GRAPH_BYTES if most is None else 0, 0))
     recipe = Recipe(
-        problem.func, problem.form, method, None if method.adaptive else grid, most, graph_bytes, warns, retake
+        problem.func, problem.form, method, None if method.adaptive else grid, most, graph_bytes, warns, compact, retake
     )
     return checkpointed(partial(carry_out, quiet), recipe, t, y0, [p for p in params if p.requires_grad])

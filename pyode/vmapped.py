@@ -202,10 +202,13 @@ class Levels:
         return options
 
 
-def no_second_solve(gradient: Any) -> None:
-    """Raises InvalidValue unless gradients are direct: a vmap is over when its backward pass begins."""
-    if gradient != "direct":
-        raise InvalidValue(f"under torch.func.vmap gradients are 'direct', not {gradient!r}")
+def check_transforms(gradient: Any) -> None:
+    """Raises InvalidValue unless gradients are direct where a transform of torch.func is under way.
+
+    A vmap is over when a backward pass begins, and grad and jvp enter none of another kind.
+    """
+    if gradient != "direct" and torch._C._are_functorch_transforms_active():
+        raise InvalidValue(f"under torch.func's grad, jvp and vmap gradients are 'direct', not {gradient!r}")
 
 
 def odeint_vmapped(
@@ -216,7 +219,7 @@ def odeint_vmapped(
     if event_fn is not None:
         raise InvalidValue("odeint has no events under torch.func.vmap; solve_ivp(event_fn=) has one for each element")
     options = {} if options is None else dict(check_dict(options, "options"))
-    no_second_solve(options.get("gradient", "direct"))
+    check_transforms(options.get("gradient", "direct"))
     per_sample = options.get("control") == "per_sample"
     if _functorch.peek_interpreter_stack().key() != VMAP:
         return _taken_again(take_steps, func, y0, t, per_sample, options, args, **others)
@@ -284,7 +287,7 @@ def solve_ivp_vmapped(
             f"solve_ivp can't be used where {inner.name.lower()} lies within a vmap, as in vmap(grad(...)); odeint "
             "can, also with options={'control': 'per_sample'}"
         )
-    no_second_solve(gradient)
+    check_transforms(gradient)
     if compact or dense_output:
         raise InvalidValue(f"{'compact' if compact else 'dense_output'} is not for solves under torch.func.vmap")
     level = Levels(y0, control == "per_sample", 1)

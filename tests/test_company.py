@@ -1,4 +1,4 @@
-"""What a solve has to get along with: compilers, autocast, transforms, hooks, copies, processes."""
+"""What a solve has to get along with: autocast, transforms, hooks, copies, processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo.testing
 from fields import Y0, Field, T, assert_close, loss_of
 from torch import Tensor, nn
 
@@ -34,9 +33,13 @@ def recomputing(func, y0, t, **kwargs):
     return pyode.odeint(func, y0, t, options={"gradient": "checkpoint", "graph_bytes": 0}, **ROUGH, **kwargs)
 
 
-def implicit(func, y0, t, **kwargs):
-    options = {"gradient": "checkpoint", "step_size": 0.1, "newton_tol": 0.1}  # bfloat16 does not come closer
+def implicit(func, y0, t, gradient="checkpoint", **kwargs):
+    options = {"gradient": gradient, "step_size": 0.1, "newton_tol": 0.1}  # bfloat16 does not come closer
     return pyode.odeint(func, y0, t, method="trapezoid", options=options, **kwargs)
+
+
+def implicit_direct(func, y0, t, **kwargs):
+    return implicit(func, y0, t, "direct", **kwargs)
 
 
 def adjoint(func, y0, t, **kwargs):
@@ -90,86 +93,28 @@ def gradients_of(model: nn.Module, call=None) -> list[Tensor]:
     return list(torch.autograd.grad(y.square().sum(), [x, *model.parameters()]))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by the compiler itself
-@GRADIENTS
-def test_torch_compile_of_a_model_that_holds_a_solve(odeint):
-    # A graph break at the solve; what is around it is compiled once, whatever the number of steps.
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    model = Model(odeint)
-    compiled = torch.compile(model, backend=counter)
-    assert_close(gradients_of(model, compiled), gradients_of(model), 1e-12)
-    frames = counter.frame_count
-    model.times = 2 * T  # more steps
-    assert_close(gradients_of(model, compiled), gradients_of(model), 1e-12)
-    assert counter.frame_count == frames
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by the compiler itself
-@GRADIENTS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("encoded", [False, True], ids=["y0 is data", "y0 is computed"])
-def test_a_compiled_func_is_compiled_again_at_most_twice_for_a_training_run(odeint, encoded, dtype):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    func, encoder, times = Net(dtype), nn.Linear(2, 2, dtype=dtype), T.to(dtype)
-    func.drop = nn.Dropout(0.0)
-    func.outer.register_forward_pre_hook(lambda module, inputs: func.drop(*inputs))
-    compiled = torch.compile(func, backend=counter)
-    optimiser = torch.optim.SGD([*func.parameters(), *encoder.parameters()], 1e-3)
-
-    def train(batch):
-        y0 = torch.linspace(-1, 1, 2 * batch, dtype=dtype).view(batch, 2)
-        optimiser.zero_grad()
-        odeint(compiled, encoder(y0) if encoded else y0, times).square().mean().backward()
-        optimiser.step()
-
-    def evaluate(batch):
-        func.eval()
-        with torch.no_grad():
-            odeint(compiled, torch.ones(batch, 2, dtype=dtype), times)
-        func.train()
-
-    for _ in range(4):
-        train(16)
-    assert 1 <= counter.frame_count <= 1 + 2  # without gradients and with, of the state or of the parameters alone
-    # Each once more for sizes that change, and one for evaluation; then it is enough, and less than torch puts up with.
-    for _ in range(2):
-        before = counter.frame_count
-        for batch in (7, 16, 5):
-            train(batch)
-            evaluate(batch)
-    assert counter.frame_count == before < torch._dynamo.config.recompile_limit
-
-    def gradients(f):
-        y0 = Y0.to(dtype, copy=True).requires_grad_()
-        y = odeint(f, 2 * y0, times)
-        return list(torch.autograd.grad(loss_of(y), [y0, *func.parameters()]))
-
-    assert_close(gradients(compiled), gradients(func), 1e-5)
-
-
-@pytest.mark.parametrize("odeint", [*ALL, implicit], ids=lambda solve: solve.__name__)
+@pytest.mark.parametrize("odeint", [*ALL, implicit, implicit_direct], ids=lambda solve: solve.__name__)
 @pytest.mark.parametrize("inside", [True, False], ids=["forward pass", "backward pass"])
-def test_autocast_is_in_both_passes_what_it_was_in_the_forward_pass(odeint, inside):
-    func, y0, seen = Net(torch.float32), Y0.float().requires_grad_(), []
+def test_autocast_is_in_both_passes_what_it_was_in_the_forward_pass(odeint, inside, device):
+    func, y0, seen = Net(torch.float32).to(device), Y0.to(device, torch.float32).requires_grad_(), []
     func.inner.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
-        y = odeint(func, y0, T.float())
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=inside):
+        y = odeint(func, y0, T.to(device, torch.float32))
     assert y.dtype == torch.float32
     forward = len(seen)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not inside):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=not inside):
         torch.autograd.grad(y.square().sum(), [y0, *func.parameters()])
     assert set(seen) == {torch.bfloat16 if inside else torch.float32}
-    assert (len(seen) > forward) == (odeint in (recomputing, implicit, adjoint, BY_SAMPLES[2]))
+    assert (len(seen) > forward) == (odeint in (recomputing, implicit, implicit_direct, adjoint, BY_SAMPLES[2]))
 
 
-def test_under_autocast_checkpoint_has_the_direct_gradient():
-    func, y0 = Net(torch.float32), Y0.float().requires_grad_()
+@pytest.mark.parametrize("odeint", [checkpoint, recomputing, BY_SAMPLES[1]], ids=lambda solve: solve.__name__)
+def test_under_autocast_checkpoint_has_the_direct_gradient(odeint, device):
+    func, y0 = Net(torch.float32).to(device), Y0.to(device, torch.float32).requires_grad_()
     found = []
-    for odeint in (checkpoint, direct):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = odeint(func, y0, T.float())
+    for solve in (odeint, BY_SAMPLES[0] if odeint in BY_SAMPLES else direct):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            y = solve(func, y0, T.to(device, torch.float32))
         found.append(torch.autograd.grad(y.square().sum(), [y0, *func.parameters()]))
     for ours, theirs in zip(*found):  # rounded in bfloat16, in other orders
         assert float((ours - theirs).norm() / theirs.norm()) < 0.02
@@ -204,7 +149,7 @@ def test_torch_checkpoint_keeps_no_states_of_a_checkpointed_solve():
     assert kept.count(Y0.shape) >= 3  # the steps' states are saved as autograd's own, for whoever wants to move them
 
 
-@GRADIENTS
+@pytest.mark.parametrize("odeint", [*ALL, implicit, implicit_direct], ids=lambda solve: solve.__name__)
 @pytest.mark.parametrize("args", [(), (torch.tensor(0.5, dtype=torch.float64),)], ids=["without args", "with args"])
 def test_functional_call(odeint, args):
     # In the backward pass the modules have their own parameters again, and are lent those of the call.
@@ -239,6 +184,17 @@ class TestTransforms:
         gradient = torch.func.grad(self.loss)(self.WEIGHT, Y0)
         _, tangent = torch.func.jvp(lambda w: self.loss(w, Y0), (self.WEIGHT,), (direction,))
         assert float(tangent) == pytest.approx(float((gradient * direction).sum()), rel=1e-9)
+
+    @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vmap])
+    @pytest.mark.parametrize(
+        "odeint", [checkpoint, adjoint, *BY_SAMPLES[1:], implicit_direct], ids=lambda solve: solve.__name__
+    )
+    def test_other_ways_to_a_gradient_say_that_they_are_not_for_them(self, transform, odeint):
+        def loss(weight):
+            return odeint(lambda t, y: torch.sin(y @ weight), Y0, T).sum()
+
+        with pytest.raises(pyode.InvalidValue, match=r"torch\.func's grad, jvp and vmap"):
+            transform(loss)(self.WEIGHT)
 
     def test_vmap_of_grad_with_fixed_steps(self):
         def loss(weight, y0):
@@ -318,6 +274,28 @@ def test_shared_and_frozen_parameters(odeint):
     tolerance = 1e-2 if "adjoint" in odeint.__name__ else 1e-10  # the adjoint's, at rough tolerances
     same_steps = BY_SAMPLES[0] if odeint in BY_SAMPLES else direct
     assert_close(gradients(odeint), gradients(same_steps), tolerance)
+
+
+class Scaled(Net):
+    """With a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor([0.5, 2.0], dtype=torch.float64))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.scale * super().forward(t, y)
+
+
+@GRADIENTS
+def test_buffers_are_used_in_both_passes_and_may_be_lent(odeint):
+    model, lent = Model(odeint, Scaled()), {"func.scale": torch.ones(2, dtype=torch.float64)}
+    found = gradients_of(model, lambda x: torch.func.functional_call(model, lent, (x,)))
+    own = gradients_of(model)
+    plain = Model(odeint)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert_close(found, gradients_of(plain), 1e-12)
+    assert not torch.allclose(found[0], own[0], rtol=1e-2)
 
 
 WORKER = """

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ensembles import blow_up, oscillators, van_der_pol
 from torch import Tensor, nn
+from torch.autograd import gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -162,15 +163,57 @@ def test_the_backward_solve_has_the_forward_solves_tolerances_and_none_of_its_op
     assert steps[3] > 2 * steps[0]
 
 
-@pytest.mark.parametrize("interface", [odeint_adjoint, solve_ivp])
-def test_a_second_derivative_is_refused(interface):
-    y0 = Y0.clone().requires_grad_()
-    if interface is solve_ivp:
-        ys = solve_ivp(Field(), y0, T, gradient="adjoint").ys
-    else:
-        ys = odeint_adjoint(Field(), y0, T, options=SAMPLES)
-    with pytest.raises(InvalidValue, match="can't be differentiated"):
-        torch.autograd.grad(ys.sum(), y0, create_graph=True)
+class TestTwice:
+    """Gradients of gradients."""
+
+    def test_they_are_the_finite_differences(self):
+        def solve(y0, a, t):
+            field = lambda t, y: torch.sin(y @ a) * (1 + t * t)[:, None]  # noqa: E731
+            return odeint_adjoint(field, y0, t, 1e-7, 1e-8, options=SAMPLES, adjoint_params=(a,))
+
+        a = torch.tensor([[0.3, 1.0], [-1.2, 0.1]], dtype=F64)
+        inputs = [x.clone().requires_grad_() for x in (Y0[:2], a, OWN[1:3, :2])]
+        assert gradgradcheck(solve, inputs, fast_mode=True, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("control", ["per_sample", "joint"])
+    @pytest.mark.parametrize("event", [None, lambda t, y: y[..., 0] - 0.8], ids=["no event", "event"])
+    def test_a_hessian_vector_product_is_that_of_backpropagation(self, control, event):
+        def product(gradient):
+            field, y0 = Field(), Y0.clone().requires_grad_()
+            f = field if control == "per_sample" else lambda t, y: field(t.reshape(1), y)
+            met = event if event is None or control == "per_sample" else lambda t, y: event(t, y)[2]
+            solution = solve_ivp(f, y0, T, event_fn=met, control=control, gradient=gradient, params=[field.a], **TIGHT)
+            loss = solution.ys.nan_to_num().square().sum()
+            if event is not None:
+                assert int((solution.event_index >= 0).sum()) > 0
+                loss = loss + solution.event_y.nan_to_num().square().sum()
+            first = torch.autograd.grad(loss, (y0, field.a), create_graph=True)
+            along = sum((torch.linspace(-1, 1, g.numel(), dtype=F64).view(g.shape) * g).sum() for g in first)
+            return [*first, *torch.autograd.grad(along, (y0, field.a))]
+
+        for ours, exact in zip(product("adjoint"), product("direct")):
+            assert torch.allclose(ours, exact, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+    def test_in_single_precision(self, dtype):
+        def product(dtype, tolerance):
+            y0 = (Y0 * (1 + 0.3j) if dtype.is_complex else Y0).to(dtype).requires_grad_()
+            t = OWN.to(dtype.to_real()).requires_grad_()
+            field = lambda t, y: y * (0.5 - 0.2 * y.abs()) * torch.cos(t)[:, None]  # noqa: E731
+            ys = odeint_adjoint(field, y0, t, tolerance, tolerance, options=SAMPLES, adjoint_params=())
+            first = torch.autograd.grad(ys.abs().square().sum(), (y0, t), create_graph=True)
+            along = sum(g.abs().square().sum() for g in first)
+            return [x.detach() for x in (*first, *torch.autograd.grad(along, (y0, t)))]
+
+        wide = {torch.float32: F64, torch.complex64: torch.complex128}[dtype]
+        for ours, exact in zip(product(dtype, 1e-6), product(wide, 1e-8)):
+            assert float((ours - exact).norm() / exact.norm()) < 1e-3
+
+    def test_there_is_no_third(self):
+        y0 = Y0.clone().requires_grad_()
+        (first,) = torch.autograd.grad(odeint_adjoint(Field(), y0, T, options=SAMPLES).sum(), y0, create_graph=True)
+        with pytest.raises(InvalidValue, match="prepares for a third"):
+            torch.autograd.grad(first.square().sum(), y0, create_graph=True)
 
 
 @pytest.mark.parametrize(

@@ -151,16 +151,32 @@ def test_where_some_samples_fail():
     assert_as_direct(SHARED, func=func, throw=False)
 
 
-def test_with_running_rows_alone():
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])  # with an evaluation of its own for dense output, and without
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_both_passes_may_call_func_with_running_rows_alone(mode, method):
     rows = []
 
     def func(t, y, a):
         rows.append(len(y))
         return field(t, y, a)
 
-    expected = gradients("direct", OWN)
-    assert_close(gradients("checkpoint", OWN, func=func, compact=True), expected, 1e-11)
-    assert min(rows) < 3
+    y0, ends = torch.linspace(-2, 2, 32, dtype=F64).view(16, 2), torch.linspace(0.05, 3, 16, dtype=F64)
+    t = torch.stack([0 * ends, 0.7 * ends, ends])
+    expected = gradients("direct", t, y0=y0, method=method)
+    counts = []
+    for compact in (True, False):
+        rows.clear()
+        found = gradients("checkpoint", t, func, y0, options=mode, method=method, compact=compact)
+        assert_close(found, expected, 1e-11)
+        counts.append(sum(rows))
+    forward = []
+    with torch.no_grad():
+        for compact in (True, False):
+            rows.clear()
+            solve_ivp(func, y0, t, args=(WEIGHT,), method=method, compact=compact)
+            forward.append(sum(rows))
+    backward = [both - one for both, one in zip(counts, forward)]
+    assert backward[0] < 0.9 * backward[1]  # the first steps, which few checkpoints repeat, move all rows
 
 
 def test_samples_of_one_thousand_oscillators_each():

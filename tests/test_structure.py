@@ -27,7 +27,8 @@ LAYERS = {
     "taped": 5.8, "solving": 5.7, "again": 5.65, "caches": 5.6, "device_backsolve": 5.65, "device_loop": 5.6,
     "problem": 5.5, "vmapped": 5.5,
     "captures": 5.2, "progress": 5, "compiled": 5, "gradients": 4, "callbacks": 4,
-    "stepping": 3, "control": 2, "state": 2, "methods": 2, "parameters": 1, "compiling": 1, "solution": 1, "_ops": 1,
+    "stepping": 3, "circumstances": 2, "control": 2, "state": 2, "methods": 2, "parameters": 1, "compiling": 1,
+    "solution": 1, "_ops": 1,
     "errors": 0, "tree": 0, "_version": 0, "_C": 0,
 }  # fmt: skip
 # control.py is told about methods and states; odeint passes {"gradient": "adjoint"} on, and imports it only then.

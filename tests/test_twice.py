@@ -42,23 +42,27 @@ def test_of_complex_states_and_real_parameters():
     assert gradgradcheck(solve, inputs, fast_mode=True, **CLOSE)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_hessian_vector_product_is_that_of_backpropagation(parts):
-    def product(odeint):
+@pytest.mark.parametrize(
+    ("parts", "method"),
+    [(1, {}), (2, {}), (1, {"method": "gl6", "options": {"step_size": 0.05}})],
+    ids=["a tensor", "a tuple", "an implicit method"],
+)
+def test_a_hessian_vector_product_is_that_of_backpropagation(parts, method):
+    def product(odeint, **kwargs):
         field = Field()
         y0 = torch.tensor([[1.0, -2.0], [0.5, 0.3]], dtype=torch.float64, requires_grad=True)
 
         def f(t, y):
             return field(t, y) if parts == 1 else (field(t, y[0]), (y[0] * y[1]).cos())
 
-        y = odeint(f, y0 if parts == 1 else (y0, y0.sin()), T, **TIGHT)
+        y = odeint(f, y0 if parts == 1 else (y0, y0.sin()), T, **TIGHT, **kwargs)
         inputs = [y0, *field.trained()]
         loss = loss_of(y) if parts == 1 else loss_of(y[0]) + loss_of(y[1])
         gradients = torch.autograd.grad(loss, inputs, create_graph=True)
         along = sum((torch.linspace(-1, 1, g.numel(), dtype=g.dtype).view(g.shape) * g).sum() for g in gradients)
         return [*gradients, *torch.autograd.grad(along, inputs)]
 
-    for ours, exact in zip(product(pyode.odeint_adjoint), product(pyode.odeint)):
+    for ours, exact in zip(product(pyode.odeint_adjoint, **method), product(pyode.odeint)):
         assert torch.allclose(ours, exact, rtol=1e-5, atol=1e-5)  # some 100 times the solves' tolerance
 
 

@@ -77,8 +77,8 @@ void interpolate(const OwnedLayout& where, const Interpolant& interpolant, const
 }
 
 #if defined(PYODE_CUDA)
-void measure_and_judge(const OwnedLayout& where, const py::tuple& weights, py::handle y0, py::handle y1, const py::list& ks,
-                py::handle rtol, py::handle atol, Controller& controller) {
+void measure_and_judge(const OwnedLayout& where, const py::tuple& weights, py::handle y0, py::handle y1,
+                       const py::list& ks, py::handle rtol, py::handle atol, Controller& controller) {
   ErrorNorm op;
   Weights(weights).fill(op, [&](int j) { return derivative(ks, j); });
   op.y0 = address(y0);

@@ -200,8 +200,9 @@ inline py::object stages(const OwnedLayout& where, const Table& table, py::objec
                          const py::tuple& times, py::handle dynamics, py::handle given) {
   Step step(where, std::move(y), ks);
   Evaluator evaluator(dynamics);
-  step.evaluate(table, times.size(), address<double>(dt), evaluator,
-                [&](size_t j) { return py::handle(PyTuple_GET_ITEM(times.ptr(), static_cast<Py_ssize_t>(j))); }, given);
+  step.evaluate(
+      table, times.size(), address<double>(dt), evaluator,
+      [&](size_t j) { return py::handle(PyTuple_GET_ITEM(times.ptr(), static_cast<Py_ssize_t>(j))); }, given);
   return (times.empty() ? step.start() : step.end()).tensor;
 }
 

@@ -62,7 +62,8 @@ PYODE_FLATTEN int64_t judge_range(const Control& given, int64_t begin, int64_t e
       decltype(kind) error, factor;
       memcpy(&error, &errors[i - b], sizeof error);
       memcpy(&factor, &factors[i - b], sizeof factor);
-      const auto some = control_step<kPlain ? kKeptPlainly : 0>(op, i, error, factor);
+      Samples<decltype(kind)> s;
+      const auto some = control_step<kPlain ? kKeptPlainly : 0>(op, i, error, factor, s);
       if constexpr (is_vector<decltype(kind)>)
         all |= some;
       else

@@ -24,12 +24,12 @@ __device__ inline bool is_last_block(const Control& op) {
 }
 
 /// In a loop on the device: leaves the flags of all samples for the host, and says whether there is another turn.
-__device__ inline void conclude(const Control& op) {
-  const unsigned long long all = atomicExch(flags_at(op), 0ull);
+__device__ inline void conclude(const Control& op, unsigned long long all) {
   flags_at(op)[1] = all;
 #if PYODE_GRAPH_LOOPS
   if (op.condition != 0) cudaGraphSetConditional(op.condition, (all & kAnyRunning) != 0);
 #endif
 }
+__device__ inline void conclude(const Control& op) { conclude(op, atomicExch(flags_at(op), 0ull)); }
 
 }  // namespace pyode::cuda

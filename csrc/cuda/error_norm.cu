@@ -36,9 +36,8 @@ const char* error_norm(const Layout& layout, const ErrorNorm& op) {
       thread_rows<T, kComplex>
           <<<dim3(blocks_for(layout.samples), segments), kThreads, 0, stream_of(layout)>>>(layout, op);
     } else {
-      block_rows<T, kComplex>
-          <<<dim3(blocks_for(layout.samples * op.parts, 1), segments), threads_of_block(layout), 0,
-             stream_of(layout)>>>(layout, op);
+      block_rows<T, kComplex><<<dim3(blocks_for(layout.samples * op.parts, 1), segments), threads_of_block(layout), 0,
+                                stream_of(layout)>>>(layout, op);
     }
   });
   return launch_error();

@@ -1,5 +1,4 @@
 #include "graph_loop.h"
-
 #include "launch.cuh"
 
 namespace pyode::cuda {

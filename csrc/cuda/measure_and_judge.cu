@@ -36,9 +36,8 @@ __global__ void judge_parts(const __grid_constant__ Layout layout, const __grid_
     block_mean<T, kComplex>(layout, norm, task / norm.parts, 0, task % norm.parts);
     __syncthreads();
   }
-  if (threadIdx.x != 0 || !is_last_block(op)) return;
-  add_flags(op, control_sample<T>(op, 0));
-  conclude(op);
+  if (threadIdx.x != 0 || (gridDim.x > 1 && !is_last_block(op))) return;
+  conclude(op, static_cast<unsigned long long>(control_sample<T>(op, 0)));
 }
 
 }  // namespace

@@ -574,6 +574,9 @@ class GraphLoop:
                 graph.capture_end()
             with contextlib.suppress(RuntimeError):  # where the former has not come to it
                 torch._C._cuda_endAllocateToPool(self.device.index, pool)
+            with contextlib.suppress(RuntimeError):  # the generator of random numbers would wait for a capture's end
+                generator = torch.cuda.default_generators[self.device.index]
+                generator.graphsafe_set_state(generator.clone_state())
             raise
         graph.capture_end()
         return graph

@@ -108,7 +108,7 @@ class AdjointDynamics:
         """See RightHandSide."""
         quadrature = self.quadrature
         wanted = quadrature is not None and quadrature.wanted
-        y, a = z.detach().unbind()
+        y, a = z.unbind()
         inputs: tuple[Tensor, ...] = (y.requires_grad_(),)
         if wanted and self.time:
             t = t.detach().requires_grad_()
@@ -116,12 +116,12 @@ class AdjointDynamics:
         if wanted:
             inputs += self.params
         f = with_graph(self.forward, t, y)
-        if wanted and self.survey is not None and self.survey(f, (t, y)) is not None:
+        if wanted and self.survey is not None and self.survey.look(f, (t, y)) is not None:
             self.survey = None
-        gradients = vjp(f, inputs, a.neg())
+        slope, *integrands = vjp(f, inputs, a.neg())
         if quadrature is not None:
-            quadrature.note(self._integrands(t, gradients[1:]) if wanted else None)
-        return self._stacked(f.detach(), gradients[0])
+            quadrature.note(self._plain(t, integrands) if wanted else None)
+        return self._stacked(f, slope)
 
     def trial(self, t: Tensor, z: Tensor, /) -> Tensor:
         """See RightHandSide."""
@@ -130,24 +130,17 @@ class AdjointDynamics:
             y, a = z.unbind()
             if not y.requires_grad:
                 y = y.detach().requires_grad_()
-            f, (slope,) = self._products(t, y, a, [y], recording)
-        return self._stacked(f, slope) if recording else self._stacked(f.detach(), slope)
-
-    def _products(
-        self, t: Tensor, y: Tensor, a: Tensor, inputs: list[Tensor], create_graph: bool = False
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """F(t, y), and -a df/dx for each of the inputs."""
-        f = self.forward(t, y)
-        if not f.requires_grad:
-            return f, (None,) * len(inputs)
-        return f, torch.autograd.grad(f, inputs, a.neg(), allow_unused=True, create_graph=create_graph)
+            f, slope = self.forward(t, y), None
+            if f.requires_grad:
+                (slope,) = torch.autograd.grad(f, y, a.neg(), allow_unused=True, create_graph=recording)
+        return self._stacked(f, slope)
 
     def _stacked(self, f: Tensor, slope: Tensor | None) -> Tensor:
         return torch.stack([f, torch.zeros_like(f) if slope is None else slope])
 
-    def _integrands(self, t: Tensor, gradients: tuple[Tensor | None, ...]) -> list[Tensor]:
+    def _plain(self, t: Tensor, integrands: list[Tensor | None]) -> list[Tensor]:
         zeros = [torch.zeros_like(t), *self.zeros] if self.time else self.zeros
-        return [zero if g is None else plain(g) for g, zero in zip(gradients, zeros)]
+        return [zero if g is None else plain(g) for g, zero in zip(integrands, zeros)]
 
 
 class Backsolve:

@@ -161,7 +161,7 @@ class SampleBacksolve:
         with torch.enable_grad():
             y = y.requires_grad_()
             f = self.func(t, y)
-            if self.survey is not None and self.survey(f, (t, y)) is not None:
+            if self.survey is not None and self.survey.look(f, (t, y)) is not None:
                 self.survey = None
             inputs = others or (y,)
             if not f.requires_grad:

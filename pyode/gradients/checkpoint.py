@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..circumstances import Circumstances
 from ..errors import InvalidValue
 from ..methods import Tableau
 from ..stepping.recorder import Recorder
@@ -23,7 +24,6 @@ from .explicit import ExplicitReversal
 from .retaken import RetakenReversal
 from .reversal import Recipe
 from .survey import Survey
-from .vjp import Circumstances
 
 
 def checkpointed(
@@ -83,6 +83,6 @@ class _Checkpointed(torch.autograd.Function):
         on_device = torch.cuda.device(gradient.device) if gradient.is_cuda else nullcontext()
         with on_device, ctx.circumstances.again(), torch.enable_grad():
             start = reversal.run(states)
-        found = iter(reversal.param_gradients)
+        found = iter(reversal.totals.settled())
         times = reversal.of_times(t) if time_wanted else None
         return None, None, times, start if y0_wanted else None, *(next(found) if want else None for want in wanted)

@@ -24,11 +24,12 @@ from ..methods import Tableau
 from ..state import Dynamics
 from ..stepping.course import table_of
 from ..stepping.recorder import Evaluation, evaluate
+from ..stepping.running_rows import RunningRows
 from ..stepping.tape import Step
 from .arrivals import Shares
 from .reversal import Reversal
 from .time import TimeGradients
-from .vjp import accumulate, vjp
+from .vjp import vjp
 
 
 class ExplicitReversal(Reversal):
@@ -39,7 +40,8 @@ class ExplicitReversal(Reversal):
         recipe, method, y = self.recipe, self.recipe.method, self.end
         assert isinstance(method, Tableau)
         self.zero = torch.zeros_like(y)
-        self.dynamics = Dynamics(recipe.func, recipe.form, y)
+        self.running = RunningRows(recipe.func, recipe.form) if recipe.compact else None
+        self.dynamics = Dynamics(recipe.func if self.running is None else self.running, recipe.form, y)
         self.one = torch.ones(recipe.form.samples, dtype=torch.float64, device=clock_device(y.device))
         self.weights, self.transposed = method.weights, transposed_of(method)
         self.n_stages = len(self.weights)
@@ -63,6 +65,7 @@ class ExplicitReversal(Reversal):
         shares = arrivals.shares(steps[-1], n_derivatives) if steps else []
         for n, y in self.backwards(states):
             step = steps[n]
+            self._compact(n)
             arriving = arrivals.at_end(step)
             if arriving is not None:
                 lam = lam + arriving
@@ -81,11 +84,20 @@ class ExplicitReversal(Reversal):
     def advance(self, y: Tensor, begin: int, end: int) -> Tensor:  # noqa: D102
         with torch.no_grad():
             for n in range(begin, end):
+                self._compact(n)
                 first, *times = self._times(n)
                 ks, dt = [self.dynamics(first, y)] * self.n_stages, self.steps[n].dt
                 self.ops.stages(self.layout, self.table, y, ks, dt, tuple(times), self.dynamics)
                 y = self.ops.stage_combine(self.layout, self.weights, y, ks, dt)
         return y
+
+    def _compact(self, n: int) -> None:
+        """Has func called with the rows alone that step n moves, or the one before, whose last evaluation is its first.
+
+        That is where it pays, and wanted.
+        """
+        if self.running is not None:
+            self.running.only(torch.stack([step.dt != 0 for step in self.steps[max(n - 1, 0) : n + 1]]).any(0))
 
     def _times(self, n: int) -> tuple[Tensor, ...]:
         """Those of the evaluations of step n but for that at its end."""
@@ -155,7 +167,7 @@ class ExplicitReversal(Reversal):
         if self.clock is not None:
             self.clock.add_evaluation(n, i, gradients[len(own) - 1])
         if self.params:
-            accumulate(self.param_gradients, gradients[len(own) :])
+            self.totals.add(gradients[len(own) :])
         h = None if unwanted else gradients[0]
         return self.zero if h is None else plain(h)
 

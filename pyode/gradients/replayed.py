@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._ops.reference import Interpolant, interpolate_at
-from .._ops.reference.sums import weighted_sum, widened
+from .._ops.contract import Layout
+from .._ops.reference import Interpolant, interpolate_at, stage_combine
+from .._ops.reference.sums import per_sample, widened
 from ..methods import Tableau
 from ..state import Form, Func
 
@@ -51,8 +52,8 @@ def replay(
         left: for each output the samples that have not reached it, which have their last state there.
     """
     y = form.pack(y0)
-    real = y.real.dtype if y.is_complex() else y.dtype
-    wide = torch.promote_types(real, torch.float32)
+    layout = Layout(form.samples, form.segments[-1], form.segments, y.dtype, y.device)
+    real = layout.real_dtype
     start = t[0] - t[0].detach()  # 0: how far the steps have moved
     outputs = [y] * len(t)
     k: Tensor | None = None
@@ -61,28 +62,24 @@ def replay(
         return form.pack(func(t.to(real) + moved.to(real), form.unpack(y))).to(y.dtype)
 
     def beside(x: Tensor) -> Tensor:
-        return x.to(wide).reshape(*x.shape, *[1] * (y.dim() - x.dim()))
-
-    def combine(weights: tuple[float, ...], y: Tensor, ks: list[Tensor], size: Tensor) -> Tensor:
-        return (widened(y) + size * weighted_sum(weights, ks)).to(y.dtype)
+        return per_sample(x, layout, widened(y))
 
     for step in steps:
         jumping = torch.zeros_like(step.dt) if step.on_jump is None else step.on_jump.to(step.dt)
         dt = step.dt - jumping * start
-        size = beside(dt)
         if step.opening is not None or k is None:
             assert step.opening is not None
             k = evaluate(step.opening, start, y)
         ks = [k]
         for row, c, time in zip(tableau.rows, tableau.abscissae, step.times[: len(tableau.weights) - 1]):
-            ks.append(evaluate(time, (1 - c * jumping) * start, combine(row, y, ks, size)))
-        y1 = combine(tableau.weights, y, ks, size)
+            ks.append(evaluate(time, (1 - c * jumping) * start, stage_combine(layout, row, y, ks, dt)))
+        y1 = stage_combine(layout, tableau.weights, y, ks, dt)
         k = evaluate(step.times[-1], (1 - jumping) * start, y1)
         for i, (there, position) in step.outputs.items():
             assert step.polynomial is not None
             elapsed = position * step.dt + (t[i] - t[i].detach()) - start
             x = elapsed / torch.where(step.dt == 0, 1.0, dt)
-            state = interpolate_at(step.polynomial, beside(x), y, [*ks, k], size)
+            state = interpolate_at(step.polynomial, beside(x), y, [*ks, k], beside(dt))
             outputs[i] = torch.where(beside(there) != 0, state, outputs[i])
         y = y1
         if step.on_jump is not None:

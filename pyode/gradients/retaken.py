@@ -13,7 +13,7 @@ from ..state import Dynamics
 from .arrivals import inner
 from .reversal import Reversal
 from .survey import Survey
-from .vjp import accumulate, vjp
+from .vjp import vjp
 
 
 class RetakenReversal(Reversal):
@@ -56,7 +56,7 @@ class RetakenReversal(Reversal):
         if self.time:
             leaves += [ends.requires_grad_(), inside.requires_grad_()]
         states = self.recipe.retake(step, y, ends, inside)
-        if self.survey is not None and self.survey(states, tuple(leaves)) is not None:
+        if self.survey is not None and self.survey.look(states, tuple(leaves)) is not None:
             self.survey = None
         rows = [passed.index for passed in step.outputs]
         found = vjp(states, (*leaves, *self.params), torch.cat([self.gradient[rows], lam[None]]))
@@ -67,5 +67,5 @@ class RetakenReversal(Reversal):
             if of_inside is not None:
                 for passed, gradient in zip(step.outputs, of_inside.unbind()):
                     self.output_gradients[passed.index] += gradient * passed.timed
-        accumulate(self.param_gradients, found[len(leaves) :])
+        self.totals.add(found[len(leaves) :])
         return torch.zeros_like(lam) if found[0] is None else plain(found[0])

@@ -17,6 +17,7 @@ from ..stepping.recorder import Evaluation
 from ..stepping.tape import Step
 from .arrivals import arrivals_at
 from .revolve import backwards
+from .vjp import Totals
 
 Retake = Callable[[Step, Tensor, Tensor, Tensor], Tensor]
 
@@ -31,6 +32,7 @@ class Recipe:
         checkpoints: how many states are kept at most; None for one a step.
         graph_bytes: how much memory the graphs of evaluations may take that are kept and need not be made again.
         warns: whether of tensors that func depends on and that get no gradient.
+        compact: whether func is called with the rows alone that move, where it is evaluated again.
         retake: takes a step of an implicit method again, from a state, between two ends [2], and returns the states at
             some times within it and at its end, [..., *state], with a graph to the times, too, if they carry one.
     """
@@ -42,6 +44,7 @@ class Recipe:
     checkpoints: int | None
     graph_bytes: int
     warns: bool
+    compact: bool
     retake: Retake
 
 
@@ -59,7 +62,7 @@ class Reversal(ABC):
         last: the evaluation at the end, if its graph was kept; taken out when it is used.
 
     Attributes:
-        param_gradients: of the steps undone.
+        totals: the gradients of the params, of the steps undone.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class Reversal(ABC):
         last: list[Evaluation | None],
     ) -> None:
         self.recipe, self.steps, self.end, self.left, self.params = recipe, steps, end, left, params
-        self.param_gradients = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
+        self.totals = Totals(params)
         self.gradient = plain(gradient.detach())
         self.ops = ops = backend_for(end)
         samples, size = recipe.form.samples, recipe.form.segments[-1]

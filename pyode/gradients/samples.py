@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidValue
+from ..circumstances import Circumstances
 from ..state import Func
 from .backsolve_samples import SampleBacksolve, SampleBacksolveConfig
-from .vjp import Circumstances
+from .twice import backsolve_samples_with_graph
 
 
 @dataclass
@@ -28,6 +29,7 @@ class SolvedSamples:
         ys: [T, B, D].
         end_t, end_y: [B] and [B, D] of each sample's event; nan where it had none.
         last_dt: [B] the size of each sample's last step.
+        odeint: records a graph, for gradients of gradients.
     """
 
     written: Func
@@ -40,6 +42,7 @@ class SolvedSamples:
     end_t: Tensor
     end_y: Tensor
     last_dt: Tensor
+    odeint: Callable[..., Any]
 
 
 class SampleAdjoint(torch.autograd.Function):
@@ -51,38 +54,43 @@ class SampleAdjoint(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.solved = solved
         ctx.circumstances = Circumstances(solved.written, y0.device, params)
-        ctx.save_for_backward(t, *params)
-        return solved.ys.detach(), solved.end_y.detach()  # others, as what the node holds must not lead to it
+        ys, end_y = solved.ys.detach(), solved.end_y.detach()  # others, as what the node holds must not lead to it
+        ctx.save_for_backward(t, ys, end_y, *params)
+        return ys, end_y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # noqa: D102
-        # Not once_differentiable, which only tells those who differentiate all the way back.
-        if torch.is_grad_enabled():
-            raise InvalidValue(
-                "the adjoint gradient of samples can't be differentiated, for which create_graph=True prepares; leave "
-                "it out, or take gradient 'direct', or odeint_adjoint with joint control"
-            )
         solved: SolvedSamples = ctx.solved
-        t, *params = ctx.saved_tensors
+        t, solved_ys, end_y, *params = ctx.saved_tensors
+        t_wanted = ctx.needs_input_grad[1]
         ended = solved.end_t.isfinite()
         last, samples = solved.reached.sum(0) - 1, torch.arange(len(ended), device=ended.device)
         end_t = torch.where(ended, solved.end_t, solved.times[last, samples])
         device = solved.ys.device
         ended, last, samples = ended.to(device), last.to(device), samples.to(device)
-        end_y = torch.where(ended[:, None], solved.end_y, solved.ys[last, samples])
+        end_y = torch.where(ended[:, None], end_y, solved_ys[last, samples])
         # Outputs that were not reached are put to the end, where nothing arrives from them.
         reached = solved.reached.unsqueeze(-1).to(device)
-        times = torch.cat([torch.where(solved.reached, solved.times, end_t), end_t[None]])
-        ys = torch.cat([torch.where(reached, solved.ys, end_y), end_y[None]])
+        given = solved.times
+        if t_wanted and torch.is_grad_enabled():
+            given = (t if t.dim() == 2 else t[:, None]).to(given).expand_as(given)
+        times = torch.cat([torch.where(solved.reached, given, end_t), end_t[None]])
+        ys = torch.cat([torch.where(reached, solved_ys, end_y), end_y[None]])
         arriving = torch.where(reached, gradients[0], 0.0), torch.where(ended[:, None], gradients[1], 0.0)[None]
-        backsolve = SampleBacksolve(
-            solved.func, solved.config, times, ys, torch.cat(arriving), -solved.last_dt, solved.segments,
-            tuple(params), ctx.needs_input_grad[1],
-        )  # fmt: skip
+        gradient, params = torch.cat(arriving), tuple(params)
         with ctx.circumstances.again():
-            y0_gradient, time_gradients, param_gradients = backsolve.solve()
+            if torch.is_grad_enabled():
+                found = backsolve_samples_with_graph(
+                    solved.odeint, ctx.circumstances, solved.func, times, solved.config, ys, gradient, solved.segments,
+                    params,
+                )  # fmt: skip
+            else:
+                found = SampleBacksolve(
+                    solved.func, solved.config, times, ys, gradient, -solved.last_dt, solved.segments, params, t_wanted
+                ).solve()
+        y0_gradient, time_gradients, param_gradients = found
         t_gradient = None
-        if ctx.needs_input_grad[1]:
+        if t_wanted:
             # A sample that has no way to go, all of whose times are one, stays at its start.
             moves = solved.times[0] != solved.times[-1]
             by_time = torch.where(solved.reached & moves, time_gradients[:-1], 0.0)

@@ -34,14 +34,26 @@ class Survey:
             k: what func returned.
             inputs: what it was given.
         """
-        known = {get_gradient_edge(x).node for x in (*self.listed, *inputs) if x.requires_grad}
+        nodes = self.look(k, inputs)
+        if nodes is None:
+            return None
         sizes = {x.data_ptr(): x.nbytes for x in inputs}
+        for node in nodes:
+            sizes.update((x.data_ptr(), x.untyped_storage().nbytes()) for x in _saved(node))
+        for x in (*self.listed, *(self._suspects or ())):
+            sizes.pop(x.data_ptr(), None)
+        return sum(sizes.values())
+
+    def look(self, k: Tensor, inputs: tuple[Tensor, ...]) -> list[Any] | None:
+        """Warns, and returns the nodes of an evaluation's graph but its leaves; None if another look is needed."""
+        known = {get_gradient_edge(x).node for x in (*self.listed, *inputs) if x.requires_grad}
+        nodes: list[Any] = []
         suspects: list[Tensor] = []
         for node in _nodes(k, known):
             if hasattr(node, "variable"):
                 suspects.append(node.variable)
             else:
-                sizes.update((x.data_ptr(), x.untyped_storage().nbytes()) for x in _saved(node))
+                nodes.append(node)
         before, self._suspects = self._suspects, suspects
         if suspects and self.warns:
             if before is None:
@@ -54,8 +66,7 @@ class Survey:
                         "func, pass it in args, or name it in params. If its gradient is not wanted, detach it."
                     )
                     break
-        there = {x.data_ptr() for x in (*self.listed, *suspects)}
-        return sum(size for address, size in sizes.items() if address not in there)
+        return nodes
 
 
 def _nodes(k: Tensor, stops: set[Any]) -> Iterator[Any]:

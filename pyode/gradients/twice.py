@@ -7,16 +7,19 @@ off from what t, y and a were computed from: derivatives with respect to the par
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..circumstances import Circumstances
 from ..errors import InvalidValue
-from ..state import Dynamics
+from ..state import Dynamics, Func
 from .augmented import AugmentedState
 from .backsolve import BacksolveConfig
-from .vjp import Circumstances
+from .backsolve_samples import SampleBacksolveConfig
 
 
 class _AdjointSlopes(torch.autograd.Function):
@@ -24,7 +27,7 @@ class _AdjointSlopes(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, circumstances: Circumstances, f: Dynamics, t: Tensor, y: Tensor, a: Tensor, *params: Tensor
+        ctx: Any, circumstances: Circumstances, f: Func, t: Tensor, y: Tensor, a: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.f, ctx.circumstances = f, circumstances
         ctx.save_for_backward(t, y, a, *params)
@@ -51,7 +54,7 @@ class _AdjointSlopes(torch.autograd.Function):
 
 
 def _slopes(
-    f: Dynamics, t: Tensor, y: Tensor, a: Tensor, params: tuple[Tensor, ...], create_graph: bool
+    f: Func, t: Tensor, y: Tensor, a: Tensor, params: tuple[Tensor, ...], create_graph: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The inputs, cut off from what they were computed from, and what _AdjointSlopes returns for them."""
     with torch.enable_grad():
@@ -64,6 +67,48 @@ def _slopes(
         return [t, y, a, *params], [k, *(zero if g is None else g for g, zero in zip(found, zeros))]
 
 
+class _Interval:
+    """The backward solve over one output interval, as a solve of (y, a, integrals) in one tensor.
+
+    Args:
+        circumstances: of the forward solve.
+        params: the tensors whose gradients are wanted.
+        solve: solve(slopes, flat, t, norm) returns the state at the second of two times, with a graph behind it.
+        norm: of (t, y, adj_y, *params).
+    """
+
+    def __init__(
+        self,
+        circumstances: Circumstances,
+        params: tuple[Tensor, ...],
+        solve: Callable[..., Tensor],
+        norm: Callable[[tuple[Tensor, ...]], Any],
+    ) -> None:
+        self.circumstances, self.params, self.solve, self.norm = circumstances, params, solve, norm
+
+    def back(self, f: Func, t: Tensor, y: Tensor, a: Tensor, integrals: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Returns a and the integrals, of time and the params, at the second of two times, from those at the first."""
+        z = torch.stack([y, a])
+        like = AugmentedState(z, integrals)
+
+        def slopes(t: Tensor, flat: Tensor) -> Tensor:
+            (y, a), *_ = like.unpack(flat)
+            k, by_t, by_y, *by_params = _AdjointSlopes.apply(self.circumstances, f, t, y, a, *self.params)  # type: ignore[no-untyped-call]
+            return like.pack([torch.stack([k, by_y]), by_t, *by_params])
+
+        def norm(flat: Tensor) -> Any:
+            z, time, *others = like.unpack(flat)
+            return self.norm((time, *z.unbind(), *others))
+
+        (_, a), *integrals = like.unpack(self.solve(slopes, like.pack([z, *integrals]), t, norm))
+        return a, integrals
+
+    def start(self, ys: Tensor) -> list[Tensor]:
+        """The integrals where they begin."""
+        time = torch.zeros((), dtype=ys.real.dtype if ys.is_complex() else ys.dtype, device=ys.device)
+        return [time, *(torch.zeros_like(p) for p in self.params)]
+
+
 def backsolve_with_graph(
     odeint: Callable[..., Tensor],
     circumstances: Circumstances,
@@ -73,7 +118,7 @@ def backsolve_with_graph(
     ys: Tensor,
     gradients: Tensor,
     params: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Returns the gradients with respect to y0 (packed), t and the parameters, differentiable once.
 
     Args:
@@ -85,32 +130,74 @@ def backsolve_with_graph(
         gradients: [T, ...] those that arrive at them.
         params: the tensors whose gradients are wanted.
     """
-    time = torch.zeros((), dtype=ys.real.dtype if ys.is_complex() else ys.dtype, device=ys.device)
-    integrals = [time, *(torch.zeros_like(p) for p in params)]
-    like = AugmentedState(torch.stack([ys[0], gradients[0]]), integrals)
-    rtol, atol = (x if isinstance(x, float) else float(x.min()) for x in (config.rtol, config.atol))
+    rtol, atol = _least(config.rtol), _least(config.atol)
 
-    def slopes(t: Tensor, flat: Tensor) -> Tensor:
-        (y, a), *_ = like.unpack(flat)
-        k, by_t, by_y, *by_params = _AdjointSlopes.apply(circumstances, f, t, y, a, *params)  # type: ignore[no-untyped-call]
-        return like.pack([torch.stack([k, by_y]), by_t, *by_params])
+    def solve(slopes: Func, flat: Tensor, t: Tensor, norm: Any) -> Tensor:
+        return odeint(slopes, flat, t, rtol, atol, config.method.name, {**config.options, "norm": norm})[-1]
 
-    def norm(flat: Tensor) -> Any:
-        z, *its = like.unpack(flat)
-        return config.norm((its[0], *z.unbind(), *its[1:]))
-
-    options = {**config.options, "norm": norm}
+    interval = _Interval(circumstances, params, solve, config.norm)
+    integrals = interval.start(ys)
     a, at = torch.zeros_like(gradients[0]), [torch.zeros_like(x) for x in t.unbind()]
     for i in reversed(range(len(t))):
         a = a + gradients[i]
         if i == 0:
             break
         # Moving an output time moves the output along f.
-        k = f(t[i].to(time), ys[i])
+        k = f(t[i].to(integrals[0]), ys[i])
         effect = torch.sum((k.conj() * gradients[i]).real if k.is_complex() else k * gradients[i])
         at[i], integrals[0] = effect.to(t), integrals[0] - effect
-        z = torch.stack([ys[i], a])
-        flat = odeint(slopes, like.pack([z, *integrals]), t[[i, i - 1]], rtol, atol, config.method.name, options)[-1]
-        (_, a), *integrals = like.unpack(flat)
+        a, integrals = interval.back(f, t[[i, i - 1]], ys[i], a, integrals)
     at[0] = integrals[0].to(t)
     return a, torch.stack(at), integrals[1:]
+
+
+def backsolve_samples_with_graph(
+    odeint: Callable[..., Tensor],
+    circumstances: Circumstances,
+    func: Func,
+    times: Tensor,
+    config: SampleBacksolveConfig,
+    ys: Tensor,
+    gradients: Tensor,
+    segments: tuple[int, ...],
+    params: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The same for samples, whose states are all as accurate as the tolerances want the worst of them.
+
+    They take their steps together, over intervals that are stretched to the length of 1. So the times are parameters
+    of the dynamics; what is told of them in the options of the solve, discontinuities and longest steps, is not heeded.
+
+    Args:
+        func: of times [B] and packed states [B, D].
+        times: [T, B] float64, with a graph if their gradients are wanted.
+        ys, gradients: [T, B, D].
+        segments: of the norm of a state.
+    """
+    rtol, atol = _least(config.rtol), _least(config.atol)
+
+    def stretched(start: Tensor, end: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        size = (end - start).to(y.device, y.real.dtype if y.is_complex() else y.dtype)[:, None]
+        k = func(start + x.to(start) * (end - start), y)
+        return torch.where(size == 0, 0.0, k * size)
+
+    def solve(slopes: Func, flat: Tensor, t: Tensor, norm: Any) -> Tensor:
+        return odeint(slopes, flat, t, rtol, atol, config.tableau.name, {"norm": norm})[-1]
+
+    def norm(whole: tuple[Tensor, ...]) -> Tensor:
+        both = torch.stack(whole[1:3]).abs().square()
+        parts = [both[..., begin:end].mean(-1).reshape(-1) for begin, end in pairwise(segments)]
+        return torch.cat([both.new_zeros(1), *parts]).max().sqrt()
+
+    moved = (times,) if times.requires_grad else ()
+    interval = _Interval(circumstances, (*moved, *params), solve, norm)
+    integrals = interval.start(ys)
+    a, both_ends = torch.zeros_like(gradients[0]), torch.tensor([1.0, 0.0], dtype=torch.float64)
+    for i in reversed(range(1, len(times))):
+        f = partial(stretched, times[i - 1], times[i])
+        a, integrals = interval.back(f, both_ends, ys[i], a + gradients[i], integrals)
+    _, *found = integrals
+    return a + gradients[0], found.pop(0) if moved else torch.zeros_like(times), found
+
+
+def _least(tolerance: float | Tensor) -> float:
+    return tolerance if isinstance(tolerance, float) else float(tolerance.min())

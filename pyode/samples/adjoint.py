@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,7 @@ from .batch import Samples
 
 
 def with_adjoint(
+    odeint: Callable[..., Any],
     config: SampleBacksolveConfig,
     problem: Problem,
     samples: Samples,
@@ -25,6 +29,7 @@ def with_adjoint(
     """The states at the output times, [T, B, D], and where samples ended early, [B, D], with gradients to the rest.
 
     Args:
+        odeint: records the backward solve, where gradients of gradients are wanted.
         config: of the backward solve.
         problem, samples, t: of the forward solve, which kept no graph.
         ys, reached: [T, B, D] its states, and [T, B] which of them were reached.
@@ -35,7 +40,7 @@ def with_adjoint(
     end_t, end_y = end or (samples.t0 * torch.nan, torch.full_like(samples.y0, torch.nan))
     solved = SolvedSamples(
         problem.func, samples.func(problem), config, problem.form.segments, samples.times_of(t),
-        reached.to(samples.clock), ys, end_t, end_y, last_dt.to(samples.clock),
+        reached.to(samples.clock), ys, end_t, end_y, last_dt.to(samples.clock), odeint,
     )  # fmt: skip
     states: tuple[Tensor, Tensor] = SampleAdjoint.apply(solved, t, samples.y0, *params)  # type: ignore[no-untyped-call]
     return states

@@ -60,7 +60,9 @@ class Samples:
 
         def func(t: Tensor, flat: Tensor) -> Tensor:
             time = t.to(flat.device, real)
-            return self.flat(dynamics(time if self.count != 1 else time[0], flat.reshape(self.shape)))
+            if self.count == 1:  # a view of more than one, as the stages' times are: torch.compile would compile anew
+                time = time.repeat(2)[0]
+            return self.flat(dynamics(time, flat.reshape(self.shape)))
 
         return func
 

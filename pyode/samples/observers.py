@@ -13,9 +13,9 @@ from ..progress import Progress
 from ..state import Func
 from ..stepping.event import SampleEvents
 from ..stepping.hooks import Hooks
+from ..stepping.running_rows import RunningRows
 from .batch import Samples
 from .dense_output import SampleDenseOutput
-from .running_rows import RunningRows
 
 
 @dataclass

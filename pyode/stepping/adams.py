@@ -16,9 +16,9 @@ from ..control import Times
 from ..errors import SolveError, Status
 from ..methods.adams import Row, VariableAdams, Weights
 from ..solution import Stats
-from .fixed_grid import Outputs
 from .hooks import NO_HOOKS, Hooks
 from .measure import Norm
+from .outputs import Collected
 from .segment import AdamsSegment, unmoved, weighted
 from .strategy import Strategy
 
@@ -69,9 +69,11 @@ class AdamsLoop:
         recording = torch.is_grad_enabled()
         moving = recording and t.requires_grad
         self._shift = (t[0] - t[0].detach()).to("cpu", torch.float64) if moving else None
-        outputs, passed = Outputs(self.ops, self.layout, len(values), y0, recording), 1
+        outputs, passed = Collected(self.ops, self.layout, len(values), y0, recording), 1
         self.y = y0
-        self._begin(self.dynamics(t[0].to(device=y0.device, dtype=self.layout.real_dtype), y0), first_step)
+        # No view of t, as no later time is one: torch.compile would compile func anew.
+        start = self._time(self.t)
+        self._begin(self.dynamics(start if self._shift is None else start + self._shift.to(start), y0), first_step)
         while passed < len(values) and self._plan():
             segment = self._step()
             if segment is None:
@@ -107,16 +109,15 @@ class AdamsLoop:
 
     def _first_step(self, f: Tensor) -> float:
         """The size of a first step of order 1 (Hairer, Norsett, Wanner I, II.4)."""
-        y, one = self.y, self._unit
+        y, f, one = self.y.detach(), f.detach(), self._unit
         size, slope = self._norms(((1.0,), (0.0, 1.0)), y, [y, f], one)
         if not math.isfinite(size + slope):
             finite = bool((y.isfinite() & f.isfinite()).all())  # if so, a tolerance is 0 where y is 0
             self._status = Status.STEP_TOO_SMALL if finite else Status.NON_FINITE
             return 0.0
         h0 = 1e-6 if size < 1e-5 or slope < 1e-5 else 0.01 * size / slope
-        with torch.no_grad():
-            trial = self.ops.stage_combine(self.layout, (self.times.sign * h0,), y, [f], one)
-            change = self.dynamics(self._time(self.t + self.times.sign * h0), trial)
+        trial = self.ops.stage_combine(self.layout, (self.times.sign * h0,), y, [f], one)
+        change = self.dynamics(self._time(self.t + self.times.sign * h0), trial).detach()
         curvature = self._norms(((1.0, -1.0),), y, [change, f], one)[0] / h0
         if not math.isfinite(curvature):
             return h0  # f breaks off nearby

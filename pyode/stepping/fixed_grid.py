@@ -6,7 +6,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from .course import MOST_STEPS, Course, ExplicitSteps, Increment, Steps
 from .hooks import NO_HOOKS, Hooks
 from .implicit import ImplicitSteps
 from .multistep import AdamsSteps
+from .outputs import Collected
 from .quadrature import Quadrature
 from .segment import RungeKuttaSegment, unmoved
 from .tape import Passed, Step
@@ -123,7 +123,7 @@ class FixedGridLoop:
         # Where times carry a gradient, so do step sizes and positions between: the twin does the work.
         moving = recording and (self.grid.requires_grad or self.times.tensor.requires_grad)
         hooks, t = self.hooks, self.times.tensor
-        outputs = Outputs(self.ops, self.layout, len(self.times.values), y0, recording)
+        outputs = Collected(self.ops, self.layout, len(self.times.values), y0, recording)
         values, sign, i, y = self.times.values, self.times.sign, 1, y0
         # Else steps follow each other up to that which passes the next output, or to the end if all end on outputs.
         one_by_one = bool(recording or self.quadrature or hooks.step or hooks.watch or hooks.tape)
@@ -282,27 +282,3 @@ def _cubic(weights: tuple[float, ...], slope: int) -> reference.Interpolant:
     """The cubic through a step's ends and with their slopes: the derivative of that index, and one behind them all."""
     rows = [(float(j == slope), 3 * w - 2 * (j == slope), (j == slope) - 2 * w) for j, w in enumerate(weights)]
     return reference.Interpolant((*rows, (0.0, -1.0, 1.0)), (*weights, 0.0))
-
-
-class Outputs:
-    """The states at the output times: copied to their place, or with a graph behind them, kept until the end."""
-
-    def __init__(self, ops: ModuleType, layout: Layout, n: int, y0: Tensor, recording: bool) -> None:
-        self.ops, self.layout = ops, layout
-        self.states = [y0]
-        self.out = None if recording else ops.new_states(y0, n)
-        self.filled = 0  # so many rows of `out`
-        if self.out is not None:
-            self.add(y0)
-
-    def add(self, y: Tensor) -> None:
-        """Adds the next one."""
-        if self.out is None:
-            self.states.append(y)
-        else:
-            self.ops.copy(self.layout, y, self.out[self.filled])
-            self.filled += 1
-
-    def collect(self) -> Tensor:
-        """All of them, [T, ...]."""
-        return torch.stack(self.states) if self.out is None else self.out

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._ops import reference
+from ..circumstances import Circumstances
 from ..control import number_from
-from ..errors import SolveError, Status
+from ..errors import InvalidValue, SolveError, Status
 from ..methods import ImplicitTableau
+from ..state import Dynamics
 from .course import Course, Increment, Taken
 from .newton import Newton
 
@@ -29,6 +32,8 @@ class ImplicitSteps:
     """
 
     def __init__(self, tableau: ImplicitTableau, course: Course) -> None:
+        if torch._C._are_functorch_transforms_active():  # Newton differentiates by ways that they do not allow
+            raise InvalidValue(f"{tableau.name!r} is not for torch.func's grad, jvp and vmap; take an explicit method")
         self.tableau = tableau
         self.move_to(course)
         layout, options = course.layout, course.options
@@ -47,6 +52,10 @@ class ImplicitSteps:
         """See Steps."""
         self.course, self.times = course, course.stage_times((0.0, *self.tableau.abscissae))
         self.under_way = -1
+        self.circumstances = None
+        if torch.is_grad_enabled():  # a backward pass evaluates func, too
+            assert isinstance(course.dynamics, Dynamics)
+            self.circumstances = Circumstances(course.dynamics.func, course.layout.device)
 
     def take(self, begin: int, end: int, y: Tensor, out: Tensor | None = None) -> Taken | SolveError:
         """See Steps; takes one, or returns an error: NOT_CONVERGED, or NON_FINITE where f became inf or nan."""
@@ -74,8 +83,8 @@ class ImplicitSteps:
             x = self.newton.solve(equation, guess, size)
             if x is None:
                 return failure(Status.NOT_CONVERGED if self.newton.finite else Status.NON_FINITE)
-            if torch.is_grad_enabled():
-                equation = partial(self._derivatives, block, times, y, ks.copy(), dt)
+            if self.circumstances is not None:
+                equation = partial(self._under, self.circumstances, block, times, y, ks.copy(), dt)
                 x = self.newton.differentiable(equation, x, size, partial(failure, Status.NOT_CONVERGED))
             for i, k in zip(block, self._states(x, y)):
                 ks[i] = k.to(y.dtype)
@@ -83,6 +92,11 @@ class ImplicitSteps:
             for i in (i for block in tableau.blocks for i in block):
                 course.dynamics(times[i], course.combine(tableau.rows[i], y, ks, dt))
         return Increment(tableau.weights, ks, slope)
+
+    def _under(self, circumstances: Circumstances, *arguments: Any) -> Tensor:
+        """The same as `_derivatives` under the circumstances of the forward pass."""
+        with circumstances.again():
+            return self._derivatives(*arguments)
 
     def _derivatives(
         self, block: tuple[int, ...], times: list[Tensor], y: Tensor, ks: list[Tensor], dt: Tensor, x: Tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -50,8 +49,7 @@ class Measure:
 
     def start(self, dynamics: RightHandSide, y: Tensor, k: Tensor, first_step: float | Tensor | None) -> int:
         """Plans the first step, from y with the derivative k; returns the flags (Hairer, Norsett, Wanner I, II.4)."""
-        recording = torch.is_grad_enabled()
-        if recording:
+        if torch.is_grad_enabled():
             y, k = y.detach(), k.detach()
         slopes = sum(part.n_segments for part in self.controller.layouts)  # where the norms of slopes begin
         if first_step is not None:
@@ -62,9 +60,9 @@ class Measure:
         if self.quadrature is not None:
             self.quadrature.measure_slope(controller, one, slopes)
         controller.run(Phase.TRY_FIRST)
-        with torch.no_grad() if recording else nullcontext():
-            trial = self.ops.stage_combine(self.layout, (1.0,), y, [k], controller.dt)
-            change = [dynamics(controller.stage_times, trial), k]
+        trial = self.ops.stage_combine(self.layout, (1.0,), y, [k], controller.dt)
+        # Not under no_grad, for which torch.compile would compile func once more.
+        change = [dynamics(controller.stage_times, trial).detach(), k]
         self._put((1.0, -1.0), y, y, change, controller.dt, 0)
         if self.quadrature is not None:
             self.quadrature.measure_change(controller)

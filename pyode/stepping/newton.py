@@ -116,7 +116,7 @@ class _Solution(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise InvalidValue(
                 "the gradient of an implicit step can't be differentiated, for which create_graph=True prepares; leave "
-                "it out, or take an explicit method"
+                "it out, or take odeint_adjoint, whose gradient can be, or an explicit method"
             )
         (g,), (x,), newton = gradients, ctx.saved_tensors, ctx.newton
         at = Linearization(ctx.phi, x)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._ops import reference
+from .._ops.contract import Layout
 from ..methods import Tableau
 
 if TYPE_CHECKING:
@@ -115,6 +116,30 @@ class RecordedBatchOutput:
             i, b = (torch.cat(parts) for parts in zip(*self.places))
             out = out.index_put((i, b), torch.cat(self.rows))
         return out if self.last is None else torch.where(column(self.loop.left(), out), self.last, out)
+
+
+class Collected:
+    """The states at the output times, given one by one: copied to their place, or with a graph, kept until the end."""
+
+    def __init__(self, ops: ModuleType, layout: Layout, n: int, y0: Tensor, recording: bool) -> None:
+        self.ops, self.layout = ops, layout
+        self.states = [y0]
+        self.out: Tensor | None = None if recording else ops.new_states(y0, n)
+        self.filled = 0  # so many rows of `out`
+        if self.out is not None:
+            self.add(y0)
+
+    def add(self, y: Tensor) -> None:
+        """Adds the next one."""
+        if self.out is None:
+            self.states.append(y)
+        else:
+            self.ops.copy(self.layout, y, self.out[self.filled])
+            self.filled += 1
+
+    def collect(self) -> Tensor:
+        """All of them, [T, ...]."""
+        return torch.stack(self.states) if self.out is None else self.out
 
 
 def column(rows: Tensor, like: Tensor) -> Tensor:

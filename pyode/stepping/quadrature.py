@@ -72,7 +72,8 @@ class Quadrature:
 
     def _columns(self) -> list[list[Any]]:
         """For each integral its integrands, by evaluation."""
-        return [[e and e[i] for e in self._evaluations] for i in range(len(self.values))]
+        nothing = (None,) * len(self.values)
+        return [list(column) for column in zip(*(nothing if e is None else e for e in self._evaluations))]
 
     def measure_slope(self, controller: Any, dt: Tensor, half: int) -> None:
         """Their share of the norms of a first step's state and slope."""

@@ -1,4 +1,5 @@
-// There are no graphs on the host: what repeats the body, plugin.py has to bring; here is the condition that it looks at.
+// There are no graphs on the host: what repeats the body, plugin.py has to bring; here is the condition that it looks
+// at.
 #include "graph_loop.h"
 
 namespace pyode::cuda {

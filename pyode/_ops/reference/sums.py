@@ -12,11 +12,10 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def per_sample(dt: Tensor, layout: Layout, y: Tensor) -> Tensor | float:
-    """dt so that it multiplies a state."""
-    if layout.samples == 1:
-        return dt.reshape(()) if dt.requires_grad else float(dt)
-    return dt.to(y.device, y.real.dtype if y.is_complex() else y.dtype).reshape(-1, *[1] * (y.dim() - 1))
+def per_sample(x: Tensor, layout: Layout, y: Tensor) -> Tensor:
+    """[B], of each sample a number, so that it multiplies a state like y."""
+    x = x.to(y.device, y.real.dtype if y.is_complex() else y.dtype)
+    return x.reshape(()) if layout.samples == 1 else x.reshape(-1, *[1] * (y.dim() - 1))
 
 
 def weighted_sum(weights: tuple[float, ...], ks: list[Tensor]) -> Tensor | float:
@@ -34,7 +33,7 @@ def stage_combine(layout: Layout, weights: tuple[float, ...], y: Tensor, ks: lis
     wide = widened(y)
     step = per_sample(dt, layout, wide)
     moved = wide + step * weighted_sum(weights, ks)
-    if isinstance(step, Tensor) and layout.samples > 1:
+    if layout.samples > 1:
         moved = torch.where(step == 0, wide, moved)
     return moved.to(y.dtype)
 

@@ -33,6 +33,11 @@ class RunningRows:
         if 0 < count <= self.WORTHWHILE * self.count:
             self.rows, self.count = running.nonzero()[:, 0], count
 
+    def only(self, running: Tensor) -> None:
+        """The rows to call with from now on, [B] bool, where that pays."""
+        rows = running.nonzero()[:, 0]
+        self.rows = rows if len(rows) <= self.WORTHWHILE * len(running) else None
+
     def __call__(self, t: Tensor, y: State) -> State:
         """The derivatives, 0 in the other rows."""
         if self.rows is None:
