@@ -125,7 +125,8 @@ def test_importing_pyode_is_quick(tmp_path):
     # Beside torch's own seconds: under 50 ms, of the process's own time and the best of four, for machines are busy.
     # The first compiles the sources, which an installed package has done.
     compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    code = "import torch, time; t = time.process_time(); import pyode; print(time.process_time() - t)"
+    # A collection of torch's many objects takes 100 ms, and falls due wherever their number says so.
+    code = "import torch, time, gc; gc.disable(); t = time.process_time(); import pyode; print(time.process_time() - t)"
     assert min(float(in_a_new_process(code, **compiled)) for _ in range(4)) < 0.05
 
 
