@@ -219,7 +219,7 @@ struct Blocks {
 
   /// A block's record of the n-th step on the tape, which begins with the state; null if there is no room.
   typename F::V* record(int64_t n, int64_t block) const {
-    if (solve.tape == nullptr || n >= solve.capacity) return nullptr;
+    if (!F::has_way_back || solve.tape == nullptr || n >= solve.capacity) return nullptr;
     return reinterpret_cast<V*>(static_cast<char*>(solve.tape) + (n * blocks + block) * solve.record);
   }
   /// The same if it is to have all that was evaluated; else null.

@@ -16,6 +16,7 @@ struct Augmented {
   using Fixed = typename G::Fixed;
   using Timed = typename G::Timed;
   struct Kept {};
+  static constexpr bool has_way_back = false;
   static constexpr int half = G::size, size = 2 * half, n_segments = 2 * G::n_segments;
   static constexpr int64_t operations = G::operations;
 

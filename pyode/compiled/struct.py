@@ -94,6 +94,7 @@ class Dynamics:
   static constexpr int n_segments = {len(self.widths)};
   static constexpr int segments[] = {{{", ".join(map(str, self._starts))}}};
   static constexpr int64_t operations = {self._operations};
+  static constexpr bool has_way_back = {str(self.has_way_back).lower()};  // else solves note nothing
 {constants}
 {self._members("Fixed", Place.SOLVE)}
 {self._members("Timed", Place.STAGE)}
