@@ -22,6 +22,7 @@ from ._ops import native
 from .compiled.arguments import Slots, kind_of
 from .compiled.guards import Guards
 from .errors import Status
+from .parameters import all_tensors
 from .state import Func
 from .stepping.captured import CapturedLoop
 from .tree import Tree
@@ -248,7 +249,9 @@ def _capture(bound: BoundFunc, device: torch.device, make: Make, fill: Callable[
             except RuntimeError as error:
                 raise CaptureError(f"func can't be captured: {str(error).splitlines()[0]}") from error
     captured.guards = Guards(bound.func, before)
-    captured.tensors = [(x, x.data_ptr()) for x in captured.guards.tensors]
+    # Those that no guard knows, in global variables, are to live on at least: the graph has their addresses.
+    used = {id(x): x for x in (*captured.guards.tensors, *all_tensors(bound.func))}
+    captured.tensors = [(x, x.data_ptr()) for x in used.values()]
     loop.dynamics = None  # type: ignore[assignment]  # func may go
     captured_solves.n_captures += 1
     return captured

@@ -83,6 +83,11 @@ def reachable(root: Any, name: str = "func") -> list[tuple[str, Tensor]]:
     ]
 
 
+def all_tensors(root: Any) -> list[Tensor]:
+    """Every tensor to be reached from an object in the ways that `reachable` goes."""
+    return [value for _, value in _walk(root, "") if isinstance(value, Tensor)]
+
+
 class Loan:
     """The parameters that the modules in a func have now, to be lent to them again when func is evaluated later.
 

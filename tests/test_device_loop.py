@@ -306,6 +306,16 @@ def test_what_the_host_drives_instead_is_told(func, kwargs, reason):
     check_same(Field(), normal(4, 3), times())  # and the next one can be captured
 
 
+def test_what_func_finds_in_global_variables_lives_on():
+    names = {"torch": torch, "rates": torch.tensor([1.0, 2.0, 3.0], device=DEVICE)}
+    exec("def func(t, y): return -rates * y", names)
+    y0 = torch.ones(3, device=DEVICE)
+    (a, _), (b, _) = both(names["func"], y0, times())
+    assert torch.equal(a, b)
+    held = [x for some in captures.captured_solves._kept.values() for captured in some for x, _ in captured.tensors]
+    assert any(x is names["rates"] for x in held)
+
+
 def test_what_could_not_be_captured_is_not_tried_again():
     class Counting(Random):
         calls = 0
