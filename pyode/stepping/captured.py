@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._ops.contract import Phase
+from ..errors import Status
 from .adaptive import AdaptiveLoop
 from .outputs import column
 
@@ -28,6 +29,7 @@ class CapturedLoop(AdaptiveLoop):
     Attributes:
         y: the state; the start, before `open`.
         k: its derivative.
+        stage: the state of the step's first stage after that; None if that is the step's end.
         out: [T, *y0.shape] the states at the output times.
         first_step: [B] float64, the given one; None if it is to be chosen.
         crossings: [2, B] int64: how many discontinuities each sample has crossed, and in how many steps any of them
@@ -90,7 +92,7 @@ class CapturedLoop(AdaptiveLoop):
         field, quadrature = self.controller.field, self.quadrature
         now = field("t")
         there = (now == (stops if stops.dim() == 2 else stops[:, None])).any(0)
-        jumped = there & (field("accepted") != 0) & (field("status") == 1)
+        jumped = there & (field("accepted") != 0) & (field("status") == int(Status.RUNNING))
         self.crossings += torch.stack([jumped, jumped.any().expand_as(jumped)])
         mask = jumped if self.layout.samples == 1 else column(jumped, self.y)
         if self.at_jump is not None:
