@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import native
+from ._ops import graph_loop
 from .compiled.arguments import Slots, kind_of
 from .compiled.guards import Guards
 from .errors import Status
@@ -100,7 +100,7 @@ class Captured:
     """
 
     loop: CapturedLoop
-    graph: native.GraphLoop
+    graph: graph_loop.GraphLoop
     slots: list[Tensor]
     inputs: list[Tensor]
     kept: tuple[Callable[[], Any], list[Any]]
@@ -226,7 +226,7 @@ def captured_for(
 
 def _capture(bound: BoundFunc, device: torch.device, make: Make, fill: Callable[[Captured], None]) -> Captured:
     try:
-        graph = native.GraphLoop(device)
+        graph = graph_loop.GraphLoop(device)
     except RuntimeError as error:
         raise CaptureError(str(error)) from error
     with _capturing, graph.aside(), torch.no_grad(), _nothing_cast_before():
@@ -275,11 +275,11 @@ def _warm_up(loop: CapturedLoop, device: torch.device) -> int:
     So func, and the libraries that it uses, have done what they do once. Raises CaptureError if func is random.
     """
     most = STEPS_A_TURN[-1][0]
-    before = native.random_state(device)
+    before = graph_loop.random_state(device)
     loop.open()
     for n in range(1, most + 2):
         loop.step()
-        if not torch.equal(before, native.random_state(device)):
+        if not torch.equal(before, graph_loop.random_state(device)):
             raise CaptureError("func uses random numbers, which would be the same ones at every launch")
         if not bool((loop.controller.field("status") == int(Status.RUNNING)).any()):
             return n

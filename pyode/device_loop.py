@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import backend_for, native
+from ._ops import backend_for, graph_loop, native
 from ._ops.contract import Flag, Grid, Layout
 from .captures import (
     BoundFunc,
@@ -176,7 +176,7 @@ def obstacle(problem: Problem, hooks: Hooks) -> str | None:
         return "gradient='checkpoint' notes every step"
     if problem.callbacks or hooks.step or hooks.after_step:
         return "callbacks, events, dense output, progress and compact look at every step"
-    if native.is_capturing(y0.device):
+    if graph_loop.is_capturing(y0.device):
         return "a graph is being captured"
     if torch.is_grad_enabled() and any(
         x.requires_grad for x in (y0, problem.times.tensor, *(x for _, x in reachable(problem.func)))
@@ -209,7 +209,7 @@ def solve_again(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | 
     its_func, its_t, version, loop = _done.get(kind, (None, None, 0, None))
     if loop is None or its_func is None or its_t is None:
         return None
-    if its_func() is not func or its_t() is not t or t._version != version or native.is_capturing(y0.device):
+    if its_func() is not func or its_t() is not t or t._version != version or graph_loop.is_capturing(y0.device):
         return None
     again: Tensor | None = loop.again(y0)
     return again

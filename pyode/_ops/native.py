@@ -5,9 +5,7 @@ A tensor handed to an op is contiguous, and of the layout's dtype and device.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -511,100 +509,10 @@ def finish_step(
     _C.finish_step(layout.handle, interpolant, controller.handle, y, ks, y1, out, layout.stride, stage, weight)
 
 
-class GraphLoop:
-    """Work on a GPU that is captured once and launched as one: an opening, and a body that the device repeats.
-
-    Args:
-        device: the GPU.
-
-    Attributes:
-        condition: what a kernel sets to have the body repeated, or not.
+def graph_loop() -> Any:
+    """The compiled part of a `GraphLoop`.
 
     Raises:
-        RuntimeError: there is no such thing here.
+        RuntimeError: the driver, or the CUDA of the build, has no such thing.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        if not hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph"):
-            raise RuntimeError(f"torch {torch.__version__} does not give out the graphs that it captures")
-        self.device = device
-        self.handle = _C.GraphLoop()
-        self.condition = self.handle.condition
-        self._graphs: list[torch.cuda.CUDAGraph] = []  # they own the memory that was allocated while capturing
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._used: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Within it work is done on a stream of its own, after all before, and before all behind."""
-        outside = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(outside)
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            outside.wait_stream(self._stream)
-
-    def capture(self, opening: Callable[[], None], body: Callable[[], None]) -> None:
-        """Captures both, without running them; to be called aside. The memory they work on is used ever after.
-
-        Raises:
-            RuntimeError: something can't be captured.
-        """
-        pool = torch.cuda.graph_pool_handle()
-        collects = gc.isenabled()
-        gc.disable()  # what it would free can't be freed while a stream is captured
-        # The memory in which cuBLAS works is then allocated with the rest: two loops may run side by side.
-        torch._C._cuda_clearCublasWorkspaces()
-        try:
-            self._graphs = [self._captured(work, pool) for work in (opening, body)]
-        finally:
-            torch._C._cuda_clearCublasWorkspaces()
-            if collects:
-                gc.enable()
-        self.handle.assemble(*(graph.raw_cuda_graph() for graph in self._graphs))
-
-    def _captured(self, work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            work()
-        except BaseException:
-            with contextlib.suppress(RuntimeError):
-                graph.capture_end()
-            with contextlib.suppress(RuntimeError):  # where the former has not come to it
-                torch._C._cuda_endAllocateToPool(self.device.index, pool)
-            with contextlib.suppress(RuntimeError):  # the generator of random numbers would wait for a capture's end
-                generator = torch.cuda.default_generators[self.device.index]
-                generator.graphsafe_set_state(generator.clone_state())
-            raise
-        graph.capture_end()
-        return graph
-
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Within it the memory is the current stream's, after whoever had it before."""
-        stream = torch.cuda.current_stream(self.device)
-        stream.wait_event(self._used)
-        try:
-            yield
-        finally:
-            self._used.record(stream)
-
-    def launch(self) -> None:
-        """On the current stream, in use."""
-        self.handle.launch(current_stream(self.device))
-
-    def wait(self) -> None:
-        """Until the last use is over, on the device too."""
-        self._used.synchronize()
-
-
-def random_state(device: torch.device) -> Tensor:
-    """Changes with every random number that is drawn on a GPU."""
-    return torch.cuda.get_rng_state(device)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return _C.GraphLoop()

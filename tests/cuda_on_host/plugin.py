@@ -24,13 +24,13 @@ def _load() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules["pyode._C"] = module
-    from pyode._ops import native
+    from pyode._ops import graph_loop, native
     from pyode.compiled.guards import Guards
 
     assert native.build_info()["cuda"] == "on the host"
     native.on_gpu = lambda device: True
     native.current_stream = lambda device: 0
-    native.random_state = lambda device: torch.get_rng_state()
+    graph_loop.random_state = lambda device: torch.get_rng_state()
 
     # What func finds in the place of its parameters while it is captured, it has to find when it is called again.
     replaced, stand_ins = Guards.replaced, []
@@ -65,7 +65,7 @@ def _load() -> None:
         def wait(self):
             pass
 
-    native.GraphLoop = GraphLoop
+    graph_loop.GraphLoop = GraphLoop
 
 
 _load()
