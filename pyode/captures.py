@@ -59,7 +59,8 @@ class BoundFunc:
         # A bound method is made anew whenever it is named.
         self.owner: Any = getattr(func, "__self__", func)
         which = getattr(func, "__func__", None)
-        self.key: Key = id(self.owner), which, kind_of(self.leaves), self.tree and str(self.tree.spec)
+        trained = tuple(tensor.requires_grad for tensor in self.tensors)
+        self.key: Key = id(self.owner), which, kind_of(self.leaves), trained, self.tree and str(self.tree.spec)
 
     def kept(self) -> tuple[Callable[[], Any], list[Any]]:
         """What tells whether the func is still that of the key: a reference to it, weak if it can be, and its args.
@@ -77,6 +78,8 @@ class BoundFunc:
         if self.tree is None:
             return self.func, []
         slots = Slots(self.func, self.tree, self.leaves)
+        for slot, given in zip(slots.tensors, self.tensors):
+            slot.requires_grad_(given.requires_grad)
         return slots, slots.tensors
 
 
@@ -107,6 +110,11 @@ class Captured:
     guards: Guards
     tensors: list[tuple[Tensor, int]] = field(default_factory=list)
     filled: Any = None
+
+    def fill_slots(self, bound: BoundFunc) -> None:
+        """Copies in the tensors in args."""
+        for slot, given in zip(self.slots, bound.tensors):
+            slot.detach().copy_(given)
 
     def holds(self) -> bool:
         """Whether a launch would still do what func does."""
@@ -299,18 +307,3 @@ def surroundings() -> Key:
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
     )
-
-
-def fill_tolerances(loop: CapturedLoop, rtol: float | Tensor, atol: float | Tensor) -> None:
-    """Copies them in."""
-    for tolerance, given in ((loop.rtol, rtol), (loop.atol, atol)):
-        assert isinstance(tolerance, Tensor)
-        tolerance.copy_(given) if isinstance(given, Tensor) else tolerance.fill_(given)
-
-
-def places_for_tolerances(rtol: float | Tensor, atol: float | Tensor, device: torch.device) -> list[Tensor]:
-    """Tensors to copy them into."""
-    return [
-        torch.empty_like(x) if isinstance(x, Tensor) else torch.zeros((), dtype=torch.float64, device=device)
-        for x in (rtol, atol)
-    ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
 
@@ -12,18 +13,11 @@ import torch
 from torch import Tensor
 
 from ._ops import backend_for, graph_loop, native
-from ._ops.contract import Flag, Grid, Layout
-from .captures import (
-    BoundFunc,
-    Captured,
-    CaptureError,
-    captured_for,
-    captured_solves,
-    fill_tolerances,
-    places_for_tolerances,
-    surroundings,
-)
+from ._ops.contract import Layout
+from .callbacks import has_callbacks
+from .captures import BoundFunc, Captured, CaptureError, Key, captured_for, captured_solves, surroundings
 from .control import Times
+from .device_solve import DeviceSolve, Given, has_failed, launch
 from .errors import warn
 from .methods import Tableau
 from .parameters import reachable
@@ -31,16 +25,13 @@ from .problem import Problem, for_one_sample
 from .state import Dynamics, Func
 from .stepping.captured import CapturedLoop
 from .stepping.hooks import Hooks
-from .stepping.outcome import Outcome
 from .stepping.outputs import column
 
 DEFAULT = "dopri5"
-MOST_DONE = 16  # solves that may be done again
-_done: dict[object, tuple[Any, Any, int, Any]] = {}
 
 
-class DeviceLoop(Outcome):
-    """One solve by a captured one; see `AdaptiveLoop`, whose counts and errors it has.
+class DeviceLoop(DeviceSolve):
+    """A solve of a problem as one launch.
 
     Args:
         problem: of a kind that can be captured; see `obstacle`.
@@ -52,113 +43,50 @@ class DeviceLoop(Outcome):
 
     def __init__(self, problem: Problem, hooks: Hooks) -> None:
         assert isinstance(problem.method, Tableau)
-        self.problem, self.hooks, self.tableau, self.times = problem, hooks, problem.method, problem.times
         form, y0 = problem.form, problem.y0
-        self.layout = Layout(form.samples, form.segments[-1], form.segments, y0.dtype, y0.device)
-        self.evals_before_steps = 1 if problem.first_step is not None else 2
-        self.bound = BoundFunc(problem.written, problem.args)
-        self.key = (self.bound.key, *self._kind(), surroundings())
-        self.constants = self._constants()
-        self.captured = captured_for(self.key, self.bound, problem.y0.device, self._make, self._fill)
-
-    def _kind(self) -> tuple[object, ...]:
-        problem, form, grid, y0 = self.problem, self.problem.form, self.problem.grid, self.problem.y0
-        prescribed = (None if stops is None else stops.shape for stops in (grid.step_t, grid.jump_t))
-        tolerances = (isinstance(tolerance, Tensor) for tolerance in (problem.rtol, problem.atol))
-        return (
-            (y0.shape, y0.dtype, y0.device, form.per_sample, tuple(form.shapes), form.tree and str(form.tree.spec)),
-            (problem.method.name, astuple(problem.policy), grid.times.shape, *prescribed, *tolerances),
-            problem.first_step is None,
-        )
-
-    def _constants(self) -> object:
-        """What is equal where the same is to be copied in; what never is, if it can't be compared."""
-        problem = self.problem
-        known = problem.grid.times.dim() == 1 and problem.grid.step_t is None and problem.grid.jump_t is None
-        if not known or isinstance(problem.rtol, Tensor) or isinstance(problem.atol, Tensor):
-            return object()
-        return problem.rtol, problem.atol, problem.first_step, tuple(problem.times.values)
+        layout = Layout(form.samples, form.segments[-1], form.segments, y0.dtype, y0.device)
+        given = Given(problem.times, problem.grid, problem.rtol, problem.atol, problem.first_step)
+        super().__init__(problem.method, layout, given)
+        self.problem, self.hooks, self.bound = problem, hooks, BoundFunc(problem.written, problem.args)
+        structure = form.per_sample, tuple(form.shapes), form.tree and str(form.tree.spec)
+        self.key: Key = (
+            self.bound.key, y0.shape, y0.dtype, y0.device, structure, problem.method.name, astuple(problem.policy),
+            given.kind, surroundings(),
+        )  # fmt: skip
+        # Taken at once: whether func can be captured decides who drives the solve.
+        self._captured: Captured | None = captured_for(self.key, self.bound, y0.device, self._make, self._fill)
 
     def _make(self, func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedLoop, list[Tensor]]:
         problem, form, y0 = self.problem, self.problem.form, self.problem.y0
         layout = native.Layout(form.samples, form.segments[-1], form.segments, y0.dtype, y0.device)
-        stops = (None if x is None else torch.empty_like(x) for x in (problem.grid.step_t, problem.grid.jump_t))
-        grid = Grid(torch.empty_like(problem.grid.times), *stops)
         dynamics = Dynamics(for_one_sample(func, form), form, y0, partial(native.copy, layout))
+        rtol, atol, grid, times = self.given.places(y0.device)
+        first_step = problem.first_step is not None
         loop = CapturedLoop(
-            dynamics, self.tableau, layout, *places_for_tolerances(problem.rtol, problem.atol, y0.device),
-            problem.policy, grid, Times(grid.times, problem.times.values),
-            y0=y0, first_step=problem.first_step is not None,
-        )  # fmt: skip
-        loop.y.copy_(y0)  # the warm-up's, too
+            dynamics, self.tableau, layout, rtol, atol, problem.policy, grid, times, y0=y0, first_step=first_step
+        )
         return loop, []
 
     def _fill(self, captured: Captured) -> None:
-        """Copies in all but the start, unless it is there."""
-        loop, problem = captured.loop, self.problem
-        for slot, given in zip(captured.slots, self.bound.tensors):
-            slot.detach().copy_(given)
-        if captured.filled == self.constants:
-            return
-        loop.grid.times.copy_(problem.grid.times)
-        for name in ("step_t", "jump_t"):
-            if (stops := getattr(problem.grid, name)) is not None:
-                getattr(loop.grid, name).copy_(stops)
-        fill_tolerances(loop, problem.rtol, problem.atol)
-        if loop.first_step is not None and problem.first_step is not None:
-            loop.first_step.fill_(problem.first_step)
-        captured.filled = self.constants
+        captured.loop.y.copy_(self.problem.y0)
+        self.given.fill(captured)
+        captured.fill_slots(self.bound)
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
         """Returns the states at the output times, [T, *y0.shape], from the problem's start and first step."""
-        captured, loop, y = self.captured, self.captured.loop, None
-        with captured.graph.in_use():
-            loop.y.copy_(y0)
-            self._fill(captured)
-            captured.graph.launch()
+        captured, self._captured = self._captured, None  # from now on it is anybody's
+        assert captured is not None
+
+        def collect(loop: CapturedLoop) -> Tensor:
             out = loop.out.clone()
-            self.controller, self._crossings = loop.controller.readings(), loop.crossings.clone()
-            _, flags = self.controller.flags()
-            if flags & Flag.FAILED:
-                y, k = loop.y.clone(), loop.k.clone()
-        captured_solves.put(self.key, captured)
-        if y is not None:
-            self.hooks.fail(self.error(y, k))
-            out = torch.where(column(self.left(), out), y, out)
+            self.read(loop)
+            return out
+
+        out = launch(captured, self.key, partial(self._fill, captured), collect)
+        if self.end is not None:
+            self.hooks.fail(self.error(*self.end))
+            out = torch.where(column(self.left(), out), self.end[0], out)
         return out
-
-    def again(self, y0: Tensor) -> Tensor | None:
-        """Solves from another start; None where nothing is kept for it, or where that fails: then it is to be told."""
-        captured = captured_solves.take(self.key)
-        if captured is None:
-            return None
-        with captured.graph.in_use():
-            captured.loop.y.copy_(y0)
-            self._fill(captured)
-            captured.graph.launch()
-            out = captured.loop.out.clone()
-            _, flags = captured.loop.controller.flags()
-        captured_solves.put(self.key, captured)
-        return None if flags & Flag.FAILED else out
-
-    @property
-    def n_jumps(self) -> Tensor:
-        """See Outcome."""
-        return self._crossings[0].cpu()
-
-    @property
-    def n_evals(self) -> int:
-        """See Outcome; those that a turn of the loop makes in vain, behind the end, are none."""
-        return self.evals_before_steps + evals_of(self.controller, self._crossings, self.tableau)
-
-
-def evals_of(controller: native.Readings, crossings: Tensor, tableau: Tableau) -> int:
-    """How often func was called in the steps of all samples together, and behind discontinuities."""
-    steps = controller.field("n_accepted") + controller.field("n_rejected")
-    if len(steps) == 0:
-        return 0
-    turns, crossed = torch.stack([steps.max(), crossings[1, 0]]).tolist()
-    return int(turns * len(tableau.rows) + crossed)
 
 
 def obstacle(problem: Problem, hooks: Hooks) -> str | None:
@@ -190,7 +118,9 @@ def device_loop(problem: Problem, hooks: Hooks) -> DeviceLoop | None:
     why = obstacle(problem, hooks)
     if why is None:
         try:
-            return _remembered(DeviceLoop(problem, hooks))
+            loop = DeviceLoop(problem, hooks)
+            _remembered.add(loop)
+            return loop
         except CaptureError as error:
             why = str(error)
     if problem.options["device_loop"] != "auto":
@@ -198,35 +128,83 @@ def device_loop(problem: Problem, hooks: Hooks) -> DeviceLoop | None:
     return None
 
 
-def solve_again(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None) -> Tensor | None:
-    """A solve like one that was done before, from another start, without a look at all the rest; None if it is not.
+@dataclass
+class _Prepared:
+    """A solve that was done, to be done again from another start; nothing of func, and of no state.
 
-    The times are the very tensor of that one, unchanged.
+    Attributes:
+        func, t: references to them.
+        version: of t, which is to be unchanged.
+        key, given: of the solve.
     """
-    if type(y0) is not Tensor or torch.is_grad_enabled() or not y0.is_contiguous():
-        return None
-    kind = (id(func), y0.shape, y0.dtype, y0.device, id(t), rtol, atol, method or DEFAULT, surroundings())
-    its_func, its_t, version, loop = _done.get(kind, (None, None, 0, None))
-    if loop is None or its_func is None or its_t is None:
-        return None
-    if its_func() is not func or its_t() is not t or t._version != version or graph_loop.is_capturing(y0.device):
-        return None
-    again: Tensor | None = loop.again(y0)
-    return again
+
+    func: weakref.ref[Any]
+    t: weakref.ref[Tensor]
+    version: int
+    key: Key
+    given: Given
 
 
-def _remembered(loop: DeviceLoop) -> DeviceLoop:
-    """The loop, which `solve_again` then finds if it may."""
-    problem = loop.problem
-    t, plain = problem.times.tensor, problem.options == {"device_loop": True} and problem.form.is_tensor
-    if plain and not problem.args and isinstance(problem.rtol, float) and isinstance(problem.atol, float):
-        y0, func = problem.y0, problem.written
-        kind = (
-            id(func), y0.shape, y0.dtype, y0.device, id(t), problem.rtol, problem.atol, problem.method.name,
-            surroundings(),
-        )  # fmt: skip
+class _Remembered:
+    """The last solves that may be done again."""
+
+    MOST = 16
+
+    def __init__(self) -> None:
+        self._solves: OrderedDict[Key, _Prepared] = OrderedDict()
+
+    @staticmethod
+    def _kind(func: Any, y0: Tensor, t: Tensor, rtol: float, atol: float, method: str | None) -> Key:
+        return id(func), y0.shape, y0.dtype, y0.device, id(t), rtol, atol, method or DEFAULT, surroundings()
+
+    def add(self, loop: DeviceLoop) -> None:
+        """Remembers a solve, if all that it was made from are its arguments."""
+        problem, given = loop.problem, loop.given
+        func, t, rtol, atol = problem.written, problem.times.tensor, problem.rtol, problem.atol
+        plain = problem.options == {"device_loop": True} and problem.form.is_tensor and not problem.args
+        if not (plain and isinstance(rtol, float) and isinstance(atol, float)):
+            return
         with suppress(TypeError):  # not everything that can be called can be referred to weakly
-            _done[kind] = weakref.ref(func), weakref.ref(t), t._version, loop
-            while len(_done) > MOST_DONE:
-                _done.pop(next(iter(_done)), None)
-    return loop
+            prepared = _Prepared(weakref.ref(func), weakref.ref(t), t._version, loop.key, replace_times(given))
+            self._solves[self._kind(func, problem.y0, t, rtol, atol, problem.method.name)] = prepared
+            if len(self._solves) > self.MOST:
+                with suppress(KeyError):
+                    self._solves.popitem(last=False)
+
+    def find(self, func: Any, y0: Tensor, t: Tensor, rtol: float, atol: float, method: str | None) -> _Prepared | None:
+        """The one with these arguments."""
+        found = self._solves.get(self._kind(func, y0, t, rtol, atol, method))
+        if found is None or found.func() is not func or found.t() is not t or t._version != found.version:
+            return None
+        return found
+
+
+_remembered = _Remembered()
+
+
+def replace_times(given: Given) -> Given:
+    """The same without the user's tensor of times."""
+    return Given(Times(given.grid.times, given.times.values), given.grid, given.rtol, given.atol, given.first_step)
+
+
+def solve_again(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None) -> Tensor | None:
+    """A solve like one that was done before, from another start, without a look at all the rest.
+
+    None if there was none, or if it fails: then it is to be told.
+    """
+    if type(y0) is not Tensor or torch.is_grad_enabled() or not y0.is_contiguous() or has_callbacks(func):
+        return None
+    prepared = _remembered.find(func, y0, t, rtol, atol, method)
+    captured = None if prepared is None or graph_loop.is_capturing(y0.device) else captured_solves.take(prepared.key)
+    if prepared is None or captured is None:
+        return None
+
+    def fill() -> None:
+        captured.loop.y.copy_(y0)
+        prepared.given.fill(captured)
+
+    def collect(loop: CapturedLoop) -> Tensor | None:
+        out = loop.out.clone()
+        return None if has_failed(loop.controller) else out
+
+    return launch(captured, prepared.key, fill, collect)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -220,6 +221,20 @@ def test_the_cache_is_bounded_and_lets_go():
     assert not kept._kept
 
 
+def test_a_solve_that_may_be_done_again_keeps_nothing_alive():
+    func, y0, t = Field(), normal(4, 3), times()
+    for _ in range(3):
+        again = pyode.odeint(func, y0, t, options=ON)
+    assert torch.equal(again, pyode.odeint(func, y0, t))
+    (captured,) = (weakref.ref(one) for some in captures.captured_solves._kept.values() for one in some)
+    state = weakref.ref(y0)
+    del y0
+    assert state() is None
+    pyode.clear_cache()
+    gc.collect()
+    assert captured() is None
+
+
 @pytest.mark.parametrize(
     ("what", "status"),
     [
@@ -380,6 +395,35 @@ def test_training_captures_once_and_follows_the_host_driven_loop():
     for a, b in zip(*finals):
         assert torch.equal(a, b)
     assert n_captures() == before + 2  # forwards and backwards
+
+
+def gradients_of(func, y0, wanted, args=(), **kwargs):
+    """Host-driven and by the device's loop."""
+    found = []
+    for more in ({}, ON):
+        with torch.enable_grad():
+            out = pyode.odeint_adjoint(func, y0, times(), rtol=1e-4, atol=1e-6, options=more, args=args, **kwargs)
+            found.append(torch.autograd.grad(out.square().sum(), wanted))
+    return found
+
+
+def test_tolerances_of_the_backward_solve_are_copied_in():
+    func, y0 = Field(), normal(5, 3)
+    for adjoint_rtol in (1e-2, 1e-6):
+        theirs, ours = gradients_of(func, y0, tuple(func.parameters()), adjoint_rtol=adjoint_rtol, adjoint_atol=1e-9)
+        assert all(map(torch.equal, theirs, ours))
+
+
+def test_which_of_the_args_wants_a_gradient():
+    def func(t, y, a, b):
+        return -a * y + 0.5 * b * b
+
+    y0 = torch.ones(2, 3, device=DEVICE)
+    for wanted in (0, 1):
+        args = [torch.full((3,), 0.7, device=DEVICE), torch.full((3,), 0.3, device=DEVICE)]
+        args[wanted].requires_grad_()
+        theirs, ours = gradients_of(func, y0, args[wanted], tuple(args))
+        assert torch.equal(theirs[0], ours[0])
 
 
 def test_args_of_an_adjoint_solve():

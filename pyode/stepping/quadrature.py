@@ -24,12 +24,18 @@ class Quadrature:
         values: the integrals at the start; contiguous. Replaced by new tensors, never written to.
         method: of the solve.
         ops: the backend of the solve.
-        rtol, atol: numbers; the integrals' share of the norm.
+        rtol, atol: numbers, or with a loop on the device tensors of one: for the integrals' share of the norm.
         in_norm: for each integral whether it has such a share.
     """
 
     def __init__(
-        self, values: list[Tensor], method: Method, ops: ModuleType, rtol: float, atol: float, in_norm: list[bool]
+        self,
+        values: list[Tensor],
+        method: Method,
+        ops: ModuleType,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        in_norm: list[bool],
     ) -> None:
         self.values, self.ops = values, ops
         self.rtol, self.atol, self.in_norm = rtol, atol, in_norm

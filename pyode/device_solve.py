@@ -1,0 +1,132 @@
+"""What a solve by a captured one is, forwards and backwards: what is copied in, one launch, and how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ._ops import native
+from ._ops.contract import Flag, Grid, Layout
+from .captures import Captured, Key, captured_solves
+from .control import Times
+from .methods import Tableau
+from .stepping.captured import CapturedLoop
+from .stepping.outcome import Outcome
+
+Found = TypeVar("Found")
+
+
+@dataclass
+class Given:
+    """What differs between solves of one kind, beside their states and args.
+
+    Args:
+        times: the output times.
+        grid: with their values on the device.
+        rtol, atol: numbers or tensors.
+        first_step: None if it is to be chosen.
+
+    Attributes:
+        mark: equal where all is; where that can't be told, equal to nothing else.
+    """
+
+    times: Times
+    grid: Grid
+    rtol: float | Tensor
+    atol: float | Tensor
+    first_step: float | None
+    mark: object = field(init=False)
+
+    def __post_init__(self) -> None:
+        grid, numbers = self.grid, (self.rtol, self.atol)
+        told = grid.times.dim() == 1 and grid.step_t is None and grid.jump_t is None
+        told = told and not any(isinstance(number, Tensor) for number in numbers)
+        self.mark = (*numbers, self.first_step, tuple(self.times.values)) if told else object()
+
+    @property
+    def kind(self) -> Key:
+        """What is the same for solves of one kind."""
+        prescribed = (None if x is None else x.shape for x in (self.grid.times, self.grid.step_t, self.grid.jump_t))
+        tensors = (isinstance(tolerance, Tensor) for tolerance in (self.rtol, self.atol))
+        return (*prescribed, *tensors, self.first_step is None)
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor, Grid, Times]:
+        """Where the like is copied to: tolerances, the grid, and the output times."""
+        stops = (None if x is None else torch.empty_like(x) for x in (self.grid.step_t, self.grid.jump_t))
+        grid = Grid(torch.empty_like(self.grid.times), *stops)
+        rtol, atol = (
+            torch.empty_like(x) if isinstance(x, Tensor) else torch.zeros((), dtype=torch.float64, device=device)
+            for x in (self.rtol, self.atol)
+        )
+        return rtol, atol, grid, Times(grid.times, self.times.values)
+
+    def fill(self, captured: Captured) -> None:
+        """Copies all to its place, unless it is there."""
+        if captured.filled == self.mark:
+            return
+        loop = captured.loop
+        pairs = [(loop.rtol, self.rtol), (loop.atol, self.atol), (loop.first_step, self.first_step)]
+        pairs += [(getattr(loop.grid, name), getattr(self.grid, name)) for name in ("times", "step_t", "jump_t")]
+        for place, given in pairs:
+            if isinstance(place, Tensor) and given is not None:
+                place.copy_(given) if isinstance(given, Tensor) else place.fill_(given)
+        captured.filled = self.mark
+
+
+def launch(captured: Captured, key: Key, fill: Callable[[], None], collect: Callable[[CapturedLoop], Found]) -> Found:
+    """One launch of a captured solve, which is kept for others then.
+
+    Args:
+        fill: copies in what is to be solved.
+        collect: copies out what has come of it; others use its memory behind that.
+    """
+    with captured.graph.in_use():
+        fill()
+        captured.graph.launch()
+        found = collect(captured.loop)
+    captured_solves.put(key, captured)
+    return found
+
+
+class DeviceSolve(Outcome):
+    """One solve by a captured one; see `AdaptiveLoop`, whose counts and errors it has.
+
+    Attributes:
+        end: the last state and its derivative, if it has failed.
+    """
+
+    def __init__(self, tableau: Tableau, layout: Layout, given: Given) -> None:
+        self.tableau, self.layout, self.given, self.times = tableau, layout, given, given.times
+        self.evals_before_steps = 1 if given.first_step is not None else 2
+        self.end: tuple[Tensor, Tensor] | None = None
+
+    def read(self, loop: CapturedLoop) -> None:
+        """How the solve went, copied; the one time that the host waits."""
+        self.controller: native.Readings = loop.controller.readings()
+        self._crossings = loop.crossings.clone()
+        if has_failed(self.controller):
+            self.end = loop.y.clone(), loop.k.clone()
+
+    @property
+    def n_jumps(self) -> Tensor:
+        """See Outcome."""
+        return self._crossings[0].cpu()
+
+    @property
+    def n_evals(self) -> int:
+        """See Outcome; those that a turn of the loop makes in vain, behind the end, are none."""
+        steps = self.controller.field("n_accepted") + self.controller.field("n_rejected")
+        if len(steps) == 0:
+            return self.evals_before_steps
+        turns, crossed = torch.stack([steps.max(), self._crossings[1, 0]]).tolist()
+        return int(self.evals_before_steps + turns * len(self.tableau.rows) + crossed)
+
+
+def has_failed(controller: native.Readings) -> bool:
+    """Whether some sample has; this waits for the device."""
+    _, flags = controller.flags()
+    return bool(flags & Flag.FAILED)
