@@ -53,3 +53,14 @@ def by(request, monkeypatch):
     """Either way of solving Newton's linear systems, whatever the size."""
     monkeypatch.setattr(newton, "DIRECT_UNKNOWNS", 10**6 if request.param == "factors" else 0)
     return request.param
+
+
+@pytest.fixture
+def _nothing_captured():
+    """No captured solve is kept from one test to the next; no gradients unless they are enabled."""
+    from pyode.captures import captured_solves
+
+    captured_solves.clear()
+    with torch.no_grad():
+        yield
+    captured_solves.clear()

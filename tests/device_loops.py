@@ -1,0 +1,73 @@
+"""Solves by the device's loop beside host-driven ones: on a GPU, or with the kernels on the host (cuda_on_host)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import pyode
+from pyode import captures
+from pyode._ops import native
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON = {"device_loop": True}
+on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU here")
+MARKS = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not native.on_gpu(DEVICE), reason="neither a GPU nor its kernels on the host here"),
+    pytest.mark.usefixtures("_nothing_captured"),
+]
+
+
+def n_captures() -> int:
+    return captures.captured_solves.n_captures
+
+
+class Field(nn.Module):
+    """Row-wise; t is [] or [B]."""
+
+    def __init__(self, width: int = 3, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, width)).to(DEVICE, dtype)
+        self.rate = 1.0
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.rate * self.net(y) - 0.5 * y + torch.sin(t)[..., None]
+
+
+def both(func, y0, t, **kwargs):
+    """Solutions and counts, host-driven and by the device's loop, of odeint without gradients."""
+    found = []
+    for more in ({}, ON):
+        stats = pyode.Stats()
+        given = {"rtol": 1e-4, "atol": 1e-6, **kwargs}
+        given["options"] = {**kwargs.get("options", {}), **more, "stats": stats}
+        with torch.no_grad():
+            found.append((pyode.odeint(func, y0, t, **given), stats))
+    return found
+
+
+def check_same(func, y0, t, **kwargs):
+    before = n_captures()
+    (theirs, their_stats), (ours, our_stats) = both(func, y0, t, **kwargs)
+    assert n_captures() == before + 1
+    for a, b in zip(tree_leaves(theirs), tree_leaves(ours)):
+        assert torch.equal(a, b)
+    assert our_stats == their_stats
+
+
+def times(n: int = 7, dtype=torch.float32) -> Tensor:
+    return torch.linspace(0, 2, n, dtype=dtype, device=DEVICE)
+
+
+def normal(*shape: int, dtype=torch.float32) -> Tensor:
+    return torch.randn(*shape, dtype=dtype).to(DEVICE)
+
+
+class HostRead(nn.Module):
+    """Can't be captured."""
+
+    def forward(self, t, y):
+        return -y if float(t) >= 0 else y

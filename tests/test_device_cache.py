@@ -1,0 +1,197 @@
+"""Captured solves: what is read in place, what is captured anew, what is let go, and whose memory it is."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+import weakref
+
+import pytest
+import torch
+from device_loops import DEVICE, MARKS, ON, Field, HostRead, both, n_captures, normal, on_gpu, times
+from torch import nn
+
+import pyode
+from pyode import captures
+
+pytestmark = MARKS
+
+
+def test_args_are_copied_in():
+    def func(t, y, rate, factor):
+        return -rate * factor * y
+
+    y0, before = normal(4, 3), n_captures()
+    for rate in (0.5, 1.5):
+        args = (torch.full((3,), rate, device=DEVICE), 2.0)
+        (a, _), (b, _) = both(func, y0, times(), args=args)
+        assert torch.equal(a, b)
+    assert n_captures() == before + 1
+    both(func, y0, times(), args=(torch.ones(3, device=DEVICE), 3.0))
+    assert n_captures() == before + 2
+
+
+def test_parameters_are_read_in_place():
+    func, y0, before = Field(), normal(4, 3), n_captures()
+    for _ in range(5):
+        (a, _), (b, _) = both(func, y0, times())
+        assert torch.equal(a, b)
+        for p in func.parameters():
+            p.mul_(1.1)
+    assert n_captures() == before + 1
+
+
+@pytest.mark.parametrize("change", ["moved", "replaced", "attribute", "shape", "dtype", "method", "constant"])
+def test_what_is_captured_anew(change):
+    func, y0, kwargs = Field(), normal(4, 3), {}
+    both(func, y0, times())
+    before = n_captures()
+    if change == "moved":
+        func.net[0].weight.data = func.net[0].weight.data * 0.5
+    elif change == "replaced":
+        func.net[0].weight = nn.Parameter(func.net[0].weight * 0.5)
+    elif change == "attribute":
+        func.rate = 2.0
+    elif change == "shape":
+        y0 = normal(5, 3)
+    elif change == "dtype":
+        func.double()
+        y0 = y0.double()
+    elif change == "method":
+        kwargs = {"method": "tsit5"}
+    else:
+        kwargs = {"options": {"safety": 0.7}}
+    (a, _), (b, _) = both(func, y0, times(), **kwargs)
+    assert torch.equal(a, b)
+    assert n_captures() == before + 1
+
+
+def test_the_cache_is_bounded_and_lets_go():
+    kept = captures.captured_solves
+    func = Field()
+    for n in range(1, kept.MOST + 4):
+        both(func, normal(n, 3), times())
+    assert sum(map(len, kept._kept.values())) == kept.MOST
+    if DEVICE.type == "cuda":  # on the host the loop still calls func
+        del func
+        gc.collect()
+        assert not kept._kept
+    func = Field()
+    both(func, normal(2, 3), times())
+    assert kept._kept
+    pyode.clear_cache()
+    assert not kept._kept
+
+
+def test_a_solve_that_may_be_done_again_keeps_nothing_alive():
+    func, y0, t = Field(), normal(4, 3), times()
+    for _ in range(3):
+        again = pyode.odeint(func, y0, t, options=ON)
+    assert torch.equal(again, pyode.odeint(func, y0, t))
+    (captured,) = (weakref.ref(one) for some in captures.captured_solves._kept.values() for one in some)
+    state = weakref.ref(y0)
+    del y0
+    assert state() is None
+    pyode.clear_cache()
+    gc.collect()
+    assert captured() is None
+
+
+def test_what_func_finds_in_global_variables_lives_on():
+    names = {"torch": torch, "rates": torch.tensor([1.0, 2.0, 3.0], device=DEVICE)}
+    exec("def func(t, y): return -rates * y", names)
+    y0 = torch.ones(3, device=DEVICE)
+    (a, _), (b, _) = both(names["func"], y0, times())
+    assert torch.equal(a, b)
+    held = [x for some in captures.captured_solves._kept.values() for captured in some for x, _ in captured.tensors]
+    assert any(x is names["rates"] for x in held)
+
+
+@on_gpu
+def test_two_streams_and_two_threads():
+    func, starts = Field(), [normal(50, 3) for _ in range(8)]
+    expected = [pyode.odeint(func, y0, times(), options={}) for y0 in starts]
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    for _ in range(3):
+        found = []
+        for i, y0 in enumerate(starts):
+            with torch.cuda.stream(streams[i % 4]):
+                found.append(pyode.odeint(func, y0, times(), options=ON))
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, found, expected))
+    results: dict[int, bool] = {}
+
+    def work(i):
+        with torch.no_grad(), torch.cuda.stream(streams[i]):
+            results[i] = all(
+                torch.equal(pyode.odeint(func, y0, times(), options=ON), y) for y0, y in zip(starts, expected)
+            )
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {0: True, 1: True}
+
+
+@on_gpu
+def test_many_solves_keep_no_memory():
+    func, y0 = Field(), normal(50, 3)
+
+    def solves(n):
+        for _ in range(n):
+            pyode.odeint(func, y0, times(), 1e-3, 1e-3, options=ON)
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    allocated, reserved = solves(10)
+    later = solves(3000)
+    assert later[0] <= allocated
+    assert later[1] == reserved
+
+
+@on_gpu
+def test_failed_captures_keep_no_memory():
+    y0 = normal(1000, 3)
+
+    def tries(n):
+        for _ in range(n):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pyode.odeint(HostRead(), y0, times(), 1e-3, 1e-3, options=ON)
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    first = tries(3)
+    assert tries(10) <= first
+
+
+@on_gpu
+def test_a_failed_capture_leaves_random_numbers_as_they_were():
+    torch.cuda.manual_seed(1)
+    expected = torch.rand(3, device=DEVICE)
+    torch.cuda.manual_seed(1)
+    with pytest.warns(UserWarning, match="can't be captured"):
+        pyode.odeint(HostRead(), normal(5, 3), times(), 1e-3, 1e-3, options=ON)
+    assert torch.equal(torch.rand(3, device=DEVICE), expected)
+
+
+@on_gpu
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
+def test_between_launch_and_end_the_host_does_not_wait():
+    from torch.profiler import ProfilerActivity, profile
+
+    func, y0 = Field(), normal(50, 3)
+    host_times = times().cpu()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pyode.odeint(func, y0, host_times, options=ON)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            pyode.odeint(func, y0, host_times, options=ON)
+    names = [event.name for event in profiler.events()]
+    assert names.count("cudaGraphLaunch") == 1
+    assert sum(name in ("cudaStreamSynchronize", "cudaEventSynchronize") for name in names) == 1
