@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ._ops import native
 from ._ops.contract import Flag, Grid, Layout
+from ._ops.readings import Readings
 from .captures import Captured, Key, captured_solves
 from .control import Times
 from .methods import Tableau
@@ -106,7 +106,7 @@ class DeviceSolve(Outcome):
 
     def read(self, loop: CapturedLoop) -> None:
         """How the solve went, copied; the one time that the host waits."""
-        self.controller: native.Readings = loop.controller.readings()
+        self.controller: Readings = loop.controller.readings()
         self._crossings = loop.crossings.clone()
         if has_failed(self.controller):
             self.end = loop.y.clone(), loop.k.clone()
@@ -126,7 +126,7 @@ class DeviceSolve(Outcome):
         return int(self.evals_before_steps + turns * len(self.tableau.rows) + crossed)
 
 
-def has_failed(controller: native.Readings) -> bool:
+def has_failed(controller: Readings) -> bool:
     """Whether some sample has; this waits for the device."""
     _, flags = controller.flags()
     return bool(flags & Flag.FAILED)
