@@ -8,13 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ._ops import backend_for, native
+from ._ops import native
 from ._ops.autograd import plain
 from ._ops.contract import Layout
 from .captures import BoundFunc, Captured, CaptureError, Key, captured_for, surroundings
 from .control import Times, grid_from
-from .device_solve import DeviceSolve, Given, launch
-from .errors import warn
+from .device_solve import DeviceSolve, Given, launch, obstacle, unless
 from .gradients.backsolve import AdjointDynamics, BacksolveConfig, backwards
 from .methods import Tableau
 from .problem import Problem
@@ -24,26 +23,9 @@ from .stepping.hooks import raise_it
 from .stepping.quadrature import Quadrature
 
 
-def obstacle(config: BacksolveConfig, ys: Tensor, with_time: bool) -> str | None:
-    """Why a backward solve can't be one launch, as far as it can be told before trying; None if it may."""
-    if not native.on_gpu(ys.device) or backend_for(ys) is not native:
-        return f"the state is on the {ys.device.type.upper()}"
-    if not isinstance(config.method, Tableau) or not config.method.adaptive:
-        return f"{config.method.name!r} is not an explicit method that chooses its steps"
-    if config.restart:
-        return "adjoint_options['restart'] has a solve for every output time"
-    if not config.fused:
-        return "the norm is a function of the user's"
-    if config.callbacks:
-        return "callbacks look at every step"
-    if with_time:
-        return "the gradient of t is wanted"
-    return None
-
-
 def backsolve_on_device(
     problem: Problem,
-    times: Times,
+    outputs: Times,
     config: BacksolveConfig,
     ys: Tensor,
     gradients: Tensor,
@@ -54,16 +36,26 @@ def backsolve_on_device(
 
     Args:
         problem: of the forward solve.
-        times, config, ys, gradients, params, with_time: as those of Backsolve.
+        outputs, config, ys, gradients, params, with_time: as those of Backsolve.
     """
-    why = obstacle(config, ys, with_time)
-    if why is None:
-        try:
-            return DeviceBacksolve(problem, times, config, ys, plain(gradients), params).solve()
-        except CaptureError as error:
-            why = str(error)
-    if config.options["device_loop"] != "auto":
-        warn(f"adjoint_options['device_loop']: the host drives the backward solve, because {why}")
+
+    def solve() -> tuple[Tensor, None, list[Tensor]]:
+        return DeviceBacksolve(problem, outputs, config, ys, plain(gradients), params).solve()
+
+    why = obstacle(ys, config.method) or _what_looks_on(config, with_time)
+    return unless(why, solve, config.options, "adjoint_options")
+
+
+def _what_looks_on(config: BacksolveConfig, with_time: bool) -> str | None:
+    """What the host has to see of the solve, if anything."""
+    if config.restart:
+        return "adjoint_options['restart'] has a solve for every output time"
+    if not config.fused:
+        return "the norm is a function of the user's"
+    if config.callbacks:
+        return "callbacks look at every step"
+    if with_time:
+        return "the gradient of t is wanted"
     return None
 
 

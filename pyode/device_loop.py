@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import backend_for, graph_loop, native
+from ._ops import graph_loop, native
 from ._ops.contract import Layout
 from .callbacks import has_callbacks
-from .captures import BoundFunc, Captured, CaptureError, Key, captured_for, captured_solves, surroundings
+from .captures import BoundFunc, Captured, Key, captured_for, captured_solves, surroundings
 from .control import Times
-from .device_solve import DeviceSolve, Given, has_failed, launch
-from .errors import warn
+from .device_solve import DeviceSolve, Given, has_failed, launch, obstacle, unless
 from .methods import Tableau
 from .parameters import reachable
 from .problem import Problem, for_one_sample
@@ -34,7 +33,7 @@ class DeviceLoop(DeviceSolve):
     """A solve of a problem as one launch.
 
     Args:
-        problem: of a kind that can be captured; see `obstacle`.
+        problem: of a kind that can be captured; see `device_loop`.
         hooks: for what happens after a failure.
 
     Raises:
@@ -89,42 +88,29 @@ class DeviceLoop(DeviceSolve):
         return out
 
 
-def obstacle(problem: Problem, hooks: Hooks) -> str | None:
-    """Why a solve can't be one launch, as far as it can be told before trying; None if it may."""
-    y0, method = problem.y0, problem.method
-    if not native.on_gpu(y0.device):
-        return f"the state is on the {y0.device.type.upper()}"
-    if backend_for(y0) is not native:
-        return "pyode's CUDA kernels can't work on the state"
-    if not isinstance(method, Tableau) or not method.adaptive:
-        return f"{method.name!r} is not an explicit method that chooses its steps"
+def device_loop(problem: Problem, hooks: Hooks) -> DeviceLoop | None:
+    """The loop for a solve whose options ask for a device loop; None, with a warning of why, if there can be none."""
+
+    def make() -> DeviceLoop:
+        loop = DeviceLoop(problem, hooks)
+        _remembered.add(loop)
+        return loop
+
+    why = obstacle(problem.y0, problem.method) or _what_looks_on(problem, hooks)
+    return unless(why, make, problem.options, "options")
+
+
+def _what_looks_on(problem: Problem, hooks: Hooks) -> str | None:
+    """What has to see every step, if anything has."""
     if "norm" in problem.options:
         return "options['norm'] is a function of the user's"
     if hooks.tape is not None:
         return "gradient='checkpoint' notes every step"
     if problem.callbacks or hooks.step or hooks.after_step:
         return "callbacks, events, dense output, progress and compact look at every step"
-    if graph_loop.is_capturing(y0.device):
-        return "a graph is being captured"
-    if torch.is_grad_enabled() and any(
-        x.requires_grad for x in (y0, problem.times.tensor, *(x for _, x in reachable(problem.func)))
-    ):
+    wanting = (problem.y0, problem.times.tensor, *(x for _, x in reachable(problem.func)))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in wanting):
         return "gradient='direct' records every step; 'adjoint' does not"
-    return None
-
-
-def device_loop(problem: Problem, hooks: Hooks) -> DeviceLoop | None:
-    """The loop for a solve whose options ask for a device loop; None, with a warning of why, if there can be none."""
-    why = obstacle(problem, hooks)
-    if why is None:
-        try:
-            loop = DeviceLoop(problem, hooks)
-            _remembered.add(loop)
-            return loop
-        except CaptureError as error:
-            why = str(error)
-    if problem.options["device_loop"] != "auto":
-        warn(f"options['device_loop']: the host drives this solve, because {why}")
     return None
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ._ops import backend_for, graph_loop, native
 from ._ops.contract import Flag, Grid, Layout
 from ._ops.readings import Readings
-from .captures import Captured, Key, captured_solves
+from .captures import Captured, CaptureError, Key, captured_solves
 from .control import Times
-from .methods import Tableau
+from .errors import warn
+from .methods import Method, Tableau
 from .stepping.captured import CapturedLoop
 from .stepping.outcome import Outcome
 
@@ -75,6 +77,31 @@ class Given:
             if isinstance(place, Tensor) and given is not None:
                 place.copy_(given) if isinstance(given, Tensor) else place.fill_(given)
         captured.filled = self.mark
+
+
+def obstacle(y: Tensor, method: Method) -> str | None:
+    """Why no solve of states like y by a method can be one launch; None if some can."""
+    if not native.on_gpu(y.device):
+        return f"the state is on the {y.device.type.upper()}"
+    if backend_for(y) is not native:
+        return "pyode's CUDA kernels can't work on the state"
+    if not isinstance(method, Tableau) or not method.adaptive:
+        return f"{method.name!r} is not an explicit method that chooses its steps"
+    if graph_loop.is_capturing(y.device):
+        return "a graph is being captured"
+    return None
+
+
+def unless(why: str | None, make: Callable[[], Found], options: dict[str, Any], which: str) -> Found | None:
+    """What `make` makes; None where there is a reason why not, or func can't be captured: told, but for "auto"."""
+    if why is None:
+        try:
+            return make()
+        except CaptureError as error:
+            why = str(error)
+    if options["device_loop"] != "auto":
+        warn(f"{which}['device_loop']: the host drives this solve, because {why}")
+    return None
 
 
 def launch(captured: Captured, key: Key, fill: Callable[[], None], collect: Callable[[CapturedLoop], Found]) -> Found:

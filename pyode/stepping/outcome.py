@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..methods import Tableau
 from ..solution import SampleStats, Stats
 
 
-class Outcome:
+class Outcome(ABC):
     """A solve that is done.
 
     Attributes:
@@ -32,9 +33,9 @@ class Outcome:
     n_jumps: Any
 
     @property
+    @abstractmethod
     def n_evals(self) -> int:
         """How often func was called."""
-        raise NotImplementedError
 
     def status_of_samples(self) -> Tensor:
         """[B] how each sample stands."""
