@@ -157,3 +157,32 @@ def test_callbacks_are_called_at_every_step_there_and_back(method, interface):
 
 def test_the_stiff_ones_are_among_them():
     assert set(IMPLICIT) < set(METHODS)
+
+
+@METHOD
+@pytest.mark.parametrize("grad", [False, True])
+def test_parts_without_numbers_change_nothing(method, grad):
+    t, nothing, kwargs = torch.linspace(0, 1, 11), torch.empty(0), solver(method, 0.1)
+
+    def decay(t, y):
+        return tuple(-part for part in y)
+
+    with torch.set_grad_enabled(grad):
+        (alone,) = pyode.odeint(decay, (torch.ones(1),), t, **kwargs)
+        *parts, among = pyode.odeint(decay, (*[nothing] * 40, torch.ones(1)), t, **kwargs)  # more parts than numbers
+        assert pyode.odeint(lambda t, y: -y, nothing, t, **kwargs).shape == (11, 0)
+    assert torch.equal(among, alone)
+    assert all(part.shape == (11, 0) for part in parts)
+
+
+@METHOD
+@pytest.mark.parametrize("grad", [False, True])
+def test_at_a_single_time_the_solution_is_its_start(method, grad):
+    y0, t = tensor(1.0, -2.0), tensor(0.3)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(pyode.odeint(lambda t, y: -y, y0, t, **solver(method)), y0[None])
+        kwargs = solver(method)
+        solution = pyode.solve_ivp(lambda t, y: -y, y0, t, control="joint", throw=False, **kwargs)
+    assert solution.success
+    assert torch.equal(solution.ys, y0[None])
+    assert solution.stats.n_steps.tolist() == [0]

@@ -1,6 +1,7 @@
 // The loops over the steps of a given grid: of explicit Runge-Kutta methods, and of Adams methods.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "../core/step.h"
@@ -108,7 +109,9 @@ bool all_within(const void* before, const void* after, int64_t n, T rtol, T atol
 class AdamsCorrector {
  public:
   AdamsCorrector(const OwnedLayout& where, py::handle zero, py::handle rtol, py::handle atol)
-      : zero_(address(zero)), each_(where.layout), means_(static_cast<size_t>(each_.size)) {
+      : zero_(address(zero)),
+        each_(where.layout),
+        means_(static_cast<size_t>(std::max(each_.size, each_.n_segments))) {  // of empty parts there may be more
     read_tolerances(rtol, atol, change_);
     change_.terms = 2;
     change_.w[0] = 1;
