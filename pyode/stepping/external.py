@@ -74,7 +74,7 @@ class ScipyLoop:
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
         """Returns the states at the output times, [T, *y0.shape]."""
         values, sign = self.times.values, self.times.sign
-        if y0.numel() == 0:
+        if y0.numel() == 0 or len(values) == 1:  # nothing to solve, which SciPy counts as a step
             return y0.expand(len(values), *y0.shape).clone()
         t, y = values[0], _array(y0)
         outputs: list[Any] = []
