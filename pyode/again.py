@@ -54,9 +54,10 @@ def solve_again(
         The states at the output times, [T, *y0.shape], or None if there was no such solve; and the kind, by which a
         solve is to be kept for the next one, or None if none is kept.
     """
-    if not (type(y0) is Tensor and type(t) is Tensor and type(rtol) is float and type(atol) is float):
+    plain = type(y0) is Tensor and type(t) is Tensor and type(rtol) is float and type(atol) is float
+    if not (plain and type(args) is tuple and (options is None or type(options) is dict)):
         return None, None
-    if args and not (isinstance(func, CompiledDynamics) and type(args) is tuple):
+    if args and not isinstance(func, CompiledDynamics):
         return None, None
     if options == ON_DEVICE and not args:
         from .device_loop import solve_again as again_on_device  # only those who ask for it wait for its import
@@ -108,6 +109,8 @@ def _kind_of(func: Func, y0: Tensor, t: Tensor, rtol: float, atol: float, method
         y0.is_cpu
         and t.is_cpu
         and t.dim() == 1
+        and t.is_floating_point()
+        and (method is None or type(method) is str)
         and not t.requires_grad
         and not has_callbacks(func)
         and backend_for(y0) is native

@@ -15,6 +15,7 @@ from ._ops.contract import REAL, Grid, Policy, clock_device, wide_dtype
 from .errors import InvalidType, InvalidValue, warn
 from .methods import NAMES_IN_WARNINGS, Method
 from .methods.external import ScipySolver
+from .solution import Stats
 from .state import Form
 
 ADAPTIVE_OPTIONS = frozenset(
@@ -64,6 +65,9 @@ def check_options(options: dict[str, Any], method: Method, strict: bool = False)
     norm = options.get("norm")
     if norm is not None and not callable(norm):
         raise InvalidType(f"options['norm'] must be callable as norm(state), not a {type(norm).__name__}")
+    stats = options.get("stats")
+    if stats is not None and not isinstance(stats, Stats):
+        raise InvalidType(f"options['stats'] must be a pyode.Stats, not a {type(stats).__name__}")
     if options.get("on_failure", "raise") not in ("raise", "return"):
         raise InvalidValue(f"options['on_failure'] must be 'raise' or 'return', not {options['on_failure']!r}")
     dtype = options.get("dtype", torch.float64)
@@ -197,8 +201,8 @@ def number_from(options: dict[str, Any], name: str, default: float, least: float
     except (TypeError, ValueError) as error:
         raise InvalidType(f"options[{name!r}] must be a number, not {value!r}") from error
     if not least <= number <= most:
-        bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:.4g}"
-        raise InvalidValue(f"options[{name!r}] must be {bounds}, not {value!r}")
+        bounds = f"between {least:g} and {most:.4g}" if most < math.inf else f"at least {least:g}"
+        raise InvalidValue(f"options[{name!r}] must be {'a number' if least == -math.inf else bounds}, not {value!r}")
     return number
 
 
@@ -206,7 +210,7 @@ def policy_from(options: dict[str, Any], method: Method, *, clip: bool = False, 
     """The step-size policy that the options ask for."""
     if not options:
         return Policy(order=float(method.order), clip=clip, resume=resume)
-    return Policy(
+    policy = Policy(
         order=float(method.order),
         safety=number_from(options, "safety", 0.9, 0),
         ifactor=number_from(options, "ifactor", 10.0, 1),
@@ -217,11 +221,21 @@ def policy_from(options: dict[str, Any], method: Method, *, clip: bool = False, 
         clip=clip,
         resume=resume,
     )
+    if policy.min_step > policy.max_step:
+        raise InvalidValue(
+            f"options['min_step'] = {policy.min_step:g} exceeds options['max_step'] = {policy.max_step:g}"
+        )
+    return policy
 
 
 def first_step_from(options: dict[str, Any]) -> float | None:
     """The size of the first step, if the user gave one."""
-    return None if options.get("first_step") is None else abs(number_from(options, "first_step", 0.0, -math.inf))
+    if options.get("first_step") is None:
+        return None
+    size = abs(number_from(options, "first_step", 0.0, -math.inf))
+    if size == math.inf:
+        raise InvalidValue("options['first_step'] must be finite; options['max_step'] bounds steps that are chosen")
+    return size
 
 
 def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Grid:
@@ -259,7 +273,10 @@ def _stops(value: Any, name: str, times: Times) -> list[float]:
     """Those after the start, sorted in time's direction; where each sample has its own, all."""
     if value is None:
         return []
-    values = numbers_of(value)
+    try:
+        values = numbers_of(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidType(f"options[{name!r}] must be times, numbers or a tensor, not {value!r}") from error
     if not all(map(math.isfinite, values)):
         raise InvalidValue(f"options[{name!r}] must be finite")
     if times.tensor.dim() == 2:

@@ -106,6 +106,7 @@ def pose(
     compiled = compiled_by(options.get("compile"), func)
     if compiled is not None:
         func = compiled.func
+    bound = with_args(func, args)
     packed = form.pack(y0)
     one = packed.new_empty(packed.shape[1:]) if form.per_sample else packed
     if t.device != packed.device:
@@ -113,7 +114,7 @@ def pose(
     return Problem(
         written=func,
         args=tuple(args),
-        func=for_one_sample(with_args(func, args), form),
+        func=for_one_sample(bound, form),
         form=form,
         y0=packed,
         times=times,

@@ -93,11 +93,16 @@ class Form:
 
     def _check_samples(self) -> None:
         """Raises InvalidValue unless the first axis of all parts is of one length."""
-        for shape, name in zip(self.shapes, self.names("y0")):
-            if not shape or shape[0] != self.shapes[0][0]:
-                first = f"{self.names('y0')[0]} has {tuple(self.shapes[0])}"
+        names = self.names("y0")
+        for shape, name in zip(self.shapes, names):
+            if not shape:
                 raise InvalidValue(
-                    f"the first axis of every part of y0 counts the samples; {name} has shape {tuple(shape)}, {first}"
+                    f"{name} must have a first axis, which counts the samples, not shape (); control='joint' has none"
+                )
+            if shape[0] != self.shapes[0][0]:
+                raise InvalidValue(
+                    f"the first axis of every part of y0 counts the samples; {name} has shape {tuple(shape)}, "
+                    f"{names[0]} has {tuple(self.shapes[0])}"
                 )
 
     def parts(self, state: State) -> Sequence[Any]:

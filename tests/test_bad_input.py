@@ -83,6 +83,9 @@ ARGUMENTS = [
          ["method must be one of", "rk4", "'dopri'", "did you mean 'dopri"], ValueError),
     Case("method misspelt", {"method": "adaptive_huen"}, InvalidValue, ["did you mean 'adaptive_heun'?"], ValueError),
     Case("method a number", {"method": 5}, InvalidValue, ["method must be one of", "5"], ValueError),
+    Case("method a list", {"method": ["dopri5"]}, InvalidValue, ["method must be one of", "['dopri5']"]),
+    Case("args a number", {"args": 0}, InvalidType, ["args must be a tuple", "int", "(x,)"]),
+    Case("args None", {"args": None}, InvalidType, ["args must be a tuple", "NoneType"]),
     Case("func no function", {"func": 3}, InvalidType, ["func must be callable", "int"], TypeError),
 ]  # fmt: skip
 
@@ -121,6 +124,18 @@ OPTIONS = [
     option("grid_constructor", lambda f, y0, t: t + 1, InvalidValue,
            ["grid_constructor", "t[0] to t[-1]"], AssertionError, **RK4),
     option("grid_constructor", lambda f, y0, t: [0.0, 1.0], InvalidType, ["grid_constructor"], TypeError, **RK4),
+    option("step_size", 1e-300, InvalidValue, ["step_size", "1e-300", "too many"], RuntimeError, **RK4),
+    option("grid_constructor", 3, InvalidType, ["grid_constructor", "callable", "int"], TypeError, **RK4),
+    option("grid_constructor", lambda f, y0, t: torch.tensor([0.0, 0.7, 0.3, 1.0]), InvalidValue,
+           ["grid_constructor", "in order", "0.7"], **RK4),
+    option("grid_constructor", lambda f, y0, t: torch.tensor([0.0, math.nan, 1.0]), InvalidValue,
+           ["grid_constructor", "in order", "nan"], **RK4),
+    option("step_t", "x", InvalidType, ["step_t", "times", "'x'"], TypeError),
+    option("jump_t", [[0.1], [0.2, 0.3]], InvalidType, ["jump_t", "times"]),
+    option("first_step", math.inf, InvalidValue, ["first_step", "finite"]),
+    option("min_step", 1.0, InvalidValue, ["min_step", "1", "max_step", "0.1"], options={"max_step": 0.1}),
+    option("stats", {}, InvalidType, ["stats", "pyode.Stats", "dict"]),
+    Case("options an empty list", {"options": []}, InvalidType, ["options", "dict", "list"], TypeError),
     Case("options a list", {"options": [1]}, InvalidType, ["options", "dict", "list"], TypeError),
 ]  # fmt: skip
 
@@ -170,6 +185,15 @@ def test_the_error_is_typed_and_says_what_is_wrong(case):
     assert isinstance(error, case.builtin or Exception)
     for part in case.says:
         assert part in str(error)
+
+
+@pytest.mark.parametrize("case", [*ARGUMENTS, *OPTIONS, *RETURNS], ids=lambda case: case.name)
+def test_it_is_the_same_behind_a_solve_of_the_same_kind(case):
+    alone, _ = call(pyode, case)
+    pyode.odeint(decay, case.arguments.get("y0", Y0) if case in RETURNS else Y0, T)  # whose loop is used again
+    again, _ = call(pyode, case)
+    assert type(again) is type(alone)
+    assert str(again) == str(alone)
 
 
 @pytest.mark.parametrize("case", [*ARGUMENTS, *OPTIONS], ids=lambda case: case.name)

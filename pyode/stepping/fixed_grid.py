@@ -21,6 +21,7 @@ from .hooks import NO_HOOKS, Hooks
 from .quadrature import Quadrature
 
 PART = 64  # steps of a grid that are prepared together where the solve may end at any
+MOST_COUNTED = 2.0**53
 INTERPOLATIONS = ("linear", "cubic")
 
 
@@ -42,12 +43,19 @@ def grid_of(options: dict[str, Any], times: Times, func: Callable[..., Any], y0:
     if step_size is not None and constructor is not None:
         raise InvalidValue("step_size and grid_constructor are mutually exclusive arguments")
     if constructor is not None:
+        if not callable(constructor):
+            raise InvalidType(
+                "options['grid_constructor'] must be callable as grid_constructor(func, y0, t), "
+                f"not a {type(constructor).__name__}"
+            )
         grid = constructor(func, y0, t)
         if not isinstance(grid, Tensor) or grid.dim() != 1:
             raise InvalidType("options['grid_constructor'] must return a 1-D tensor of times")
-        ends = grid.detach().double().tolist()[:: max(len(grid) - 1, 1)]
-        if ends != [times.values[0], times.values[-1]]:
+        ends = grid.detach().double().cpu()
+        if ends[:1].tolist() != times.values[:1] or ends[-1:].tolist() != times.values[-1:]:
             raise InvalidValue(f"options['grid_constructor'] must return times from t[0] to t[-1]; it returned {grid}")
+        if not bool((times.sign * ends.diff() >= 0).all()):
+            raise InvalidValue(f"options['grid_constructor'] must return times in order; it returned {grid}")
         return grid
     endless = abs(times.values[-1]) == ENDLESS
     if step_size is None and endless:
@@ -62,8 +70,10 @@ def grid_of(options: dict[str, Any], times: Times, func: Callable[..., Any], y0:
     if endless:
         return t[0] + torch.arange(MOST_STEPS + 1, dtype=t.dtype, device=t.device) * (times.sign * size)
     # As torchdiffeq counts: the last step is the shorter one.
-    n = int(torch.ceil((t[-1] - t[0]).detach().abs() / size + 1).item())
-    steps = torch.arange(n, dtype=t.dtype, device=t.device) * (times.sign * size)
+    n = float(torch.ceil((t[-1] - t[0]).detach().abs() / size + 1))
+    if n > MOST_COUNTED:
+        raise InvalidValue(f"options['step_size'] = {size:g} makes {n:g} steps, which is too many to count")
+    steps = torch.arange(int(n), dtype=t.dtype, device=t.device) * (times.sign * size)
     return torch.cat([(steps + t[0])[:-1], t[-1:]])
 
 
