@@ -86,6 +86,14 @@ def check_options(options: dict[str, Any], method: Method, strict: bool = False)
         warn(f"{name}: Unexpected arguments {unknown}; {method.name} knows {', '.join(sorted(known))}")
 
 
+def single_time(t: Any, name: str) -> Tensor:
+    """A time that is a number, then float64, or a tensor of one, as a 0-dim tensor."""
+    try:
+        return torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64).reshape(())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidType(f"{name} must be a number or a tensor of one number, not {t!r}") from error
+
+
 @dataclass
 class Times:
     """The output times: the user's tensor, and their values as float64 on the host."""

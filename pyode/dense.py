@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._ops.contract import clock_device
 from .compiling import not_compiled
+from .control import single_time
 from .errors import InvalidValue
 from .problem import pose
 from .solving import solve
@@ -95,8 +96,8 @@ def odeint_dense(
     Raises:
         What `odeint` raises.
     """
-    ends = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in (t0, t1)]
-    problem = pose(func, y0, torch.stack([x.reshape(()) for x in ends]), rtol, atol, method, options, args=args)
+    t = torch.stack([single_time(t0, "t0"), single_time(t1, "t1")])
+    problem = pose(func, y0, t, rtol, atol, method, options, args=args)
     segments: list[Segment] = []
     solved = solve(problem, segments.append)
     return DenseOutput(problem.form, segments, problem.times.values[0], solved.end, problem.y0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .compiling import not_compiled
+from .control import single_time
 from .odeint import odeint
 from .solution import Stats
 from .state import Form, Func, State
@@ -19,7 +20,7 @@ from .state import Form, Func, State
 def odeint_event(
     func: Func,
     y0: State,
-    t0: Tensor,
+    t0: Tensor | float,
     *,
     event_fn: Callable[[Tensor, Any], Tensor],
     reverse_time: bool = False,
@@ -34,7 +35,7 @@ def odeint_event(
 
     Args:
         func, y0: as `odeint`'s.
-        t0: where the solve starts, a tensor of one number.
+        t0: where the solve starts, a number or a tensor of one.
         event_fn: returns a tensor of one or several numbers; the earliest change of sign counts.
         reverse_time: whether time runs backwards.
         odeint_interface: `odeint` or `odeint_adjoint`, or what has their arguments.
@@ -55,7 +56,7 @@ def odeint_event(
     n_events = stats.n_events
     if options.get("on_failure") == "return":
         kwargs["options"] = {**options, "stats": stats}
-    t0 = t0.reshape(-1)
+    t0 = single_time(t0, "t0").reshape(-1)
     t = torch.cat([t0, t0.detach() + (-1.0 if reverse_time else 1.0)])
     event_t, ys = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
     form, args = Form(y0), kwargs.get("args", ())

@@ -304,3 +304,22 @@ def test_the_adjoints_arguments_are_checked_before_func_is_called(case):
     assert isinstance(caught.value, case.builtin or Exception)
     for part in case.says:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", ["noon", None, Y0, torch.empty(0)], ids=repr)
+def test_a_start_or_end_that_is_no_single_time_is_named(wrong):
+    calls = [
+        ("t0", lambda: pyode.odeint_event(decay, Y0, wrong, event_fn=lambda t, y: y[0] - 0.5)),
+        ("t0", lambda: pyode.odeint_dense(decay, Y0, wrong, 1.0)),
+        ("t1", lambda: pyode.odeint_dense(decay, Y0, T[0], wrong)),
+    ]
+    for name, solve in calls:
+        with pytest.raises(InvalidType, match=f"{name} must be a number or a tensor of one number, not"):
+            solve()
+
+
+@pytest.mark.parametrize("start", [0, 0.0, torch.tensor(0), torch.tensor([0.0])], ids=repr)
+def test_a_start_may_be_a_number_or_a_tensor_of_one(start):
+    time, _ = pyode.odeint_event(decay, Y0.double(), start, event_fn=lambda t, y: y[0] - 0.5)
+    assert float(time) == pytest.approx(math.log(2))
+    assert torch.allclose(pyode.odeint_dense(decay, Y0.double(), start, 1)(1.0), torch.exp(-Y0.double()))
