@@ -136,6 +136,31 @@ def test_func_never_looks_across_a_jump_before_it_is_there(sign):
     assert crossed == sorted(crossed)
 
 
+# Where the next number of the state's dtype is further away than 1.
+@pytest.mark.parametrize(
+    ("dtype", "jump"), [(torch.float32, 2.0**25), (torch.bfloat16, 2.0**9), (torch.float16, 2.0**12)]
+)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("solve", [
+    {}, {"method": "adams"}, {"options": {"control": "per_sample"}},
+    {"method": "heun2", "options": {"perturb": True, "grid_constructor": lambda f, y0, t: t}},
+], ids=["dopri5", "adams", "per sample", "perturbed steps"])  # fmt: skip
+def test_so_it_is_at_times_as_large_as_there_are(dtype, jump, sign, solve):
+    seen = []
+
+    def f(t, y):
+        seen.extend(t.detach().double().reshape(-1).tolist()[:1])
+        return 0 * y
+
+    t = sign * (jump + (jump / 64) * tensor(-1.0, 0.0, 1.0))
+    options = {"jump_t": sign * tensor(jump), **solve.get("options", {})}
+    options = options if solve.get("method") != "heun2" else solve["options"]
+    pyode.odeint(f, torch.ones(2, 1, dtype=dtype), t, **{**solve, "options": options})
+    there = torch.tensor(sign * jump, dtype=dtype)
+    around = [float(torch.nextafter(there, torch.tensor(side * math.inf, dtype=dtype))) for side in (-sign, sign)]
+    assert set(around) <= set(seen)
+
+
 def test_a_discontinuity_nobody_announced_is_found():
     def f(t, y):
         return torch.where(t < 0.7, 1.0, -3.0) + 0 * y

@@ -113,6 +113,11 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
+def neighbour(t: Tensor, sign: Tensor) -> Tensor:
+    """The number next to t in its dtype, on the side of the sign; t where that is 0. They broadcast."""
+    return torch.nextafter(t, torch.where(sign == 0, t, sign * math.inf))
+
+
 @dataclass
 class Grid:
     """The times that a solve has to meet, float64, on the `clock_device`: outputs in the direction of integration, the

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._ops import autograd, backend_of, reference
-from .._ops.contract import Grid, Layout, Policy, RightHandSide, clock_device
+from .._ops.contract import Grid, Layout, Policy, RightHandSide, clock_device, neighbour
 from ..control import Times
 from ..errors import SolveError, Status
 from ..methods.adams import Row, VariableAdams, Weights
@@ -86,7 +86,7 @@ class AdamsLoop:
             if self._on_jump and passed < len(values):
                 self._shift = None  # what comes behind a discontinuity does not move with the start
                 now = self._time(self.t)
-                self._begin(self.dynamics(torch.nextafter(now, now + sign), self.y))
+                self._begin(self.dynamics(neighbour(now, now.new_tensor(sign)), self.y))
         if passed < len(values):
             hooks.fail(SolveError(self._status, self.t, self._strategy.size, self.n_accepted + self.n_rejected))
             self.y = unmoved(self.y, self._fs[0], self._shift)
@@ -183,7 +183,7 @@ class AdamsLoop:
             if step.shift is not None:  # the step's end does not move with its start
                 step.dt = step.dt.to(step.shift) - step.shift
                 step.formulas = step.formulas.stretched(step.dt[0] / step.size)
-            return torch.nextafter(time, time - self.times.sign)  # f is as before the discontinuity
+            return neighbour(time, time.new_tensor(-self.times.sign))  # f is as before the discontinuity
         return time if step.shift is None else time + step.shift.to(time)
 
     def _tolerates(self, error: float) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._ops.contract import Phase
+from .._ops.contract import Phase, neighbour
 from ..errors import Status
 from .adaptive import AdaptiveLoop
 from .outputs import column
@@ -98,8 +98,7 @@ class CapturedLoop(AdaptiveLoop):
         if self.at_jump is not None:
             self.y.copy_(torch.where(mask, self.at_jump(now, jumped, self.y), self.y))
         t = now.to(self.layout.real_dtype)
-        behind = torch.nextafter(t, t + field("dt_prev").sign().to(t))
-        behind = torch.where(jumped, behind, t)
+        behind = torch.where(jumped, neighbour(t, field("dt_prev").sign().to(t)), t)
         if quadrature is not None:
             quadrature.restart()
         k = self.dynamics(behind[0] if self.layout.samples == 1 else behind, self.y)

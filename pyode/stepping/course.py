@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._ops import autograd, reference
-from .._ops.contract import Layout, RightHandSide
+from .._ops.contract import Layout, RightHandSide, neighbour
 from ..errors import SolveError
 from ..methods import Tableau
 from ..solution import Stats
@@ -46,11 +46,8 @@ def stage_times(
     last = c == 1
     times = torch.where(last, grid[1:, None], times).to(dtype)
     if perturb:
-        ahead = torch.nextafter(times, times + sign).detach()
-        behind = torch.nextafter(times, times - sign).detach()
-        exact = times
-        times = torch.where(last, behind, torch.where(c == 0, ahead, times.detach()))
-        times = times + (exact - exact.detach())
+        inwards = torch.where(last, -sign, torch.where(c == 0, sign, 0.0)).to(times)
+        times = neighbour(times.detach(), inwards) + (times - times.detach())
     return times
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._ops import autograd, reference
-from .._ops.contract import Flag, Phase
+from .._ops.contract import Flag, Phase, neighbour
 from ..errors import Status
 from .outputs import Output, RecordedBatchOutput, RecordedOutput, column, interpolant_of
 from .segment import unmoved
@@ -273,7 +273,7 @@ class March:
         if loop.at_jump is not None:
             self.y = loop.at_jump(now, on_jump, self.y)
         t = now.to(device=self.y.device, dtype=loop.layout.real_dtype)
-        behind = torch.nextafter(t.expand(2, -1), t + controller.field("dt_prev").sign().to(t))[0]
+        behind = neighbour(t.expand(2, -1), controller.field("dt_prev").sign().to(t))[0]
         if loop.quadrature is not None:
             loop.quadrature.restart()
         if loop.layout.samples == 1 or loop.grid.jump_t is None:

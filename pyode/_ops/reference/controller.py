@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy, largest
+from ..contract import REAL_FIELDS, Flag, Grid, Layout, Phase, Policy, largest, neighbour
 from .norms import scaled_step_error, segment_means
 
 _SUCCESS, _RUNNING, _STEP_TOO_SMALL, _TOO_MANY_STEPS, _NON_FINITE = range(5)
@@ -178,9 +178,9 @@ class Controller:
             return rows[0, 0] if state.samples == 1 else rows[0]
         rows = tensor([[s.t1 if c == 1 else s.t + c * s.dt for s in self._samples] for c in self.abscissae])
         # The end of the step is seen from before it: there may be a discontinuity.
-        before = tensor([[s.t1 if s.dt == 0 else -math.copysign(math.inf, s.dt) for s in self._samples]])
+        back = tensor([[-math.copysign(1.0, s.dt) if s.dt else 0.0 for s in self._samples]])
         ends = torch.tensor([c == 1 for c in self.abscissae], dtype=torch.bool, device=state.device)
-        rows = torch.where(ends[:, None], torch.nextafter(rows, before.expand_as(rows)), rows)
+        rows = torch.where(ends[:, None], neighbour(rows, back), rows)
         return rows[:, 0] if state.samples == 1 else rows
 
     def _try_first_step(self, s: Sample, times: _Times, size: float, slope: float) -> None:
