@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import Stats, backend, methods, odeint, odeint_adjoint
-from .picture import draw
+from .picture import draw, obstacle
 
 MATRIX = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]])
 START = torch.tensor([2.0, 0.0])
@@ -51,10 +51,9 @@ def add_to(commands: Any) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
+    return int(text)
 
 
 class Network(nn.Module):
@@ -161,6 +160,9 @@ def run(chosen: argparse.Namespace) -> int:
     if missing:
         print(f'The demo needs {" and ".join(missing)}: pip install "pyode[demo]"', file=sys.stderr)
         return 1
+    if (why := obstacle(chosen.output)) is not None:
+        print(f"--output {chosen.output}: {why}", file=sys.stderr)
+        return 2
     threads = torch.get_num_threads()
     torch.set_num_threads(chosen.threads)
     try:

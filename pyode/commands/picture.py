@@ -38,6 +38,20 @@ _LEGEND = {  # above the panel, on the right
 _SQUARE = {"xlabel": "y₁", "ylabel": "y₂", "xlim": (-2.2, 2.2), "ylim": (-2.2, 2.2), "aspect": "equal"}
 
 
+def obstacle(path: Path) -> str | None:
+    """Why no picture can be written there, if so: known before there is one. Makes its folder."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        return f"its suffix must be one of {', '.join(f'.{kind}' for kind in sorted(kinds))}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return str(error)
+    return None
+
+
 def draw(times: Tensor, data: Tensor, fit: Tensor, fields: Fields, losses: list[float], path: Path) -> None:
     """Writes the picture: data and fit over time, phase plane, vector field, loss.
 
@@ -58,7 +72,6 @@ def draw(times: Tensor, data: Tensor, fit: Tensor, fields: Fields, losses: list[
         _draw_plane(figure.add_subplot(grid[1, 0]), data, fit)
         _draw_field(figure.add_subplot(grid[1, 1]), fields)
         _draw_loss(figure.add_subplot(grid[1, 2]), losses)
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
 
 
