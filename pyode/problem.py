@@ -35,6 +35,7 @@ from .state import Form, Func, State, check_y0, with_args
 from .stepping.fixed_grid import check_interp
 from .stepping.hooks import Callback
 
+Event = Callable[[Tensor, Tensor], Tensor]  # of times [B] and states [B, D]; returns [B, E]
 PER_SAMPLE = "with control='per_sample'"
 
 
@@ -62,13 +63,19 @@ class Problem:
     grid: Grid
     first_step: float | None
     callbacks: dict[str, Callback]
-    event: Callable[[float, Tensor], Tensor] | None
+    event: Event | None
     compiled: CompiledDynamics | WithArgs | None = None
     kind: tuple[Any, ...] | None = None
 
     def event_time(self, end: float) -> Tensor:
         """The time at which a solve with an event has ended, as t has times."""
         return self.times.tensor.new_tensor(end)
+
+    @property
+    def search_options(self) -> tuple[float, bool]:
+        """To which tolerance an event is located, and whether one at the start is skipped."""
+        tolerance = self.atol if isinstance(self.atol, float) else float(self.atol.min())
+        return tolerance, bool(self.options.get("skip_initial_event", False))
 
 
 def pose(
@@ -126,7 +133,7 @@ def pose(
         grid=grid_from(options, times, packed.device),
         first_step=first_step_from(options),
         callbacks=callbacks_of(func, found, times.tensor, form.unpack, silent=PER_SAMPLE if form.per_sample else ""),
-        event=None if event_fn is None else event_of(event_fn, args, form, packed.device),
+        event=None if event_fn is None else event_of(event_fn, args, form, packed.shape),
         compiled=None if compiled is None else compiled.with_args(args),
     )
 
@@ -155,16 +162,21 @@ def _call_with_vector(func: Func, t: Tensor, y: State) -> Any:
     return func(t.reshape(1), y)
 
 
-def event_of(event_fn: Any, args: Any, form: Form, device: torch.device) -> Callable[[float, Tensor], Tensor]:
-    """A user's event function, on a time and a packed state."""
+def event_of(event_fn: Any, args: Any, form: Form, shape: torch.Size) -> Event:
+    """A user's event function, on packed states of this shape that are given as [B, D]; B is 1 under joint control."""
     if not callable(event_fn):
         raise InvalidType(f"event_fn must be callable as event_fn(t, y), not a {type(event_fn).__name__}")
-    event_fn = with_args(event_fn, args)
+    event_fn, per_sample, B = with_args(event_fn, args), form.per_sample, form.samples
 
-    def event(t: float, y: Tensor) -> Tensor:
-        value = event_fn(torch.tensor(t, dtype=wide_dtype(device), device=device), form.unpack(y))
-        if not isinstance(value, Tensor) or value.numel() == 0 or value.is_complex():
+    def event(t: Tensor, flat: Tensor) -> Tensor:
+        t = t.to(flat.device, wide_dtype(flat.device))
+        value: Any = event_fn(t if per_sample else t[0], form.unpack(flat.reshape(shape)))
+        is_real = isinstance(value, Tensor) and not (value.is_complex() or value.dtype is torch.bool)
+        if not is_real or (value.numel() == 0 and B):
             raise DynamicsError(f"event_fn must return a tensor of one or several real numbers, not {value!r}")
-        return value
+        values: Tensor = value if per_sample else value.reshape(1, -1)
+        if values.dim() not in (1, 2) or len(values) != B:
+            raise DynamicsError(f"event_fn must return [B] or [B, E], here with B = {B}, not {tuple(values.shape)}")
+        return values if values.dim() == 2 else values[:, None]
 
     return event

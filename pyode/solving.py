@@ -22,12 +22,12 @@ from .methods import Tableau
 from .problem import Problem
 from .solution import Stats
 from .state import Dynamics, Form, State
-from .stepping.event import EventSearch
+from .stepping.event import JointEvent
 from .stepping.fixed_grid import grid_of
 from .stepping.hooks import Hooks
 from .stepping.loops import Loop, loop_for
-from .stepping.segment import RungeKuttaSegment, Segment
-from .stepping.tape import Passed, Tape
+from .stepping.segment import Segment
+from .stepping.tape import Tape
 
 STEPS_TRIED = 4  # of a solve that chooses its steps, to find out whether compiling pays
 
@@ -144,14 +144,12 @@ def compiling_pays(problem: Problem) -> bool:
     return compiled.pays(native_loop, eager_loop, y0, (problem.method.name, problem.form.per_sample))
 
 
-def search_of(problem: Problem) -> EventSearch | None:
+def search_of(problem: Problem) -> JointEvent | None:
     """The search for a problem's event, begun at the start; None if it has none."""
     if problem.event is None:
         return None
-    values, options = problem.times.values, problem.options
-    tolerance = problem.atol if isinstance(problem.atol, float) else float(problem.atol.min())
-    skip = bool(options.get("skip_initial_event", False))
-    return EventSearch(problem.event, values[0], problem.y0, values[-1], tolerance, skip)
+    values = problem.times.values
+    return JointEvent(problem.event, values[0], problem.y0, values[-1], *problem.search_options)
 
 
 def solve(
@@ -177,10 +175,10 @@ def solve(
         return Solved(y0.unsqueeze(0).clone(), times.values[0], 1)
     solved = Solved(y0, times.values[-1], len(times.values))
     search = search_of(problem)
-    if search is not None and search.time is not None:
+    if search is not None and search.found:
         if stats is not None:
             stats.n_events += 1
-        return Solved(torch.stack([y0, y0]), search.time, 1)
+        return Solved(torch.stack([y0, y0]), times.values[0], 1)
     failures: list[float] = []  # not put into `solved` by `fail`, which the loop knows: all would live on in a cycle
 
     def fail(error: SolveError) -> None:
@@ -204,14 +202,12 @@ def solve(
             loop.add_to(stats)
     if problem.kind is not None and problem.compiled is None:
         keep(problem.kind, problem.form, loop)
-    if search is not None and search.time is not None:
-        solved.end, solved.n_reached = search.time, 1
+    if search is not None and search.found:
+        solved.end, solved.n_reached = float(search.time), 1
         if stats is not None:
             stats.n_events += 1
         if tape is not None:
-            assert isinstance(search.segment, RungeKuttaSegment)
-            x = search.segment.position(search.time)
-            tape.add_event(len(tape.steps) - 1, Passed(1, 0, x, search.segment.polynomial, timed=False), last=True)
+            search.note_on(tape, 1, last=True)
     elif search is not None and not failures:
         counts = Stats()
         loop.add_to(counts)

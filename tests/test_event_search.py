@@ -266,3 +266,17 @@ def test_fixed_steps_need_their_size(method):
     for module in (pyode, torchdiffeq):
         with pytest.raises(AssertionError, match="step_size"):
             module.odeint(line, tensor(0.0), tensor(0.0, 1.0), method=method, event_fn=lambda t, y: y - 1)
+
+
+@pytest.mark.parametrize("solve", [{}, {"method": "rk4", "options": {"step_size": 0.1}}], ids=["dopri5", "rk4"])
+def test_a_function_that_becomes_nan_is_an_event_as_in_torchdiffeq(solve):
+    # The first would be zero at 3, the second becomes nan behind 2.
+    def event_fn(t, y):
+        return torch.cat([y - 3, torch.sqrt(2 - y) + 1])
+
+    ours, theirs = (
+        module.odeint(line, tensor(0.0), tensor(0.0, 1.0), event_fn=event_fn, **solve)
+        for module in (pyode, torchdiffeq)
+    )
+    assert float(ours[0]) == pytest.approx(2.0, abs=1e-8)
+    assert float(ours[0]) == pytest.approx(float(theirs[0]), abs=1e-8)

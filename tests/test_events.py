@@ -232,9 +232,11 @@ def test_a_function_that_jumps_or_only_touches_zero_has_a_time_without_gradient(
 
 
 def test_what_is_no_event_function_is_an_error():
-    for wrong in (lambda t, y: 1.0, lambda t, y: None, lambda t, y: y[:0]):
+    for wrong in (lambda t, y: 1.0, lambda t, y: None, lambda t, y: y[:0], lambda t, y: y > 1):
         with pytest.raises(DynamicsError, match="event_fn must return a tensor"):
             pyode.odeint(line, tensor(0.0), tensor(0.0, 1.0), event_fn=wrong)
+        with pytest.raises(DynamicsError, match="event_fn must return a tensor"):
+            pyode.solve_ivp(line, tensor(0.0), tensor(0.0, 1.0), event_fn=wrong)
     with pytest.raises(InvalidType, match="event_fn must be callable"):
         pyode.odeint(line, tensor(0.0), tensor(0.0, 1.0), event_fn=3.0)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._ops.contract import clock_device, wide_dtype
-from ..errors import DynamicsError, InvalidType
-from ..state import Dynamics, Form, Func, State, with_args
+from .._ops.contract import clock_device
+from ..state import Dynamics, Form, Func, State
 
 
 class Samples:
@@ -65,22 +63,3 @@ class Samples:
             return self.flat(dynamics(time, flat.reshape(self.shape)))
 
         return func
-
-    def event(self, event_fn: Any, args: Sequence[Any]) -> Callable[[Tensor, Tensor], Tensor]:
-        """A user's event function as one of times [B] and states [B, D] that returns [B, E]."""
-        if not callable(event_fn):
-            raise InvalidType(f"event_fn must be callable as event_fn(t, y), not a {type(event_fn).__name__}")
-        event_fn, per_sample = with_args(event_fn, args), self.form.per_sample
-
-        def event(t: Tensor, flat: Tensor) -> Tensor:
-            t = t.to(flat.device, wide_dtype(flat.device))
-            value = event_fn(t if per_sample else t[0], self.of_user(flat))
-            if not isinstance(value, Tensor) or value.is_complex() or (value.numel() == 0 and self.count):
-                raise DynamicsError(f"event_fn must return a tensor of real numbers, not {value!r}")
-            if per_sample and (value.dim() not in (1, 2) or len(value) != self.count):
-                shape = tuple(value.shape)
-                raise DynamicsError(f"event_fn must return [B] or [B, E], here with B = {self.count}, not {shape}")
-            several = per_sample and value.dim() == 2
-            return value if several else value[:, None] if per_sample else value.reshape(1, -1)
-
-        return event

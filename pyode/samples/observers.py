@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import SolveError
 from ..methods import Tableau
-from ..problem import Problem
+from ..problem import Problem, event_of
 from ..progress import Progress
 from ..state import Func
 from ..stepping.event import SampleEvents
@@ -65,9 +65,8 @@ def observers_of(
     """Those that `solve_ivp`'s arguments ask for."""
     events = None
     if event_fn is not None:
-        tolerance = problem.atol if isinstance(problem.atol, float) else float(problem.atol.min())
-        skip = bool(problem.options.get("skip_initial_event", False))
-        events = SampleEvents(samples.event(event_fn, args), samples.t0, samples.y0, tolerance, skip)
+        event = event_of(event_fn, args, problem.form, samples.shape)
+        events = SampleEvents(event, samples.t0, samples.y0, *problem.search_options)
     return Observers(
         problem,
         events,

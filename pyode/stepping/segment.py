@@ -18,6 +18,13 @@ class Segment(Protocol):
     t0: float
     t1: float
 
+    @property
+    def polynomial(self) -> reference.Interpolant | None:
+        """The dense output, if it is one over the step's stages."""
+
+    def position(self, t: float) -> float:
+        """Where in the step a time lies, from 0 to 1."""
+
     def at(self, t: float) -> Tensor:
         """The state at a time within the step, packed; with a graph behind it where gradients are enabled."""
 
@@ -57,7 +64,7 @@ class RungeKuttaSegment:
         self.y, self.ks, self.dt, self.shift, self.y1 = y, ks, dt, shift, y1
 
     def position(self, t: float) -> float:
-        """Where in the step a time lies, from 0 to 1."""
+        """See Segment."""
         return 1.0 if t == self.t1 else (t - self.t0) / self.size
 
     def at(self, t: float, moved: Tensor | None = None) -> Tensor:
@@ -145,6 +152,8 @@ class AdamsSegment:
         formulas: the step's.
     """
 
+    polynomial = None
+
     def __init__(
         self,
         layout: Layout,
@@ -161,10 +170,14 @@ class AdamsSegment:
         self.t0, self.t1, self.size = t0, t1, size
         self.y, self.ks, self.dt, self.shift = y, ks, dt, shift
 
+    def position(self, t: float) -> float:
+        """See Segment."""
+        return 1.0 if t == self.t1 else (t - self.t0) / self.size
+
     def at(self, t: float, moved: Tensor | None = None) -> Tensor:
         """See RungeKuttaSegment."""
         if moved is None and self.shift is None:
-            weights = self.formulas.dense(1.0 if t == self.t1 else (t - self.t0) / self.size)
+            weights = self.formulas.dense(self.position(t))
             return autograd.stage_combine(backend_of(self.layout), self.layout, weights, self.y, self.ks, self.dt)
         elapsed = torch.tensor(t, dtype=torch.float64)
         return self.sample(elapsed if moved is None else elapsed + moved.to(elapsed))
