@@ -174,9 +174,9 @@ def event_of(event_fn: Any, args: Any, form: Form, shape: torch.Size) -> Event:
         is_real = isinstance(value, Tensor) and not (value.is_complex() or value.dtype is torch.bool)
         if not is_real or (value.numel() == 0 and B):
             raise DynamicsError(f"event_fn must return a tensor of one or several real numbers, not {value!r}")
-        values: Tensor = value if per_sample else value.reshape(1, -1)
-        if values.dim() not in (1, 2) or len(values) != B:
-            raise DynamicsError(f"event_fn must return [B] or [B, E], here with B = {B}, not {tuple(values.shape)}")
-        return values if values.dim() == 2 else values[:, None]
+        if per_sample and (value.dim() not in (1, 2) or len(value) != B):
+            raise DynamicsError(f"event_fn must return [B] or [B, E], here with B = {B}, not {tuple(value.shape)}")
+        values: Tensor = value.reshape(B, -1) if B else value.reshape(0, 1)
+        return values
 
     return event

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class EventSearch:
         self._n_steps += 1
         with torch.no_grad():
             staying, value = self._staying, self._values(step, step.t1)
-            if not staying and bool((value * self.signs > 0).all()):
+            if not staying and float((value * self.signs).min()) > 0:
                 return None
             waiting = step.accepted.to(self.index.device) & (self.index < 0)
             met, begin, end = torch.zeros_like(waiting), step.t0, step.t1
@@ -108,7 +109,7 @@ class EventSearch:
 
     def _values(self, step: Any, t: Tensor) -> Tensor:
         """[B, E], where times are."""
-        return self.event(t, step.at(t).detach()).to(self.time.device)
+        return self.event(t, step.at(t)).to(self.time.device)
 
     def _crossed(self, value: Tensor) -> Tensor:
         """[B, E], which functions, of those that have left their start, have changed their sign."""
@@ -168,8 +169,13 @@ class _Alone:
     def __init__(self, segment: Segment, last: float) -> None:
         self.segment, self.polynomial = segment, segment.polynomial
         sign = math.copysign(1.0, segment.t1 - segment.t0)
-        end = sign * min(sign * segment.t1, sign * last)
-        self.t0, self.t1 = torch.tensor([[segment.t0], [end]], dtype=torch.float64)
+        self.end = sign * min(sign * segment.t1, sign * last)
+        self.t1 = torch.tensor([self.end], dtype=torch.float64)
+
+    @cached_property
+    def t0(self) -> Tensor:
+        """See BatchSegment."""
+        return torch.tensor([self.segment.t0], dtype=torch.float64)
 
     def position(self, t: Tensor) -> Tensor:
         """See BatchSegment."""
@@ -177,4 +183,4 @@ class _Alone:
 
     def at(self, t: Tensor) -> Tensor:
         """See BatchSegment."""
-        return self.segment.at(float(t)).reshape(1, -1)
+        return self.segment.at(self.end if t is self.t1 else float(t)).reshape(1, -1)
