@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from .compiling import not_compiled
 from .control import single_time
 from .odeint import odeint
+from .problem import Event, event_of
+from .samples.event_gradients import rate_along, shift_of
 from .solution import Stats
 from .state import Form, Func, State
 
@@ -61,36 +63,31 @@ def odeint_event(
     event_t, ys = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
     form, args = Form(y0), kwargs.get("args", ())
     event_t = event_t.detach()
-    flat = form.pack(form.at(ys, -1))
+    state = form.pack(form.at(ys, -1))
     unmet = options.get("on_failure") == "return" and stats.n_events == n_events  # no event moves where it has ended
     if unmet or not torch.is_grad_enabled():
         return event_t, ys
-
-    def event(t: Tensor, y: Tensor) -> Tensor:
-        return event_fn(t, form.unpack(y), *args).reshape(-1)
-
     with torch.no_grad():
-        slope = form.pack(func(event_t, form.unpack(flat), *args)).to(flat.dtype)
+        slope = form.pack(func(event_t, form.unpack(state), *args)).to(state.dtype)
     if float(event_t) == float(t0.detach()):  # no step was taken, but the state at a fixed time moves with the start
-        flat = flat - slope * (t0 - t0.detach()).to(slope.real)
-    values = event(event_t, flat)
-    along = torch.stack(_rates(event, event_t, flat.detach(), slope))
-    # The event is that of the function which is closest to its zero, in time.
-    crossed = int(torch.argmin((values.detach() / along).abs())) if len(values) > 1 else 0
-    moved = (values[crossed].detach() - values[crossed]) / along[crossed]
-    event_t = event_t + moved.to(event_t)
+        state = state - slope * (t0 - t0.detach()).to(slope.real)
+    event = event_of(event_fn, args, form, state.shape)
+    moved = _shift(event, event_t.reshape(1), state.reshape(1, -1), slope.reshape(1, -1))
     start = form.pack(form.at(ys, 0))
-    return event_t, form.unpack(torch.stack([start, flat + slope * moved.to(slope.real)]), (2,))
+    moved_state = state + slope * moved.to(slope.real)
+    return event_t + moved.to(event_t), form.unpack(torch.stack([start, moved_state]), (2,))
 
 
-def _rates(event: Callable[[Tensor, Tensor], Tensor], t: Tensor, y: Tensor, slope: Tensor) -> list[Tensor]:
-    """How fast each of an event's functions changes along the solution; inf, for no gradient, if it does not."""
-    t, y = t.clone().requires_grad_(), y.clone().requires_grad_()
-    rates = []
-    for value in event(t, y):
-        of_t, of_y = torch.zeros_like(t), torch.zeros_like(y)
-        if value.requires_grad:
-            of_t, of_y = torch.autograd.grad(value, (t, y), retain_graph=True, materialize_grads=True)
-        rate = of_t + torch.sum((of_y.conj() * slope).real)
-        rates.append(torch.where(rate == 0, math.inf, rate))
-    return rates
+def _shift(event: Event, t: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+    """How far the event at t and y has moved, 0-dim: 0, with its gradient."""
+
+    def function(i: int, t: Tensor, y: Tensor) -> Tensor:
+        return event(t, y)[:, i]
+
+    def distance(function: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """From its zero, in time."""
+        return float((function(t, y).detach() / rate_along(function, t, y.detach(), slope)).abs().nan_to_num(0.0))
+
+    functions = [partial(function, i) for i in range(event(t, y.detach()).shape[1])]
+    closest = min(functions, key=distance) if len(functions) > 1 else functions[0]  # the event is that one's
+    return shift_of(closest, t, y, slope)[0]

@@ -280,3 +280,5 @@ def test_a_function_that_becomes_nan_is_an_event_as_in_torchdiffeq(solve):
     )
     assert float(ours[0]) == pytest.approx(2.0, abs=1e-8)
     assert float(ours[0]) == pytest.approx(float(theirs[0]), abs=1e-8)
+    time, _ = pyode.odeint_event(line, leaf(tensor(0.0)), 0.0, event_fn=event_fn, **solve)
+    assert float(time.detach()) == float(ours[0])

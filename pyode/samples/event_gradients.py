@@ -13,6 +13,8 @@ from ..state import Func
 from ..stepping.event import SampleEvents
 from .batch import Samples
 
+Function = Callable[[Tensor, Tensor], Tensor]
+
 
 def moved_events(
     events: SampleEvents, func: Func, samples: Samples, start: Tensor | None
@@ -46,14 +48,19 @@ def moved_events(
         """[B], of each sample the function that it met."""
         return events.event(t, y).gather(1, which)[:, 0]
 
-    rate = _rate_along(crossed, here, flat.detach(), slope)
-    value = crossed(here, flat)
-    shift = (value.detach() - value) / torch.where(met & rate.isfinite() & (rate != 0), rate, math.inf)
+    shift = torch.where(met, shift_of(crossed, here, flat, slope), 0.0)
     moved = flat + slope * shift[:, None].to(slope.real.dtype)
     return time + shift.to(time), index, torch.where(met[:, None], moved, math.nan)
 
 
-def _rate_along(function: Callable[[Tensor, Tensor], Tensor], t: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+def shift_of(function: Function, t: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+    """[B] how far the zeros of a function have moved in time: 0, with its gradient; without where it is not crossed."""
+    value, rate = function(t, y), rate_along(function, t, y.detach(), slope)
+    crosses = rate.isfinite() & (rate != 0) & value.detach().isfinite()
+    return torch.where(crosses, (value.detach() - value) / torch.where(crosses, rate, math.inf), 0.0)
+
+
+def rate_along(function: Function, t: Tensor, y: Tensor, slope: Tensor) -> Tensor:
     """[B] the derivative of a function of times [B] and states [B, D] along the solution, whose derivative is given."""
     t, y = t.clone().requires_grad_(), y.clone().requires_grad_()
     value = function(t, y)
