@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import InvalidValue
+from .errors import InvalidValue, SolveError
 
 INTERVAL = 0.1  # seconds between two looks
 
@@ -29,6 +29,7 @@ class Progress:
             raise InvalidValue("progress=True needs tqdm: pip install tqdm") from error
         self.t0, self.span = t0.cpu(), (t1 - t0).cpu()
         self.next_look = 0.0
+        self.failure: SolveError | None = None
         shape = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         self.bar = tqdm(total=1.0, desc="solve", bar_format=shape)
 
@@ -51,14 +52,22 @@ class Progress:
     def step(self, t: float, y: Tensor, dt: float) -> None:
         """Looks at the start of a step, for a loop that has no such controller."""
         if time.monotonic() >= self.next_look:
-            self.bar.n = (t - float(self.t0)) / float(self.span)
+            self.bar.n = self._covered(t)
             self.bar.set_postfix_str(f"dt {dt:.3g}", refresh=True)
             self.next_look = time.monotonic() + INTERVAL
+
+    def _covered(self, t: float) -> float:
+        """By the only sample."""
+        return (t - float(self.t0)) / float(self.span)
+
+    def fail(self, error: SolveError) -> None:
+        """Takes note that the solve has failed."""
+        self.failure = error
 
     def finish(self, controller: Any = None) -> None:
         """Shows how the solve has ended."""
         if controller is None:
-            self.bar.n = 1.0
+            self.bar.n = 1.0 if self.failure is None else self._covered(self.failure.t)
             self.bar.refresh()
         else:
             self._show(controller)

@@ -53,7 +53,7 @@ class Stats:
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
-@dataclass
+@dataclass(eq=False)
 class SampleStats:
     """What each sample of a solve has taken, as if it had been solved alone.
 
@@ -74,7 +74,7 @@ class SampleStats:
         return self.n_accepted + self.n_rejected
 
 
-@dataclass
+@dataclass(eq=False)
 class Solution:
     """What `solve_ivp` returns. B is the number of samples, 1 where one step size serves the whole state.
 

@@ -17,7 +17,7 @@ from ._ops.contract import RightHandSide
 from .again import keep
 from .compiled.samples import sample_loop
 from .compiled.solve import joint_loop
-from .errors import InvalidValue, SolveError, Status, warn
+from .errors import InvalidType, InvalidValue, SolveError, Status, warn
 from .methods import Tableau
 from .problem import Problem
 from .solution import Stats
@@ -113,14 +113,20 @@ def _native_loop(problem: Problem, fail: Callable[[SolveError], None]) -> Loop |
     )  # fmt: skip
 
 
-def norm_by(norm: Callable[[State], Any], form: Form, error: Tensor) -> Any:
+def norm_by(norm: Callable[[State], Any], form: Form, scaled_error: Tensor) -> Any:
     """The user's norm of a scaled error, packed: a number, for each sample that has a step size of its own."""
-    value = norm(form.unpack(error))
-    if form.per_sample and torch.as_tensor(value).shape != (form.samples,):
+    value = norm(form.unpack(scaled_error))
+    try:
+        shape = torch.as_tensor(value).shape
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidType(f"options['norm'] must return a number, not {value!r}") from error
+    if form.per_sample and shape != (form.samples,):
         raise InvalidValue(
             f"options['norm'] must return a number for each sample, [{form.samples}], where control is 'per_sample'; "
-            f"it returned {tuple(torch.as_tensor(value).shape)}"
+            f"it returned {tuple(shape)}"
         )
+    if shape.numel() != 1 and not form.per_sample:
+        raise InvalidValue(f"options['norm'] must return one number, not {tuple(shape)}")
     return value
 
 

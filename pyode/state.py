@@ -20,6 +20,7 @@ from .tree import Tree
 
 State = Any  # a tensor, a tuple of tensors, or any structure that `Tree` knows
 Func = Callable[..., Any]  # of (t, y)
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bfloat16, torch.float16)
 
 
 def with_args(func: Func, args: Any) -> Func:
@@ -39,7 +40,7 @@ def _call_with(func: Func, args: Any, t: Tensor, y: State) -> Any:
 
 def check_y0(y0: State) -> None:
     """Raises InvalidType or InvalidValue unless y0 is a state that can be solved for."""
-    if isinstance(y0, Tensor) and (y0.is_floating_point() or y0.is_complex()):
+    if isinstance(y0, Tensor) and y0.dtype in DTYPES and y0.layout is torch.strided:
         return
     tree = Tree(y0)
     parts, names = tree.leaves(y0), tree.names("y0")
@@ -49,9 +50,12 @@ def check_y0(y0: State) -> None:
         if not isinstance(part, Tensor):
             raise InvalidType(f"y0 must be a tensor or a tuple, list, dict, ... of tensors; {name} is {_kind(part)}")
     dtype = reduce(torch.promote_types, (part.dtype for part in parts))  # parts of several dtypes are promoted
-    if not (dtype.is_floating_point or dtype.is_complex):
-        raise InvalidType(f"y0 must be floating or complex, not {dtype}; convert it: y0.float()")
+    if dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise InvalidType(f"y0 must be floating or complex, not {dtype}; convert it: y0.float(). Known are {known}")
     for part, name in zip(parts, names):
+        if part.layout is not torch.strided:
+            raise InvalidType(f"{name} must be dense, not of layout {part.layout}; convert it: {name}.to_dense()")
         if part.device != parts[0].device:
             raise InvalidValue(
                 f"all of y0 must be on one device; {names[0]} is on {parts[0].device}, {name} on {part.device}"

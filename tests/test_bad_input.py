@@ -56,6 +56,12 @@ ARGUMENTS = [
     Case("y0 integer", {"y0": torch.ones(2, dtype=LONG)}, InvalidType,
          ["y0 must be floating or complex", "int64", "y0.float()"], RuntimeError),
     Case("y0 boolean", {"y0": Y0 > 0}, InvalidType, ["y0 must be floating or complex", "bool"], RuntimeError),
+    Case("y0 of eight bits", {"y0": Y0.to(torch.float8_e5m2)}, InvalidType,
+         ["y0 must be floating or complex", "float16", "float8_e5m2"], RuntimeError),
+    Case("y0 sparse", {"y0": Y0.to_sparse()}, InvalidType, ["y0 must be dense", "sparse_coo", "y0.to_dense()"],
+         RuntimeError),
+    Case("a part of y0 sparse", {"y0": (Y0, Y0.to_sparse())}, InvalidType, ["y0[1] must be dense", "y0[1].to_dense()"],
+         RuntimeError),
     Case("y0 a list of numbers", {"y0": [1.0]}, InvalidType,
          ["y0 must be a tensor or a tuple", "y0[0] is a float"], AssertionError),
     Case("y0 a number", {"y0": 1.0}, InvalidType, ["y0 must be a tensor or a tuple", "float"], AssertionError),
@@ -140,6 +146,9 @@ OPTIONS = [
 ]  # fmt: skip
 
 RETURNS = [
+    Case("a norm that is no number", {"options": {"norm": lambda e: "large"}}, InvalidType, ["norm", "'large'"]),
+    Case("a norm of two numbers", {"options": {"norm": lambda e: e}}, InvalidValue, ["norm", "one number", "(2,)"],
+         RuntimeError),
     Case("another shape", {"func": lambda t, y: torch.ones(3)}, DynamicsError, ["func", "(2,)", "(3,)"], RuntimeError),
     Case("a shape that broadcasts", {"func": lambda t, y: y[:1]}, DynamicsError, ["(2,)", "(1,)"], RuntimeError),
     Case("a scalar", {"func": lambda t, y: y.sum()}, DynamicsError, ["(2,)", "()"], RuntimeError),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -231,3 +233,11 @@ def test_after_a_failure_it_ends_there():
     assert torch.equal(solution(torch.zeros(2, 3)), Y0.expand(2, 3, 2))
     with pytest.raises(InvalidValue, match="t must lie between"):
         solution(0.1)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "adams"])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copied", "pickled"])
+def test_it_can_be_copied_and_pickled(method, again):
+    solution = pyode.odeint_dense(pendulum, Y0, 0.0, 1.0, **options_of(method, 0.1))
+    t = torch.linspace(0, 1, 9)
+    assert torch.equal(again(solution)(t), solution(t))

@@ -246,3 +246,9 @@ def test_gradients_through_the_interpolant():
     start, asked = torch.tensor([0.0, 0.3], dtype=F64), torch.tensor([[0.4, 0.9], [1.3, 1.7]], dtype=F64)
     inputs = tuple(x.requires_grad_() for x in (y0, a, start, asked))
     assert torch.autograd.gradcheck(at, inputs, eps=1e-5, atol=1e-5, rtol=1e-4)
+
+
+def test_solutions_are_equal_to_themselves_alone():
+    one, other = (solve_ivp(lambda t, y: -y, torch.ones(3, 1), torch.tensor([0.0, 1.0])) for _ in range(2))
+    assert one != other  # by identity: tensors have no single answer
+    assert len({one, other, one}) == 2

@@ -350,3 +350,6 @@ def test_progress_of_a_solve_that_fails_stands_still(shown):
     solution = solve_ivp(lambda t, y: y * y, y0, torch.tensor([0.0, 1.0], dtype=F64), progress=True, throw=False)
     assert not solution.success
     assert shown[-1][0] == pytest.approx(0.5, abs=1e-3)  # where it blows up
+    options = {"control": "joint", "method": "trbdf2", "options": {"step_size": 0.01}}
+    solve_ivp(lambda t, y: y * y, y0, torch.tensor([0.0, 1.0], dtype=F64), progress=True, throw=False, **options)
+    assert 0.4 < shown[-1][0] < 0.55

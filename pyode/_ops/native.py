@@ -97,6 +97,10 @@ class Layout(contract.Layout):
             self.storage_uses,
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by what it was made from."""
+        return type(self), (self.samples, self.size, self.segments, self.dtype, self.device)
+
 
 _LARGE = 1 << 22  # bytes of a tensor whose first write is mostly the system's work
 

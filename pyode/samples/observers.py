@@ -46,7 +46,7 @@ class Observers:
         if bar is not None and not has_controller:
             callbacks["step"] = _all_of(bar.step, callbacks.get("step"))
         return Hooks(
-            fail=fail,
+            fail=_all_of(fail, None if bar is None else bar.fail) or fail,
             watch_batch=_all_of(None if self.dense is None else self.dense.watch, self.events),
             judged=_all_of(None if self.rows is None else self.rows.look, bar if has_controller else None),
             **callbacks,
