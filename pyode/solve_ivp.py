@@ -152,7 +152,7 @@ def solve_ivp(
         if again is not None:
             ys = again.solve(y0)
             if errors and throw:
-                raise errors[0]
+                raise errors.pop(0)  # kept nowhere: see raise_it
             return solution_of_native(again, y0, t, ys)
     if gradient not in GRADIENTS:
         raise InvalidValue(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, not {gradient!r}")
@@ -185,7 +185,7 @@ def solve_ivp(
         else:
             ys = run(problem)
     if failures and throw:
-        raise failures[0]
+        raise failures.pop(0)
     results, events = results_of(run.loop, failures, problem), observers.events
     flat = ys.reshape(len(ys), *samples.y0.shape)
     if events is not None:

@@ -191,7 +191,10 @@ def solve(
         if search is not None and error.status is Status.TOO_MANY_STEPS:
             error = SolveError(Status.NO_EVENT, error.t, error.dt, error.n_steps)
         if options.get("on_failure", "raise") == "raise":
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # see raise_it
         warn(f"the solve failed, and its last state stands for the rest: {error}")
         failures.append(error.t)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
+import weakref
 
 import pytest
 import torch
@@ -265,3 +267,34 @@ def test_with_an_event_a_solve_that_fails_before_it(interface, solve):
     with pytest.raises(SolveError) as caught:
         run()
     assert caught.value.status is Status.NON_FINITE
+
+
+SMALL = {"options": {"step_size": 0.1}}
+FAILING = {
+    "odeint": lambda f, y: pyode.odeint(f, y, tensor(0.0, 2.0)),
+    "adams": lambda f, y: pyode.odeint(f, y, tensor(0.0, 2.0), method="adams"),
+    "trbdf2": lambda f, y: pyode.odeint(f, y, tensor(0.0, 2.0), method="trbdf2", **SMALL),
+    "scipy": lambda f, y: pyode.odeint(f, y, tensor(0.0, 2.0), method="scipy_solver"),
+    "checkpoint": lambda f, y: pyode.odeint(f, y, tensor(0.0, 2.0), options={"gradient": "checkpoint"}),
+    "adjoint": lambda f, y: pyode.odeint_adjoint(f, y, tensor(0.0, 2.0)),
+    "solve_ivp": lambda f, y: pyode.solve_ivp(f, y, tensor(0.0, 2.0)),
+    "no event": lambda f, y: pyode.odeint_event(
+        f, y.nan_to_num(), 0.0, event_fn=lambda t, y: y + 9, method="rk4", options={**SMALL["options"], "event_t_max": 0.5}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("solve", FAILING.values(), ids=FAILING)
+def test_a_solve_that_has_failed_is_gone_with_its_error(solve):
+    # At once: a cycle of the error and a frame that knows it would keep all until Python looks for cycles.
+    gc.collect()
+    gc.disable()
+    try:
+        func, y0 = BlowUp(), tensor(math.nan)
+        alive = [weakref.ref(func), weakref.ref(y0)]
+        with pytest.raises(SolveError) as caught:
+            solve(func, y0)
+        del func, y0, caught
+        assert [x() for x in alive] == [None, None]
+    finally:
+        gc.enable()

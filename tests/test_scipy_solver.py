@@ -219,6 +219,13 @@ def test_a_func_that_is_not_finite_at_the_start(solver):
     assert torch.equal(y, tensor(1.0, 2.0).expand(3, 2))
 
 
+@pytest.mark.parametrize("solver", SOLVERS[:3])
+def test_a_start_that_is_not_finite(solver):
+    with np.errstate(all="ignore"), pytest.raises(SolveError) as caught:
+        pyode.odeint(lambda t, y: -y, tensor(1.0, math.nan), tensor(0.0, 1.0), **scipys(solver))
+    assert caught.value.status is Status.NON_FINITE
+
+
 def test_an_exception_of_func_passes_through():
     def func(t, y):
         raise KeyError("mine")

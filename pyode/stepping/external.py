@@ -77,6 +77,7 @@ class ScipyLoop:
         if y0.numel() == 0 or len(values) == 1:  # nothing to solve, which SciPy counts as a step
             return y0.expand(len(values), *y0.shape).clone()
         t, y = values[0], _array(y0)
+        self._finite = bool(np.isfinite(y).all())
         outputs: list[Any] = []
         with torch.no_grad():
             for solver in self._steps(y0, first_step):

@@ -133,10 +133,7 @@ class GridMarch:
         """All outputs; where a step could not be taken, or there was no event, those that are left are the state."""
         loop, values, y = self.loop, self.loop.times.values, self.y
         if self.n_outputs < len(values):
-            if self.failure is None:
-                before, now = self.ends[-2:]
-                self.failure = SolveError(Status.TOO_MANY_STEPS, now, now - before, loop.counts.n_accepted)
-            loop.hooks.fail(self.failure)
+            loop.hooks.fail(self._failure())
             if self.moving and loop.counts.n_accepted > 0:
                 y = self._unmoved(y, self.course.grid[self.at])
             if loop.hooks.tape is not None:
@@ -144,6 +141,13 @@ class GridMarch:
             for _ in values[self.n_outputs :]:
                 self.outputs.add(y)
         return self.outputs.collect()
+
+    def _failure(self) -> SolveError:
+        """Why outputs are left. It is kept no longer: see raise_it."""
+        before, now = self.ends[-2:]
+        endless = SolveError(Status.TOO_MANY_STEPS, now, now - before, self.loop.counts.n_accepted)
+        failure, self.failure = self.failure or endless, None
+        return failure
 
     def _unmoved(self, y: Tensor, time: Tensor) -> Tensor:
         """The state reached at a time, without its motion along the solution with that time."""

@@ -18,7 +18,10 @@ Callback = Callable[[float, Any, float], None]
 
 def raise_it(error: SolveError) -> None:
     """Raises the error."""
-    raise error
+    try:
+        raise error
+    finally:
+        del error  # a frame that knows the exception which knows it is a cycle, and all frames above it live on in it
 
 
 @dataclass(frozen=True)
