@@ -279,7 +279,8 @@ FAILING = {
     "adjoint": lambda f, y: pyode.odeint_adjoint(f, y, tensor(0.0, 2.0)),
     "solve_ivp": lambda f, y: pyode.solve_ivp(f, y, tensor(0.0, 2.0)),
     "no event": lambda f, y: pyode.odeint_event(
-        f, y.nan_to_num(), 0.0, event_fn=lambda t, y: y + 9, method="rk4", options={**SMALL["options"], "event_t_max": 0.5}
+        f, y.nan_to_num(), 0.0, event_fn=lambda t, y: y + 9, method="rk4",
+        options={**SMALL["options"], "event_t_max": 0.5},
     ),
 }  # fmt: skip
 
