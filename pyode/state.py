@@ -133,7 +133,8 @@ class Form:
         """The user's state, as views; `leading` dimensions come before those of the state."""
         if self.is_tensor:
             return y
-        flat = zip(torch.split(y, self.sizes, -1), self.shapes)
+        # Not torch.split, whose parts may not be written into where there is a graph.
+        flat = ((y.narrow(-1, at, n), shape) for at, n, shape in zip(self.segments, self.sizes, self.shapes))
         if self.per_sample:  # the parts lie apart
             return self.build(part.reshape((*leading, *shape)) for part, shape in flat)
         return self.build(part.view((*leading, *shape)) for part, shape in flat)

@@ -78,6 +78,18 @@ def test_the_parts_of_a_tuples_result_are_views_of_one_flat_output(solve):
         assert second.stride() == (3,)
 
 
+def test_a_part_of_a_tuples_result_may_be_written_into():
+    found = []
+    for module in (pyode, torchdiffeq):
+        func = Coupled()
+        first, second = module.odeint(func, START, T)
+        first.mul_(2)
+        second[0] = 0.0
+        (loss_of(first) + loss_of(second)).backward()
+        found.append([first.detach(), second.detach(), func.rate.grad])
+    assert all(map(torch.allclose, *found))
+
+
 @pytest.mark.parametrize("of", ["a tensor", "a tuple"])
 @pytest.mark.parametrize("time", [False, True])
 def test_an_adjoint_norm_is_given_what_torchdiffeq_gives_it(of, time):
