@@ -103,7 +103,8 @@ def test_gradients_of_the_start_and_the_times(method, backward):
 @pytest.mark.parametrize("method", [*ADAPTIVE, *FIXED])
 def test_the_adjoint_is_the_direct_gradient(method):
     found = []
-    low, step = method in ("adaptive_heun", "fehlberg2"), 0.02 if METHODS[method].order <= 2 or "adams" in method else 0.1
+    low = method in ("adaptive_heun", "fehlberg2")
+    step = 0.02 if METHODS[method].order <= 2 or "adams" in method else 0.1
     for odeint in (pyode.odeint, pyode.odeint_adjoint):
         func = nn.Sequential(nn.Linear(2, 3), nn.Softplus(), nn.Linear(3, 2)).double()
         for i, p in enumerate(func.parameters()):
