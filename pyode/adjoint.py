@@ -97,8 +97,8 @@ def odeint_adjoint(
     inherited = {name: value for name, value in problem.options.items() if name not in NOT_INHERITED}
     backward = (
         methods.find(method) if adjoint_method is None else methods.find(adjoint_method, "adjoint_method"),
-        problem.rtol if adjoint_rtol is None else adjoint_rtol,
-        problem.atol if adjoint_atol is None else adjoint_atol,
+        rtol if adjoint_rtol is None else adjoint_rtol,
+        atol if adjoint_atol is None else adjoint_atol,
         inherited if adjoint_options is None else dict(adjoint_options),
     )
     warns = not warned and adjoint_params != ()

@@ -98,7 +98,10 @@ class Loan:
     def __init__(self, func: Any) -> None:
         modules = [value for _, value in _walk(func, "") if isinstance(value, nn.Module)]
         self._held: list[tuple[dict[str, Any], dict[str, Any]]] = [
-            (held, dict(held)) for module in modules for held in (module._parameters, module._buffers)
+            (held, dict(held))
+            for module in modules
+            for held in (module._parameters, module._buffers)
+            if isinstance(held, dict)  # a scripted module can be lent none
         ]
 
     @contextmanager

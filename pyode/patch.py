@@ -6,6 +6,7 @@ import sys
 import warnings
 from contextlib import ExitStack
 from importlib.machinery import ModuleSpec
+from itertools import accumulate
 from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
@@ -143,8 +144,8 @@ def _mixed_norm(parts: tuple[Tensor, ...]) -> Tensor | float:
 
 def _flat_to_shape(flat: Tensor, length: tuple[int, ...], shapes: list[torch.Size]) -> tuple[Tensor, ...]:
     """The parts of a tuple, from [*length, N] with one behind the other."""
-    parts = torch.split(flat, [shape.numel() for shape in shapes], -1)
-    return tuple(part.view((*length, *shape)) for part, shape in zip(parts, shapes))
+    ends = accumulate(shape.numel() for shape in shapes)
+    return tuple(flat[..., end - s.numel() : end].view((*length, *s)) for s, end in zip(shapes, ends))
 
 
 _PUBLIC: dict[str, Any] = {f.__name__: f for f in (odeint, odeint_adjoint, odeint_event, odeint_dense)}

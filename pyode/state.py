@@ -142,7 +142,8 @@ class Form:
         """The user's state, as views; `leading` dimensions come before those of the state."""
         if self.is_tensor:
             return y
-        flat = zip(torch.split(y, self.sizes, -1), self.shapes)
+        # Not torch.split, whose parts may not be written into where there is a graph.
+        flat = ((y.narrow(-1, at, n), shape) for at, n, shape in zip(self.segments, self.sizes, self.shapes))
         if self.per_sample:  # the parts lie apart
             return self.build(part.reshape((*leading, *shape)) for part, shape in flat)
         return self.build(part.view((*leading, *shape)) for part, shape in flat)
@@ -179,6 +180,11 @@ class Form:
                 return self.tree.leaves(tolerance)
         several = isinstance(tolerance, Sequence) or (isinstance(tolerance, Tensor) and tolerance.dim() > 0)
         return tolerance if several and not self.is_tensor else None
+
+
+def _long(shape: torch.Size) -> list[int]:
+    """The dimensions that are not of size 1, which func may add and leave out."""
+    return [size for size in shape if size != 1]
 
 
 class Dynamics:
@@ -277,7 +283,9 @@ class Dynamics:
         if not isinstance(k, Tensor):
             raise DynamicsError(f"{name} must be a tensor, as y0's is, not {_kind(k)}")
         if k.shape != shape:
-            raise DynamicsError(f"{name} must return the shape of the state, {tuple(shape)}, not {tuple(k.shape)}")
+            if _long(k.shape) != _long(shape):
+                raise DynamicsError(f"{name} must return the shape of the state, {tuple(shape)}, not {tuple(k.shape)}")
+            k = k.reshape(shape)
         if k.device != self.device:
             raise DynamicsError(f"{name} must return a tensor on the state's device, {self.device}, not {k.device}")
         if k.is_complex() and not self.dtype.is_complex:

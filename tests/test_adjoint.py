@@ -10,6 +10,7 @@ import torchdiffeq
 from fields import TIGHT, Y0, Field, T, assert_close, gradients, loss_of
 from problems import tensor
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 import pyode
 from pyode import SolveError, Stats
@@ -126,6 +127,33 @@ def test_of_tuples(restart):
         found.append([y0[0].grad, y0[1].grad, t.grad, func.rate.grad])
     assert_close(found[1], found[0], 1e-6)
     assert_close(found[1], found[2], 1e-6)
+
+
+EACH = {  # a state, and one tolerance told for each of its parts or numbers
+    "parts": (lambda y: (y[:, :1], y[:, 1:]), lambda x: (x, x)),
+    "leaves": (lambda y: {"a": y, "b": [y[:, 1]]}, lambda x: {"a": x, "b": [x]}),
+    "numbers": (lambda y: y, lambda x: tensor(x, x)),
+    "complex numbers": (lambda y: y + 0.5j * y, lambda x: tensor(x, x)),
+}
+
+
+@pytest.mark.parametrize("which", ["", "adjoint_"])
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("kind", EACH)
+def test_tolerances_for_each_part_or_number_are_the_adjoints_too(kind, control, which):
+    of, each = EACH[kind]
+
+    def found(rtol, atol):
+        rate, y0 = tensor(0.7).requires_grad_(), Y0.clone().requires_grad_()
+        y = pyode.odeint_adjoint(
+            lambda t, y: tree_map(lambda part: torch.sin(rate * part), y), of(y0), T,
+            options={"control": control}, adjoint_params=(rate,), **{f"{which}rtol": rtol, f"{which}atol": atol},
+        )  # fmt: skip
+        sum(loss_of(part) for part in tree_leaves(y)).backward()
+        return y0.grad, rate.grad
+
+    assert all(map(torch.equal, found(each(1e-4), each(1e-6)), found(1e-4, 1e-6)))
+    assert not torch.equal(found(1e-4, 1e-6)[1], found(1e-6, 1e-6)[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.complex128, torch.complex64])

@@ -106,6 +106,25 @@ def test_parameters_are_found_without_a_module(name):
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("made", ["scripted", "traced"])
+def test_a_module_that_is_scripted_or_traced_is_one(made):
+    net = Net()
+    func, found = torch.jit.script(net) if made == "scripted" else torch.jit.trace(net, (T[0], Y0)), []
+    checkpoint = {"options": {"gradient": "checkpoint"}}
+    for solve, of, more in (
+        (pyode.odeint, net, {}),
+        (pyode.odeint_adjoint, func, {}),
+        (pyode.odeint_adjoint, lambda t, y: func(t, y), {}),
+        (pyode.odeint, func, checkpoint),
+    ):
+        net.zero_grad()
+        solve(of, Y0, T, **more).square().sum().backward()
+        found.append([p.grad for p in net.parameters()])
+    for gradients in found[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(gradients, found[0]))
+
+
 def test_tensors_that_require_grad_are_found_and_others_are_not():
     leaf, frozen = tensor(0.3, 0.7).requires_grad_(), tensor(2.0)
     computed = leaf * 2

@@ -104,6 +104,7 @@ def test_gradients_of_the_start_and_the_times(method, backward):
 def test_the_adjoint_is_the_direct_gradient(method):
     found = []
     low = method in ("adaptive_heun", "fehlberg2")
+    step = 0.02 if METHODS[method].order <= 2 or "adams" in method else 0.1
     for odeint in (pyode.odeint, pyode.odeint_adjoint):
         func = nn.Sequential(nn.Linear(2, 3), nn.Softplus(), nn.Linear(3, 2)).double()
         for i, p in enumerate(func.parameters()):
@@ -111,7 +112,7 @@ def test_the_adjoint_is_the_direct_gradient(method):
         module = AsModule(lambda t, y, func=func: func(y))
         module.func, y0 = func, tensor(0.5, -0.2).requires_grad_()
         t = tensor(0.0, 0.5, 1.0).requires_grad_(method not in FIXED)
-        options = {"step_size": 0.01} | ({"max_order": 5} if "explicit" in method else {}) if method in FIXED else {}
+        options = {"step_size": step} | ({"max_order": 5} if "explicit" in method else {}) if method in FIXED else {}
         if method == "bosh3":  # its outputs between steps are torchdiffeq's, of the first order
             options = {"step_t": t.detach()[1:]}
         tolerances = quietly(method) or {"rtol": 1e-5 if low else 1e-7, "atol": 1e-7 if low else 1e-9}
@@ -138,7 +139,8 @@ class Network(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_norm_that_counts_more_costs_more_evaluations(method, dtype):
     func, y0, t = Network(dtype), torch.tensor([1.0, 2.0], dtype=dtype), tensor(0.0, 1.0)
-    tolerances = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-7}
+    tolerance = 1e-5 if METHODS[method].order <= 2 else 1e-6 if dtype == torch.float32 else 1e-7
+    tolerances = {"rtol": tolerance, "atol": tolerance}
     counts = []
     for factor in (1, 10):
         func.calls = 0
