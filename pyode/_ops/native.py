@@ -277,6 +277,13 @@ def stage_vjp(layout: Layout, weights: tuple[float, ...], g: Tensor, dt: Tensor)
     return outs
 
 
+def stack_opposite(half: Layout, like: Tensor, f: Tensor, g: Tensor) -> Tensor:
+    """Returns [f, -g]; `half` is the layout of each, and `like` a tensor of the result's shape."""
+    out = torch.empty_like(like)
+    _C.stack_opposite(half.handle, f, g, _one(1, half.device), out, half.size * half.dtype.itemsize)
+    return out
+
+
 def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor) -> Tensor:
     """Rows of `moved` where accepted, of `stayed` elsewhere."""
     out = torch.empty_like(moved)

@@ -7,7 +7,7 @@ for the whole state (B = 1) and one for each sample. What a solve has under way 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment
 
 AtJump = Callable[[Tensor, Tensor, Tensor], Tensor]
+_THE_ONLY = torch.ones(1, dtype=torch.bool)  # sample, of those on a discontinuity
 
 
 class AdaptiveLoop(Outcome):
@@ -120,13 +121,20 @@ class AdaptiveLoop(Outcome):
     def on_jump(self) -> Tensor:
         """Which samples have just arrived at a discontinuity, where one has: [B]."""
         if self.layout.samples == 1:
-            return torch.ones(1, dtype=torch.bool)
+            return _THE_ONLY
         now, stops = self.controller.field("t"), self.grid.jump_t
         assert stops is not None
         stops = stops.to(now.device)
         there = torch.isin(now, stops) if stops.dim() == 1 else (now == stops).any(0)
         arrived: Tensor = (self.controller.field("accepted") != 0) & there
         return arrived
+
+    @cached_property
+    def far(self) -> Tensor:
+        """Infinity in time's direction, for each sample, in the dtype of the times that func sees."""
+        times = self.grid.times
+        ahead = torch.where(times[-1:] < times[:1], -torch.inf, torch.inf)
+        return ahead.reshape(-1).to(self.layout.device, self.layout.real_dtype)
 
     def field(self, name: str) -> float:
         """A number of the only sample's step state."""

@@ -85,7 +85,7 @@ class March:
         # The derivatives of the step under way. An old one is let go only when its successor is there: see _Ballast.
         self.ks = _ballast.take(len(loop.table.rows) + 1, y0)
         if quadrature is not None:
-            quadrature.start()
+            quadrature.start(trial=first_step is None)
         if not begins:
             self.ks[0] = loop.dynamics(start, y0)
             self.flags = loop.measure.start(loop.dynamics, y0, self.ks[0], first_step)
@@ -273,7 +273,7 @@ class March:
         if loop.at_jump is not None:
             self.y = loop.at_jump(now, on_jump, self.y)
         t = now.to(device=self.y.device, dtype=loop.layout.real_dtype)
-        behind = torch.nextafter(t.expand(2, -1), t + controller.field("dt_prev").sign().to(t))[0]
+        behind = torch.nextafter(t.expand(2, -1), loop.far)[0]
         if loop.quadrature is not None:
             loop.quadrature.restart()
         if loop.layout.samples == 1 or loop.grid.jump_t is None:

@@ -45,6 +45,11 @@ def stage_vjp(layout: Layout, weights: tuple[float, ...], g: Tensor, dt: Tensor)
     return [(w * scaled).to(g.dtype) if w else None for w in weights]
 
 
+def stack_opposite(half: Layout, like: Tensor, f: Tensor, g: Tensor) -> Tensor:
+    """Returns [f, -g]; `half` is the layout of each, and `like` a tensor of the result's shape."""
+    return torch.stack([f, -g])
+
+
 def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor) -> Tensor:
     """Rows of `moved` where accepted, of `stayed` elsewhere."""
     chosen = accepted.bool().to(moved.device).reshape(-1, *[1] * (moved.dim() - 1))
