@@ -54,8 +54,7 @@ void error_norm(const OwnedLayout& where, const py::tuple& weights, py::handle y
 }
 
 /// Leaves f and -g, states of this layout, one behind the other in `out`, the second at `offset` bytes. `one` is a 1.
-void stack_opposite(const OwnedLayout& where, py::handle f, py::handle g, py::handle one, py::handle out,
-                    int64_t offset) {
+void opposites(const OwnedLayout& where, py::handle f, py::handle g, py::handle one, py::handle out, int64_t offset) {
   StageCombine first;
   first.terms = 0;
   first.y = address(f);
@@ -190,7 +189,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("take_grid_steps", &take_grid_steps);
   m.def("take_adams_steps", &take_adams_steps);
   m.def("stage_vjp", &stage_vjp);
-  m.def("stack_opposite", &stack_opposite);
+  m.def("opposites", &opposites);
   m.def("error_norm", &error_norm);
   m.def("interpolate", &interpolate);
   m.def("select_rows", &select_rows);

@@ -5,8 +5,8 @@ A tensor handed to an op is contiguous, and of the layout's dtype and device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -277,10 +277,14 @@ def stage_vjp(layout: Layout, weights: tuple[float, ...], g: Tensor, dt: Tensor)
     return outs
 
 
-def stack_opposite(half: Layout, like: Tensor, f: Tensor, g: Tensor) -> Tensor:
-    """Returns [f, -g]; `half` is the layout of each, and `like` a tensor of the result's shape."""
+def opposites(half: Layout, like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns a function of f and g that makes [f, -g], like a tensor; `half` is the layout of each."""
+    return partial(_opposites, half.handle, like, _one(1, half.device), half.size * half.dtype.itemsize)
+
+
+def _opposites(half: _C.Layout, like: Tensor, one: Tensor, offset: int, f: Tensor, g: Tensor) -> Tensor:
     out = torch.empty_like(like)
-    _C.stack_opposite(half.handle, f, g, _one(1, half.device), out, half.size * half.dtype.itemsize)
+    _C.opposites(half, f, g, one, out, offset)
     return out
 
 

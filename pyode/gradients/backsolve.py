@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -87,7 +86,8 @@ def backwards(times: Times, options: dict[str, Any]) -> tuple[Times, dict[str, A
 def stack_for(ops: ModuleType, form: Form, y: Tensor) -> Stack:
     """What makes a state of the backward solve of two like y, a state of the forward one."""
     half = ops.Layout(1, form.segments[-1], form.segments, y.dtype, y.device)
-    return partial(ops.stack_opposite, half, y.new_empty((2, *y.shape)))
+    stack: Stack = ops.opposites(half, y.new_empty((2, *y.shape)))
+    return stack
 
 
 class AdjointDynamics:
@@ -120,7 +120,7 @@ class AdjointDynamics:
         """See RightHandSide."""
         quadrature = self.quadrature
         wanted = quadrature is not None and quadrature.wanted
-        y, b = z.unbind()
+        y, b = z[0], z[1]  # quicker than unbind()
         inputs: tuple[Tensor, ...] = (y.requires_grad_(),)
         if wanted and self.time:
             t = t.detach().requires_grad_()

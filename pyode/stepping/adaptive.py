@@ -130,11 +130,13 @@ class AdaptiveLoop(Outcome):
         return arrived
 
     @cached_property
-    def far(self) -> Tensor:
-        """Infinity in time's direction, for each sample, in the dtype of the times that func sees."""
-        times = self.grid.times
-        ahead = torch.where(times[-1:] < times[:1], -torch.inf, torch.inf)
-        return ahead.reshape(-1).to(self.layout.device, self.layout.real_dtype)
+    def behind(self) -> dict[float, Tensor]:
+        """For each discontinuity of a joint solve the time just behind it, as func sees it."""
+        jumps = self.grid.jump_t
+        assert jumps is not None
+        seen = jumps.to(device=self.layout.device, dtype=self.layout.real_dtype)
+        ahead = torch.nextafter(seen, torch.full_like(seen, self.times.sign * torch.inf))
+        return dict(zip(jumps.tolist(), ahead.unbind()))
 
     def field(self, name: str) -> float:
         """A number of the only sample's step state."""
