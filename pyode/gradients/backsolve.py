@@ -4,9 +4,9 @@ With a(t) = dL/dy(t), the solve carries y, a, and integrals of a df/dp for each 
 
     a' = -a df/dy,    dL/dp = int a df/dp dt        (Chen, Rubanova, Bettencourt, Duvenaud 2018)
 
-It carries b = -a in a's place: then what one product b df/d(y, p) returns for the parameters is their integrands as they
-are, backwards in time. At each output time a jumps by the gradient that arrives there, and y is set to the forward solve's value. The solve
-runs through all of them: they are its discontinuities, and the step size is carried on. The integrals are read by
+It carries b = -a in a's place: what one product b df/d(y, p) returns for p is then an integrand as it is, backwards in
+time. At each output time a jumps by the gradient that arrives there, and y is set to the forward solve's value. The
+solve runs through all of them: they are its discontinuities, and the step size is carried on. The integrals are read by
 nothing but their own share of the error norm, so they need no stage sums (stepping/quadrature.py).
 """
 
@@ -93,9 +93,7 @@ def stack_for(ops: ModuleType, form: Form, y: Tensor) -> Stack:
 class AdjointDynamics:
     """d/dt of (y, b), stacked; notes the integrands of time and the parameters."""
 
-    def __init__(
-        self, forward: Dynamics, stack: Stack, params: tuple[Tensor, ...], time: bool, warns: bool
-    ) -> None:
+    def __init__(self, forward: Dynamics, stack: Stack, params: tuple[Tensor, ...], time: bool, warns: bool) -> None:
         self.forward, self.stack, self.params, self.time = forward, stack, params, time
         self.quadrature: Quadrature | None = None
         self.survey = Survey(params) if warns else None
@@ -207,10 +205,14 @@ class Backsolve:
             stepwise = self.config.restart or not (self.config.method.adaptive and self.config.method.one_step)
             z = self._interval_by_interval(z, quadrature) if stepwise else self._through(z, quadrature)
         results = list(quadrature.values)
-        start = results.pop(0) if self.time_carried else None
-        if self.time:
-            self.time_gradients[0] = start.to(self.time_gradients[0])
-        return self.gradients[0] - z[1], torch.stack(self.time_gradients) if self.time else None, results
+        of_start = results.pop(0) if self.time_carried else None
+        if self.time and of_start is not None:
+            self.time_gradients[0] = of_start.to(self.time_gradients[0])
+        return (
+            self.gradients[0] - z[1],
+            torch.stack(self.time_gradients) if self.time else None,
+            results,
+        )
 
     def _quadrature(self) -> Quadrature:
         config, like = self.config, self.ys[0]

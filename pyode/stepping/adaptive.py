@@ -131,9 +131,9 @@ class AdaptiveLoop(Outcome):
 
     @cached_property
     def behind(self) -> dict[float, Tensor]:
-        """For each discontinuity of a joint solve the time just behind it, as func sees it."""
-        jumps = self.grid.jump_t
-        assert jumps is not None
+        """For each discontinuity of the only sample the time just behind it, as func sees it."""
+        assert self.grid.jump_t is not None
+        jumps = self.grid.jump_t.reshape(-1)
         seen = jumps.to(device=self.layout.device, dtype=self.layout.real_dtype)
         ahead = torch.nextafter(seen, torch.full_like(seen, self.times.sign * torch.inf))
         return dict(zip(jumps.tolist(), ahead.unbind()))
