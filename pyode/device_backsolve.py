@@ -14,7 +14,7 @@ from ._ops.contract import Layout
 from .captures import BoundFunc, Captured, CaptureError, Key, captured_for, surroundings
 from .control import Times, grid_from
 from .device_solve import DeviceSolve, Given, launch, obstacle, unless
-from .gradients.backsolve import AdjointDynamics, BacksolveConfig, backwards
+from .gradients.backsolve import AdjointDynamics, BacksolveConfig, backwards, stack_for
 from .methods import Tableau
 from .problem import Problem
 from .state import Dynamics, Func
@@ -96,7 +96,7 @@ class DeviceBacksolve(DeviceSolve):
 
         def collect(loop: CapturedLoop) -> tuple[Tensor, list[Tensor]]:
             assert loop.quadrature is not None
-            found = loop.out[-1, 1] + self.gradients[0], loop.quadrature.copies()
+            found = self.gradients[0] - loop.out[-1, 1], loop.quadrature.copies()
             self.read(loop)
             return found
 
@@ -112,9 +112,8 @@ class DeviceBacksolve(DeviceSolve):
         if any(id(p) not in stand_ins for p in self.params):
             raise CaptureError("a tensor that wants a gradient is a global variable of func's, or in a tuple")
         params = tuple(stand_ins[id(p)] for p in self.params)
-        dynamics = AdjointDynamics(
-            Dynamics(func, form, ys[0], partial(native.copy, layout)), params, False, config.warns
-        )
+        forward = Dynamics(func, form, ys[0], partial(native.copy, layout))
+        dynamics = AdjointDynamics(forward, stack_for(native, form, ys[0]), params, False, config.warns)
         outputs, gradients = torch.empty_like(ys), torch.empty_like(ys)
         output_times = torch.empty(len(ys), dtype=torch.float64, device=ys.device)
         rtol, atol = output_times.new_empty(()), output_times.new_empty(())
@@ -126,7 +125,7 @@ class DeviceBacksolve(DeviceSolve):
             """At an output time y is the forward solve's, and a jumps by the gradient that arrives there."""
             here = output_times == now
             i = here.to(torch.uint8).argmax(0, keepdim=True)
-            arrived = torch.stack([outputs.index_select(0, i)[0], z[1] + gradients.index_select(0, i)[0]])
+            arrived = torch.stack([outputs.index_select(0, i)[0], z[1] - gradients.index_select(0, i)[0]])
             return torch.where(here.any(), arrived, z)
 
         rtols, atols, grid, times = self.given.places(ys.device)
@@ -144,6 +143,6 @@ class DeviceBacksolve(DeviceSolve):
         for place, given in zip(tolerances, (self.config.rtol, self.config.atol)):
             place.copy_(given.min()) if isinstance(given, Tensor) else place.fill_(given)
         captured.loop.y[0] = self.ys[-1]
-        captured.loop.y[1] = self.gradients[-1]
+        captured.loop.y[1] = -self.gradients[-1]
         self.given.fill(captured)
         captured.fill_slots(self.bound)

@@ -166,7 +166,7 @@ def solve_ivp(
     graph = torch.is_grad_enabled()
     adjoint = None
     if graph and gradient == "adjoint":
-        adjoint = _adjoint_of(problem, controller, adjoint_options, params != ())
+        adjoint = _adjoint_of(problem, controller, adjoint_options, params != (), compact)
         callbacks_of(func, adjoint.tableau, t, lambda z: z, "_adjoint", "in solve_ivp's backward solve")  # warns
     samples = Samples(problem.form, problem.y0, t)
     observers = observers_of(problem, samples, event_fn, args, dense_output, compact, progress)
@@ -282,9 +282,9 @@ class _Run:
 
 
 def _adjoint_of(
-    problem: Problem, controller: Any, options: dict[str, Any] | None, warns: bool
+    problem: Problem, controller: Any, options: dict[str, Any] | None, warns: bool, compact: bool
 ) -> SampleBacksolveConfig:
-    """How the backward solve is done, from a solve's adjoint_options; whether it warns of gradients that are lost."""
+    """How the backward solve is done, from a solve's adjoint_options and what else SampleBacksolveConfig has."""
     options = {} if options is None else dict(check_dict(options, "adjoint_options"))
     method = methods.find(options.pop("method", problem.method.name), "adjoint_options['method']")
     if not isinstance(method, Tableau) or not method.adaptive:
@@ -297,7 +297,7 @@ def _adjoint_of(
     check_options(options, method, strict=True)
     warn_of_host(options)
     policy = replace(_policy_of(policy_from(options, method), controller), resume=True)
-    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options.get("stats"), warns)
+    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options.get("stats"), warns, compact)
 
 
 def _policy_of(policy: Policy, controller: Any) -> Policy:

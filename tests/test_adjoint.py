@@ -239,6 +239,35 @@ def test_what_is_not_wanted_is_not_computed(wanted):
         assert (field.matrix.grad is None) == (wanted != "params")
 
 
+class Noted(torch.autograd.Function):
+    """Its argument; counts the gradients that pass through it."""
+
+    count = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        Noted.count += 1
+        return g
+
+
+@pytest.mark.parametrize("backward", [{}, RESTART], ids=str)
+def test_integrands_that_have_no_weight_are_not_computed(backward):
+    # That of dopri5's second stage, which is also the trial of a first step that is chosen.
+    rate, stats = tensor(-0.7).requires_grad_(), Stats()
+
+    def func(t, y):
+        return Noted.apply(rate) * y
+
+    y = pyode.odeint_adjoint(func, Y0, T, adjoint_params=(rate,), adjoint_options={**backward, "stats": stats})
+    Noted.count = 0
+    y.sum().backward()
+    assert Noted.count == stats.n_f_evals - stats.n_accepted - stats.n_rejected
+
+
 def test_a_parameter_keeps_its_dtype_and_strides():
     weight = torch.randn(2, 3).T[:2, :].requires_grad_()
     y0 = Y0.clone().requires_grad_()

@@ -47,6 +47,15 @@ def magnitude_of(y: Tensor, ks: list[Tensor], weights: tuple[float, ...], dt: Te
     return y.abs().double() + dt.abs()[:, None] * sum(abs(w) * k.abs().double() for w, k in zip(weights, ks))
 
 
+@pytest.mark.parametrize("size", [0, 1, 17, 4097, 70001])
+def test_a_state_over_minus_another_is_its_twins(size, dtype, device):
+    f, (g, *_), _ = operands(1, size, dtype, device)
+    like = torch.empty(2, *f.shape, dtype=dtype, device=device)
+    actual, expected = (ops.opposites(layout_for(ops, f, 1), like)(f, g) for ops in BACKENDS)
+    assert actual.shape == expected.shape
+    assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize(("samples", "size"), SHAPES)
 def test_a_stage_sum_is_its_twins(samples, size, dtype, device):
     y, ks, dt = operands(samples, size, dtype, device)

@@ -179,6 +179,23 @@ def test_both_passes_may_call_func_with_running_rows_alone(mode, method):
     assert backward[0] < 0.9 * backward[1]  # the first steps, which few checkpoints repeat, move all rows
 
 
+def test_a_backward_solve_may_call_func_with_running_rows_alone():
+    rows, found, counts = [], [], []
+
+    def func(t, y, a):
+        rows.append(len(y) if torch.is_grad_enabled() else 0)  # in the backward solve
+        return field(t, y, a)
+
+    y0, ends = torch.linspace(-2, 2, 32, dtype=F64).view(16, 2), torch.linspace(0.05, 3, 16, dtype=F64)
+    t = torch.stack([0 * ends, 0.7 * ends, ends])
+    for compact in (True, False):
+        rows.clear()
+        found.append(gradients("adjoint", t, func, y0, compact=compact))
+        counts.append(sum(rows))
+    assert_close(*found, 1e-12)
+    assert counts[0] < 0.7 * counts[1]
+
+
 def test_samples_of_one_thousand_oscillators_each():
     # Hundreds of steps with many rejections, of which the tape has those alone that somebody accepted.
     results = []

@@ -53,6 +53,23 @@ void error_norm(const OwnedLayout& where, const py::tuple& weights, py::handle y
   PYODE_DISPATCH(where, error_norm, op);
 }
 
+/// Leaves f and -g, states of this layout, one behind the other in `out`, the second at `offset` bytes. `one` is a 1.
+void opposites(const OwnedLayout& where, py::handle f, py::handle g, py::handle one, py::handle out, int64_t offset) {
+  StageCombine first;
+  first.terms = 0;
+  first.y = address(f);
+  first.dt = nullptr;
+  first.out = address(out);
+  StageVjp second;
+  second.terms = 1;
+  second.w[0] = -1;
+  second.g = address(g);
+  second.dt = address<double>(one);
+  second.out[0] = static_cast<char*>(first.out) + offset;
+  PYODE_DISPATCH(where, stage_combine, first);
+  PYODE_DISPATCH(where, stage_vjp, second);
+}
+
 void select_rows(const OwnedLayout& where, py::handle moved, py::handle stayed, py::handle accepted, py::handle out) {
   const SelectRows op = {address(moved), address(stayed), address<int64_t>(accepted), address(out)};
   PYODE_DISPATCH(where, select_rows, op);
@@ -172,6 +189,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("take_grid_steps", &take_grid_steps);
   m.def("take_adams_steps", &take_adams_steps);
   m.def("stage_vjp", &stage_vjp);
+  m.def("opposites", &opposites);
   m.def("error_norm", &error_norm);
   m.def("interpolate", &interpolate);
   m.def("select_rows", &select_rows);

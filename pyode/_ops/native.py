@@ -5,8 +5,8 @@ A tensor handed to an op is contiguous, and of the layout's dtype and device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -279,6 +279,17 @@ def stage_vjp(layout: Layout, weights: tuple[float, ...], g: Tensor, dt: Tensor)
     outs = [torch.empty_like(g) if w else None for w in weights]
     _C.stage_vjp(layout.handle, weights, g, dt, outs)
     return outs
+
+
+def opposites(half: Layout, like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns a function of f and g that makes [f, -g], like a tensor; `half` is the layout of each."""
+    return partial(_opposites, half.handle, like, _one(1, half.device), half.size * half.dtype.itemsize)
+
+
+def _opposites(half: _C.Layout, like: Tensor, one: Tensor, offset: int, f: Tensor, g: Tensor) -> Tensor:
+    out = torch.empty_like(like)
+    _C.opposites(half, f, g, one, out, offset)
+    return out
 
 
 def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """The continuous adjoint: gradients from a second solve, backwards in time, in memory that does not grow with steps.
 
-With a(t) = dL/dy(t), the solve carries y, a, and integrals of a' df/dp for each parameter p and for time::
+With a(t) = dL/dy(t), the solve carries y, a, and integrals of a df/dp for each parameter p and for time::
 
     a' = -a df/dy,    dL/dp = int a df/dp dt        (Chen, Rubanova, Bettencourt, Duvenaud 2018)
 
-At each output time a jumps by the gradient that arrives there, and y is set to the forward solve's value. The solve
-runs through all of them: they are its discontinuities, and the step size is carried on. The integrals are read by
+It carries b = -a in a's place: what one product b df/d(y, p) returns for p is then an integrand as it is, backwards in
+time. At each output time a jumps by the gradient that arrives there, and y is set to the forward solve's value. The
+solve runs through all of them: they are its discontinuities, and the step size is carried on. The integrals are read by
 nothing but their own share of the error norm, so they need no stage sums (stepping/quadrature.py).
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ from .survey import Survey
 from .vjp import vjp
 
 AdjointNorm = Callable[[tuple[Tensor, ...]], Any]
+Stack = Callable[[Tensor, Tensor], Tensor]  # of x and y to [x, -y]
 
 
 @dataclass
@@ -80,11 +83,18 @@ def backwards(times: Times, options: dict[str, Any]) -> tuple[Times, dict[str, A
     return ends, options
 
 
-class AdjointDynamics:
-    """d/dt of (y, a), stacked; notes the integrands of time and the parameters."""
+def stack_for(ops: ModuleType, form: Form, y: Tensor) -> Stack:
+    """What makes a state of the backward solve of two like y, a state of the forward one."""
+    half = ops.Layout(1, form.segments[-1], form.segments, y.dtype, y.device)
+    stack: Stack = ops.opposites(half, y.new_empty((2, *y.shape)))
+    return stack
 
-    def __init__(self, forward: Dynamics, params: tuple[Tensor, ...], time: bool, warns: bool) -> None:
-        self.forward, self.params, self.time = forward, params, time
+
+class AdjointDynamics:
+    """d/dt of (y, b), stacked; notes the integrands of time and the parameters."""
+
+    def __init__(self, forward: Dynamics, stack: Stack, params: tuple[Tensor, ...], time: bool, warns: bool) -> None:
+        self.forward, self.stack, self.params, self.time = forward, stack, params, time
         self.quadrature: Quadrature | None = None
         self.survey = Survey(params) if warns else None
         self.zeros = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
@@ -108,7 +118,7 @@ class AdjointDynamics:
         """See RightHandSide."""
         quadrature = self.quadrature
         wanted = quadrature is not None and quadrature.wanted
-        y, a = z.unbind()
+        y, b = z[0], z[1]  # quicker than unbind()
         inputs: tuple[Tensor, ...] = (y.requires_grad_(),)
         if wanted and self.time:
             t = t.detach().requires_grad_()
@@ -118,25 +128,22 @@ class AdjointDynamics:
         f = with_graph(self.forward, t, y)
         if wanted and self.survey is not None and self.survey.look(f, (t, y)) is not None:
             self.survey = None
-        slope, *integrands = vjp(f, inputs, a.neg())
+        product, *integrands = vjp(f, inputs, b)
         if quadrature is not None:
             quadrature.note(self._plain(t, integrands) if wanted else None)
-        return self._stacked(f, slope)
+        return self.stack(f, torch.zeros_like(b) if product is None else plain(product))
 
     def trial(self, t: Tensor, z: Tensor, /) -> Tensor:
         """See RightHandSide."""
         recording = torch.is_grad_enabled()
         with torch.enable_grad():
-            y, a = z.unbind()
+            y, b = z.unbind()
             if not y.requires_grad:
                 y = y.detach().requires_grad_()
-            f, slope = self.forward(t, y), None
+            f, product = self.forward(t, y), None
             if f.requires_grad:
-                (slope,) = torch.autograd.grad(f, y, a.neg(), allow_unused=True, create_graph=recording)
-        return self._stacked(f, slope)
-
-    def _stacked(self, f: Tensor, slope: Tensor | None) -> Tensor:
-        return torch.stack([f, torch.zeros_like(f) if slope is None else slope])
+                (product,) = torch.autograd.grad(f, y, b, allow_unused=True, create_graph=recording)
+        return torch.stack([f, torch.zeros_like(f) if product is None else -product])
 
     def _plain(self, t: Tensor, integrands: list[Tensor | None]) -> list[Tensor]:
         zeros = [torch.zeros_like(t), *self.zeros] if self.time else self.zeros
@@ -168,18 +175,19 @@ class Backsolve:
         time: bool,
     ) -> None:
         self.form, self.times, self.config = form, times, config
-        self.ys, self.gradients, self.params = ys, plain(gradients), params
+        self.ys, self.gradients = plain(ys).unbind(), plain(gradients).unbind()
         self.time = time
         # torchdiffeq carries the time integral, and its share of the norm, whether it is wanted or not.
         self.time_carried = self.time or (config.restart and config.method.adaptive)
         self.func = func
-        self.forward = Dynamics(func, form, ys[0])
-        self.dynamics = AdjointDynamics(self.forward, params, self.time_carried, config.warns)
+        self.forward = Dynamics(func, form, self.ys[0])
         self.evals_counted = 0
-        self.time_gradients = [torch.zeros((), dtype=times.tensor.dtype, device=ys.device) for _ in times.values]
-        n, segments = ys[0].numel(), form.segments
+        self.time_gradients = list(times.tensor.new_zeros(len(times.values)).to(ys.device)) if time else []
+        n, segments = form.segments[-1], form.segments
         self.ops = backend_for(ys)
+        self.stack = stack_for(self.ops, form, self.ys[0])
         self.layout = self.ops.Layout(1, 2 * n, (*segments, *(n + s for s in segments[1:])), ys.dtype, ys.device)
+        self.dynamics = AdjointDynamics(self.forward, self.stack, params, self.time_carried, config.warns)
         self.rtol, self.atol = (x if isinstance(x, float) else torch.stack([x, x]) for x in (config.rtol, config.atol))
 
     def solve(self) -> tuple[Tensor, Tensor | None, list[Tensor]]:
@@ -188,7 +196,7 @@ class Backsolve:
         if last == 0:
             t = torch.zeros_like(self.times.tensor) if self.time else None
             return self.gradients[0], t, list(self.dynamics.zeros)
-        z = self._arrive(last, torch.zeros_like(self.ys[:1]).expand(2, *self.ys.shape[1:]), None)
+        z = self._arrive(last, self.gradients[last], None)
         quadrature = self._quadrature()
         if self.time:
             quadrature.values[0] = quadrature.values[0] - self.time_gradients[last].to(quadrature.values[0])
@@ -197,12 +205,17 @@ class Backsolve:
             stepwise = self.config.restart or not (self.config.method.adaptive and self.config.method.one_step)
             z = self._interval_by_interval(z, quadrature) if stepwise else self._through(z, quadrature)
         results = list(quadrature.values)
-        if self.time_carried:
-            self.time_gradients[0] = results.pop(0).to(self.time_gradients[0])
-        return z[1] + self.gradients[0], torch.stack(self.time_gradients) if self.time else None, results
+        of_start = results.pop(0) if self.time_carried else None
+        if self.time and of_start is not None:
+            self.time_gradients[0] = of_start.to(self.time_gradients[0])
+        return (
+            self.gradients[0] - z[1],
+            torch.stack(self.time_gradients) if self.time else None,
+            results,
+        )
 
     def _quadrature(self) -> Quadrature:
-        config, like = self.config, self.ys
+        config, like = self.config, self.ys[0]
         values = [zero.clone() for zero in self.dynamics.zeros]
         shares = [config.fused and not config.seminorm] * len(values)
         if self.time_carried:
@@ -212,18 +225,21 @@ class Backsolve:
         rtol, atol = (x if isinstance(x, float) else float(x.min()) for x in (config.rtol, config.atol))
         return Quadrature(values, config.method, self.ops, rtol, atol, shares)
 
-    def _arrive(self, i: int, z: Tensor, quadrature: Quadrature | None) -> Tensor:
-        """The state behind output i: y from the forward solve, a with the gradient that arrives there."""
-        gradient = self.gradients[i]
+    def _jump(self, i: int, z: Tensor, quadrature: Quadrature) -> Tensor:
+        """The state behind output i, where the gradient that arrives there adds to a."""
+        return self._arrive(i, self.gradients[i] - z[1], quadrature)
+
+    def _arrive(self, i: int, a: Tensor, quadrature: Quadrature | None) -> Tensor:
+        """The state behind output i, of the forward solve's y and a."""
         if self.time and i > 0:
             # Moving the output time moves the output along f.
-            t = self.times.tensor[i].detach().to(device=z.device, dtype=self.layout.real_dtype)
-            f = self.forward(t, self.ys[i])
+            t = self.times.tensor[i].detach().to(device=a.device, dtype=self.layout.real_dtype)
+            f, gradient = self.forward(t, self.ys[i]), self.gradients[i]
             effect = torch.sum((f.conj() * gradient).real if f.is_complex() else f * gradient)
             self.time_gradients[i] = effect.to(self.time_gradients[i])
             if quadrature is not None:
                 quadrature.values[0] = quadrature.values[0] - effect
-        return torch.stack([self.ys[i], z[1] + gradient])
+        return self.stack(self.ys[i], a)
 
     def _through(self, z: Tensor, quadrature: Quadrature) -> Tensor:
         """One solve from the last output time to the first, with a jump at each between."""
@@ -233,7 +249,7 @@ class Backsolve:
         def at_jump(t: Tensor, _: Tensor, z: Tensor) -> Tensor:
             if not pending or float(t) != values[pending[-1]]:
                 return z  # a discontinuity of the user's
-            return self._arrive(pending.pop(), z, quadrature)
+            return self._jump(pending.pop(), z, quadrature)
 
         return self._run(z, *backwards(self.times, self.config.options), quadrature, at_jump)
 
@@ -244,7 +260,7 @@ class Backsolve:
             times = Times(self.times.tensor.detach()[[i, i - 1]], [values[i], values[i - 1]])
             z = self._run(z, times, self.config.options, quadrature)
             if i > 1:
-                z = self._arrive(i - 1, z, quadrature)
+                z = self._jump(i - 1, z, quadrature)
         return z
 
     def _norm(self, error: Tensor, integral_errors: list[Tensor]) -> Any:
@@ -255,7 +271,8 @@ class Backsolve:
         """(t, y, adj_y, *params), as torchdiffeq has the adjoint state."""
         if not self.time_carried:
             integrals = [z.new_zeros((), dtype=self.layout.real_dtype), *integrals]
-        return (integrals[0], *z.unbind(), *integrals[1:])
+        y, b = z.unbind()
+        return (integrals[0], y, -b, *integrals[1:])
 
     def _hooks(self, whole: Callable[[Tensor], tuple[Tensor, ...]]) -> Hooks:
         """The user's callbacks, which are given (t, y, adj_y, *params)."""

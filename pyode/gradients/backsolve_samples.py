@@ -8,6 +8,7 @@ each sample but (y, a).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,11 @@ from ..solution import Stats
 from ..state import Func
 from ..stepping.adaptive import AdaptiveLoop
 from ..stepping.hooks import Hooks
+from ..stepping.running_rows import RunningRows
 from ..stepping.segment import BatchSegment
 from .survey import Survey
+
+Compacted = Callable[[], tuple[RunningRows, Func]]
 
 
 def warn_of_host(options: dict[str, Any]) -> None:
@@ -47,6 +51,7 @@ class SampleBacksolveConfig:
     grid: Grid  # of the forward solve, whose step_t and jump_t are met again
     stats: Stats | None
     warns: bool  # of tensors that func depends on and that get no gradient
+    compact: bool = False  # whether func is called with some of its rows only
 
 
 class SampleBacksolve:
@@ -63,6 +68,8 @@ class SampleBacksolve:
         segments: of the norm of a state.
         params: the tensors whose gradients are wanted, beside y0's.
         with_time: whether those of the times are.
+        compacted: returns func with the choice of its rows, if it is to be called with some only: those that still run,
+            or that a step has moved.
     """
 
     direct = None
@@ -78,8 +85,13 @@ class SampleBacksolve:
         segments: tuple[int, ...],
         params: tuple[Tensor, ...],
         with_time: bool,
+        compacted: Compacted | None = None,
     ) -> None:
         self.func, self.config, self.params, self.with_time = func, config, params, with_time
+        self.running: RunningRows | None
+        self.moved: RunningRows | None
+        self.running, self.running_func = (None, func) if compacted is None else compacted()
+        self.moved, self.moved_func = (None, func) if compacted is None else compacted()
         self.times, self.ys, self.gradients, self.first_step = times, ys, gradients, first_step
         self.n_evals = 0
         self.survey = Survey(params) if config.warns else None
@@ -123,7 +135,7 @@ class SampleBacksolve:
         rtol, atol = (x if isinstance(x, float) else torch.cat([x.reshape(-1)] * 2) for x in (config.rtol, config.atol))
         return AdaptiveLoop(
             self, config.tableau, self.layout, rtol, atol, config.policy, grid, Times(ends, ends[:, 0].tolist()),
-            at_jump=self._arrive, hooks=Hooks(watch_batch=self._add_integrals),
+            at_jump=self._arrive, hooks=Hooks(watch_batch=self._watch),
         )  # fmt: skip
 
     def _arrive(self, now: Tensor, there: Tensor, z: Tensor) -> Tensor:
@@ -152,15 +164,15 @@ class SampleBacksolve:
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
         """d/dt of (y, a)."""
         y, a = z.detach().unbind(1)
-        f, (slope,) = self._products(t.reshape(-1), y.contiguous(), a.neg(), ())
+        f, (slope,) = self._products(self.running_func, t.reshape(-1), y.contiguous(), a.neg(), ())
         return torch.stack([f, torch.zeros_like(f) if slope is None else slope], 1)
 
-    def _products(self, t: Tensor, y: Tensor, v: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+    def _products(self, func: Func, t: Tensor, y: Tensor, v: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
         """F(t, y), and v df/dx for y, or for what is given instead."""
         self.n_evals += 1
         with torch.enable_grad():
             y = y.requires_grad_()
-            f = self.func(t, y)
+            f = func(t, y)
             if self.survey is not None and self.survey.look(f, (t, y)) is not None:
                 self.survey = None
             inputs = others or (y,)
@@ -168,10 +180,17 @@ class SampleBacksolve:
                 return f, (None,) * len(inputs)
             return f.detach(), torch.autograd.grad(f, inputs, v, allow_unused=True)
 
+    def _watch(self, segment: BatchSegment) -> None:
+        """Looks at a step that some sample has accepted."""
+        if self.params or self.with_time:
+            if self.moved is not None:
+                self.moved.only(segment.accepted)
+            self._add_integrals(segment)
+        if self.running is not None:
+            self.running.look(segment.controller)
+
     def _add_integrals(self, segment: BatchSegment) -> None:
         """Adds an accepted step's share of the parameters' and the times' integrals."""
-        if not self.params and not self.with_time:
-            return
         tableau, dt = self.config.tableau, torch.where(segment.accepted, segment.size, 0.0)
         z, ks = segment.y.contiguous(), [k.contiguous() for k in segment.ks]
         for j, weight in enumerate(tableau.weights):
@@ -184,7 +203,9 @@ class SampleBacksolve:
             if self.with_time:
                 t = t.requires_grad_()
             v = a * (-weight * dt).to(y.device, self.layout.real_dtype)[:, None]
-            _, found = self._products(t, y.contiguous(), v, (*([t] if self.with_time else []), *self.params))
+            _, found = self._products(
+                self.moved_func, t, y.contiguous(), v, (*([t] if self.with_time else []), *self.params)
+            )
             totals = [*([self.time_gradients[0]] if self.with_time else []), *self.param_gradients]
             for total, gradient in zip(totals, found):
                 if gradient is not None:

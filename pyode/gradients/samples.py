@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..circumstances import Circumstances
 from ..state import Func
-from .backsolve_samples import SampleBacksolve, SampleBacksolveConfig
+from .backsolve_samples import Compacted, SampleBacksolve, SampleBacksolveConfig
 from .twice import backsolve_samples_with_graph
 
 
@@ -30,6 +30,7 @@ class SolvedSamples:
         end_t, end_y: [B] and [B, D] of each sample's event; nan where it had none.
         last_dt: [B] the size of each sample's last step.
         odeint: records a graph, for gradients of gradients.
+        compacted: as SampleBacksolve's.
     """
 
     written: Func
@@ -43,6 +44,7 @@ class SolvedSamples:
     end_y: Tensor
     last_dt: Tensor
     odeint: Callable[..., Any]
+    compacted: Compacted | None
 
 
 class SampleAdjoint(torch.autograd.Function):
@@ -86,8 +88,9 @@ class SampleAdjoint(torch.autograd.Function):
                 )  # fmt: skip
             else:
                 found = SampleBacksolve(
-                    solved.func, solved.config, times, ys, gradient, -solved.last_dt, solved.segments, params, t_wanted
-                ).solve()
+                    solved.func, solved.config, times, ys, gradient, -solved.last_dt, solved.segments, params, t_wanted,
+                    solved.compacted,
+                ).solve()  # fmt: skip
         y0_gradient, time_gradients, param_gradients = found
         t_gradient = None
         if t_wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from ..gradients.backsolve_samples import SampleBacksolveConfig
 from ..gradients.samples import SampleAdjoint, SolvedSamples
 from ..problem import Problem
+from ..state import Func
+from ..stepping.running_rows import RunningRows
 from .batch import Samples
 
 
@@ -37,10 +40,17 @@ def with_adjoint(
         end: [B] and [B, D], times and states at which samples ended early, nan where they did not; None if none did.
         params: the tensors whose gradients are wanted, beside those of y0 and t.
     """
+    quiet = replace(problem, y0=problem.y0.detach())
+
+    def compacted() -> tuple[RunningRows, Func]:
+        rows = RunningRows(problem.func, problem.form)
+        return rows, samples.func(replace(quiet, func=rows))
+
     end_t, end_y = end or (samples.t0 * torch.nan, torch.full_like(samples.y0, torch.nan))
     solved = SolvedSamples(
         problem.func, samples.func(problem), config, problem.form.segments, samples.times_of(t),
         reached.to(samples.clock), ys, end_t, end_y, last_dt.to(samples.clock), odeint,
+        compacted if config.compact else None,
     )  # fmt: skip
     states: tuple[Tensor, Tensor] = SampleAdjoint.apply(solved, t, samples.y0, *params)  # type: ignore[no-untyped-call]
     return states

@@ -7,14 +7,14 @@ for the whole state (B = 1) and one for each sample. What a solve has under way 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._ops import backend_of, reference
-from .._ops.contract import Grid, Layout, Policy, RightHandSide
+from .._ops.contract import Grid, Layout, Policy, RightHandSide, neighbour
 from ..control import Times
 from ..methods import Tableau
 from .course import table_of
@@ -27,6 +27,7 @@ from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment
 
 AtJump = Callable[[Tensor, Tensor, Tensor], Tensor]
+_THE_ONLY = torch.ones(1, dtype=torch.bool)  # sample, of those on a discontinuity
 
 
 class AdaptiveLoop(Outcome):
@@ -120,13 +121,22 @@ class AdaptiveLoop(Outcome):
     def on_jump(self) -> Tensor:
         """Which samples have just arrived at a discontinuity, where one has: [B]."""
         if self.layout.samples == 1:
-            return torch.ones(1, dtype=torch.bool)
+            return _THE_ONLY
         now, stops = self.controller.field("t"), self.grid.jump_t
         assert stops is not None
         stops = stops.to(now.device)
         there = torch.isin(now, stops) if stops.dim() == 1 else (now == stops).any(0)
         arrived: Tensor = (self.controller.field("accepted") != 0) & there
         return arrived
+
+    @cached_property
+    def behind(self) -> dict[float, Tensor]:
+        """For each discontinuity of the only sample the time just behind it, as func sees it."""
+        assert self.grid.jump_t is not None
+        jumps = self.grid.jump_t.reshape(-1)
+        seen = jumps.to(device=self.layout.device, dtype=self.layout.real_dtype)
+        ahead = neighbour(seen, torch.full_like(seen, self.times.sign))
+        return dict(zip(jumps.tolist(), ahead.unbind()))
 
     def field(self, name: str) -> float:
         """A number of the only sample's step state."""

@@ -85,7 +85,7 @@ class March:
         # The derivatives of the step under way. An old one is let go only when its successor is there: see _Ballast.
         self.ks = _ballast.take(len(loop.table.rows) + 1, y0)
         if quadrature is not None:
-            quadrature.start()
+            quadrature.start(trial=first_step is None)
         if not begins:
             self.ks[0] = loop.dynamics(start, y0)
             self.flags = loop.measure.start(loop.dynamics, y0, self.ks[0], first_step)
@@ -272,13 +272,14 @@ class March:
             self._shift = torch.where(on_jump, torch.zeros_like(self._shift), self._shift)
         if loop.at_jump is not None:
             self.y = loop.at_jump(now, on_jump, self.y)
-        t = now.to(device=self.y.device, dtype=loop.layout.real_dtype)
-        behind = neighbour(t.expand(2, -1), controller.field("dt_prev").sign().to(t))[0]
         if loop.quadrature is not None:
             loop.quadrature.restart()
-        if loop.layout.samples == 1 or loop.grid.jump_t is None:
-            self.ks[0], self._opening = loop.dynamics(behind[0], self.y), behind[0]
+        if loop.layout.samples == 1:
+            self._opening = loop.behind[float(now)]
+            self.ks[0] = loop.dynamics(self._opening, self.y)
             return
+        t = now.to(device=self.y.device, dtype=loop.layout.real_dtype)
+        behind = neighbour(t.expand(2, -1), controller.field("dt_prev").sign().to(t))[0]
         jumped = on_jump & (controller.field("status") == int(Status.RUNNING))
         loop.n_jumps = loop.n_jumps + jumped.cpu()
         tape = loop.hooks.tape

@@ -43,7 +43,7 @@ class Quadrature:
         self._ends: list[Tensor] = []
         self._outputs: list[Tensor] = []
         self._evaluations: list[list[Tensor] | None] = []
-        self._trying = True  # a first step: every evaluation counts
+        self._trying = False  # a first step is being chosen: every evaluation counts
         self._weights: tuple[float, ...] = ()
         self._error_weights: tuple[float, ...] = ()
         self._needed: list[bool] = []
@@ -71,10 +71,10 @@ class Quadrature:
         """Forgets the integrands: the next evaluation is the first after a jump."""
         self._evaluations.clear()
 
-    def start(self) -> None:
-        """Forgets the integrands: the next evaluation is the first of a solve, and a trial may come behind it."""
+    def start(self, trial: bool) -> None:
+        """Forgets the integrands: the next evaluation is the first of a solve, behind which a trial may come."""
         self._evaluations.clear()
-        self._trying = True
+        self._trying = trial
 
     def _columns(self) -> list[list[Any]]:
         """For each integral its integrands, by evaluation."""
@@ -155,11 +155,11 @@ class Quadrature:
         self._starts = [torch.empty_like(value) for value in self.values]
         self._outputs = [value.new_empty((2, *value.shape)) for value in self.values]
 
-    def start_on_device(self) -> None:
+    def start_on_device(self, trial: bool) -> None:
         """The same as `start`; the values are 0."""
         for value in self.values:
             value.zero_()
-        self.start()
+        self.start(trial)
 
     def keep_integrands(self, where: Tensor | None = None) -> None:
         """Makes the evaluation noted last that at the start of the next step, at once or where a mask is set."""

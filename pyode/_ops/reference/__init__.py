@@ -14,7 +14,7 @@ from .controller import Controller
 from .interpolant import Interpolant, interpolate, interpolate_at
 from .norms import mean_square_errors, scaled_error, scaled_step_error
 from .steps import AdamsTable, GridSteps, Table, stages, take_steps
-from .sums import copy, new_states, select_rows, stage_combine, stage_vjp
+from .sums import copy, new_states, opposites, select_rows, stage_combine, stage_vjp
 
 __all__ = [
     "AdamsTable",
@@ -28,6 +28,7 @@ __all__ = [
     "interpolate_at",
     "mean_square_errors",
     "new_states",
+    "opposites",
     "scaled_error",
     "scaled_step_error",
     "select_rows",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,11 @@ def stage_vjp(layout: Layout, weights: tuple[float, ...], g: Tensor, dt: Tensor)
     wide = widened(g)
     scaled = per_sample(dt, layout, wide) * wide
     return [(w * scaled).to(g.dtype) if w else None for w in weights]
+
+
+def opposites(half: Layout, like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns a function of f and g that makes [f, -g], like a tensor; `half` is the layout of each."""
+    return lambda f, g: torch.stack([f, -g])
 
 
 def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor) -> Tensor:
