@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import c_double, c_void_p
+from collections.abc import Callable
+from ctypes import POINTER, c_double, c_void_p
 from dataclasses import fields
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .._ops import native as ops
 from .._ops.contract import INTEGER_FIELDS, REAL_FIELDS, Grid, Policy
+from ..gradients.time import through_grid
 from ..solution import SampleStats
 from .native import GridForm, Library, PolicyForm, Solve, TapeStep
 
@@ -81,12 +83,14 @@ def _policy(policy: Policy) -> PolicyForm:
     return PolicyForm(**{**values, "beta": (c_double * 3)(*policy.beta), "alpha": (c_double * 2)(*policy.alpha)})
 
 
-def _places_for(wanted: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Any]:
-    """Memory for gradients, and the addresses."""
+def _places_for(wanted: list[Tensor], dtype: torch.dtype, timed: bool) -> tuple[list[Tensor], Any]:
+    """Memory for gradients, that to time behind the others if there is one, and the addresses."""
     found = [
         torch.empty_like(x) if x.dtype is dtype and x.is_contiguous() else torch.empty(x.shape, dtype=dtype)
         for x in wanted
     ]
+    if timed:
+        found.append(torch.empty((), dtype=dtype))
     return found, (c_void_p * max(len(found), 1))(*(x.data_ptr() for x in found))
 
 
@@ -148,6 +152,7 @@ class Plan:
             interrupted=ops.INTERRUPTED,
         )  # fmt: skip
         self._n_steps = 0 if steps is None else len(steps[0]) - 1
+        self.ends_of: Callable[[Tensor], Tensor] | None = None  # of a fixed grid, as a function of the output times
         self._workspaces: dict[str, int] = {}
         self._pointers: tuple[list[int], Any] = ([], None)
         self._spare: list[Tape] = []
@@ -204,7 +209,7 @@ class Plan:
         if self.per_sample:
             return Tape(max(least, 32 * self.rows), y0.nbytes // self.rows)
         blocks, record = -(-self.rows // library.lanes), library.record
-        if least * blocks * record > MOST_RECORDED:
+        if library.timed or least * blocks * record > MOST_RECORDED:  # derivatives are not in it, and time wants them
             record = library.lanes * (y0.nbytes // self.rows)
         return Tape(least, blocks * record, record)
 
@@ -218,7 +223,7 @@ class Plan:
         tolerances: tuple[float, float],
         seminorm: bool,
         wanted: list[Tensor],
-    ) -> tuple[Tensor, list[Tensor], Solve]:
+    ) -> tuple[Tensor, Tensor, list[Tensor], Solve]:
         """The backward solve of the continuous adjoint.
 
         Args:
@@ -231,11 +236,14 @@ class Plan:
             wanted: the inputs whose gradients are wanted.
 
         Returns:
-            The state and the adjoint at the first output time, the gradients, and how the solve ended.
+            The adjoint at the first output time, the gradients of the times, [T] float64, if they are wanted, and of
+            the inputs, and how the solve ended.
         """
         out = torch.empty(self.shape, dtype=self.dtype)
-        found, array = _places_for(wanted, self.dtype)
+        found, array = _places_for(wanted, self.dtype, self.library.timed)
+        of_times = torch.empty(len(times), dtype=torch.float64)
         solve = Solve.from_buffer_copy(self._form)
+        solve.output_time_gradient = of_times.data_ptr()
         solve.y0, solve.out, solve.gradients = z.data_ptr(), out.data_ptr(), ctypes.addressof(array)
         solve.arriving_states, solve.gradient = ys.data_ptr(), gradient.data_ptr()
         solve.arrival_times, solve.n_arrivals = times.data_ptr(), len(times)
@@ -243,26 +251,47 @@ class Plan:
         kept = self._point_to(inputs, solve)
         self._call("", solve)
         del kept
-        return out[1], found, solve
+        if self.library.timed:
+            of_times[0] = found.pop()
+        return out[1], of_times, found, solve
 
     def undo(
-        self, solved: Solve, gradient: Tensor, y0: Tensor, inputs: list[Tensor], wanted: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The gradients of the start and of the wanted inputs, from that of the outputs and a solve's notes."""
-        start = torch.empty_like(y0)
-        found, array = _places_for(wanted, self.dtype)
+        self, solved: Solve, gradient: Tensor, y0: Tensor, t: Tensor, inputs: list[Tensor], wanted: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """The gradients of the start, times and wanted inputs, from that of the outputs and a solve's notes."""
+        start, timed = torch.empty_like(y0), self.library.timed
+        found, array = _places_for(wanted, self.dtype, timed)
         solve = Solve.from_buffer_copy(solved)  # another thread may be at it too
+        if timed:
+            rows, n_steps = self.rows if self.per_sample else 1, solved.n_steps
+            outputs, ends = torch.zeros(len(t), rows, dtype=torch.float64), torch.zeros(n_steps + 1, dtype=torch.float64)
+            solve.output_time_gradient, solve.end_gradient = outputs.data_ptr(), ends.data_ptr()
         solve.gradient, solve.y0_gradient = gradient.data_ptr(), start.data_ptr()
         solve.gradients = ctypes.addressof(array)
         kept = self._point_to(inputs, solve)
         self._call("reversal_", solve)
         del kept
-        return start, [g if g.dtype is x.dtype else g.to(x.dtype) for g, x in zip(found, wanted)]
+        of_times = self._of_times(t, outputs, ends, solved) if timed else None
+        return start, of_times, [g if g.dtype is x.dtype else g.to(x.dtype) for g, x in zip(found, wanted)]
+
+    def _of_times(self, t: Tensor, outputs: Tensor, ends: Tensor, solved: Solve) -> Tensor:
+        """The gradient of the output times, from those of outputs that move, [T, rows], and of the steps' ends."""
+        if self.ends_of is not None:
+            return through_grid(self.ends_of, t, ends, outputs[:, 0])
+        if not self.per_sample:  # else natively
+            steps = ctypes.cast(solved.steps, POINTER(TapeStep))
+            jumps = range(solved.n_steps if self._form.grid.n_jump_t else 0)
+            first = next((n for n in jumps if steps[n].on_jump), solved.n_steps)
+            outputs[0] += ends[: first + 1].sum()  # what ends at a discontinuity, and is behind it, does not move
+        return (outputs if t.dim() == 2 else outputs.sum(1)).to(t)
 
     def _call(self, name: str, solve: Solve) -> None:
-        if name not in self._workspaces:
-            self._workspaces[name] = self.library.workspace(name, self.rows)
-        self.library.call(name, solve, self._workspaces[name])
+        size = self._workspaces.get(name)
+        if size is None:
+            size = self.library.workspace(name, solve)
+            if not self.library.timed:  # else it depends on the number of steps
+                self._workspaces[name] = size
+        self.library.call(name, solve, size)
 
     def _point_to(self, inputs: list[Tensor], solve: Solve) -> object:
         """Sets the inputs' addresses; returns what has to live until the call is over."""

@@ -28,7 +28,7 @@ from ..stepping.running_rows import RunningRows
 from ..stepping.tape import Step
 from .arrivals import Shares
 from .reversal import Reversal
-from .time import TimeGradients
+from .time import TimeGradients, through_grid
 from .vjp import vjp
 
 
@@ -52,7 +52,7 @@ class ExplicitReversal(Reversal):
         assert self.clock is not None
         if self.recipe.grid is None:
             return self.clock.of(t)
-        return self.through_grid(t, self.clock.of_ends(), self.clock.outputs[: len(t), 0])
+        return through_grid(self.recipe.grid, t, self.clock.of_ends(), self.clock.outputs[: len(t), 0])
 
     def run(self, states: dict[int, Tensor]) -> Tensor:  # noqa: D102
         steps, arrivals, n_derivatives = self.steps, self.arrivals, self.n_stages + 1
