@@ -39,11 +39,6 @@ def test_discontinuities_and_prescribed_steps(sign):
     assert_close(*found, 1e-11)
 
 
-def test_gradients_of_times_and_the_adjoint_take_the_eager_path():
-    for solve in (pyode.odeint, pyode.odeint_adjoint):
-        assert_close(gradients(compiled(solve), **TIGHT), gradients(solve, **TIGHT), 1e-8)
-
-
 @pytest.mark.parametrize("method", [name for name, tableau in TABLEAUS.items() if not tableau.adaptive])
 def test_cubics_between_fixed_steps(method):
     for sign, options in ((1, {}), (-1, {"perturb": True})):

@@ -59,9 +59,11 @@ class TimeGradients:
             self.starts[n] += gradient
             self.sizes[n] += gradient * (1.0 if i < 0 else self.abscissae[i])
 
-    def add_start(self, n: int, g: Tensor, k: Tensor) -> None:
-        """Adds what moving step n along a derivative k does, to which it gives the gradient g."""
-        self.starts[n] += inner(g, k, self.samples)
+    def add_end(self, n: int, g: Tensor, k: Tensor) -> None:
+        """Adds what moving the end of step n along a derivative k does, to which it gives the gradient g."""
+        effect = inner(g, k, self.samples)
+        self.starts[n] += effect
+        self.sizes[n] += effect
 
     def add_sums(self, n: int, g: Tensor, k: Tensor) -> None:
         """Adds what the size of step n does in sums of a derivative k, to which they give the gradient g."""
