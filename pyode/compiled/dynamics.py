@@ -154,7 +154,7 @@ class CompiledDynamics(nn.Module):
     def unchanged(self) -> bool:
         """Whether func is as it was when it was traced, but for the values of its tensors."""
         guards = self._guards
-        return guards is None or (guards.hold() and all(entry.fits() for entry in self._distinct))
+        return guards is None or (guards.hold() and all([entry.fits() for entry in self._distinct]))
 
     def _make(
         self,

@@ -22,27 +22,26 @@ class _Recorded(torch.autograd.Function):
         what: tuple[Plan, list[Tensor], Callable[[Tensor], Tensor], RowStates | None],
         ended: list[Solve],
         y0: Tensor,
-        t: Tensor,
         *wanted: Tensor,
     ) -> Tensor:
         plan, inputs, _, states = what
         ys, solve, lent = plan.run_noting(y0, inputs, states)
         ended.append(solve)
         ctx.what, ctx.solve, ctx.lent = what, solve, lent
-        ctx.save_for_backward(y0, t, *wanted)
+        ctx.save_for_backward(y0, *wanted)
         return ys
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        y0, t, *wanted = ctx.saved_tensors
+        y0, *wanted = ctx.saved_tensors
         plan, inputs, eagerly, _ = ctx.what
         if torch.is_grad_enabled():  # this gradient is to have one itself
             needed = ctx.needs_input_grad[2:]
-            asked = [x for x, need in zip([y0, t, *wanted], needed) if need]
+            asked = [x for x, need in zip([y0, *wanted], needed) if need]
             found = iter(torch.autograd.grad(eagerly(y0), asked, gradients, create_graph=True, allow_unused=True))
             return None, None, *(next(found) if need else None for need in needed)
-        start, of_times, of_wanted = plan.undo(ctx.solve, plain(gradients[0]), y0, t, inputs, wanted)
-        return None, None, start, of_times, *of_wanted
+        start, of_wanted = plan.undo(ctx.solve, plain(gradients[0]), y0, inputs, wanted)
+        return None, None, start, *of_wanted
 
 
 # What `apply` comes to where no functorch transform is active, which `native.supports` has seen to: it takes 2 us less.
@@ -57,7 +56,7 @@ def solve_recorded(
     t: Tensor,
     states: RowStates | None = None,
 ) -> tuple[Tensor, Solve]:
-    """A solve with a gradient to y0, t and those inputs that want one, and how it ended.
+    """A solve with a gradient to y0, to those inputs that want one and to t if it does, and how it ended.
 
     Args:
         plan: of a library that has these gradients.
@@ -69,5 +68,8 @@ def solve_recorded(
     """
     ended: list[Solve] = []
     what = plan, inputs, eagerly, states
-    ys: Tensor = _apply(what, ended, y0, t, *[x for x in inputs if x.requires_grad])  # type: ignore[no-untyped-call]
+    wanted = [x for x in inputs if x.requires_grad]
+    if t.requires_grad:
+        wanted.append(t)
+    ys: Tensor = _apply(what, ended, y0, *wanted)  # type: ignore[no-untyped-call]
     return ys, ended[0]

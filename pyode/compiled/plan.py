@@ -256,23 +256,29 @@ class Plan:
         return out[1], of_times, found, solve
 
     def undo(
-        self, solved: Solve, gradient: Tensor, y0: Tensor, t: Tensor, inputs: list[Tensor], wanted: list[Tensor]
-    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """The gradients of the start, times and wanted inputs, from that of the outputs and a solve's notes."""
+        self, solved: Solve, gradient: Tensor, y0: Tensor, inputs: list[Tensor], wanted: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The gradients of the start and of what is wanted, from that of the outputs and a solve's notes.
+
+        Args:
+            solved, gradient, y0, inputs: the solve, what arrives at its outputs, and what it was of.
+            wanted: some inputs; behind them the output times, if the library has their gradient.
+        """
         start, timed = torch.empty_like(y0), self.library.timed
-        found, array = _places_for(wanted, self.dtype, timed)
+        found, array = _places_for(wanted[:-1] if timed else wanted, self.dtype, timed)
         solve = Solve.from_buffer_copy(solved)  # another thread may be at it too
         if timed:
-            rows, n_steps = self.rows if self.per_sample else 1, solved.n_steps
-            outputs, ends = torch.zeros(len(t), rows, dtype=torch.float64), torch.zeros(n_steps + 1, dtype=torch.float64)
+            rows, n = self.rows if self.per_sample else 1, self.shape[0]
+            outputs, ends = (torch.zeros(*x, dtype=torch.float64) for x in ((n, rows), (solved.n_steps + 1,)))
             solve.output_time_gradient, solve.end_gradient = outputs.data_ptr(), ends.data_ptr()
         solve.gradient, solve.y0_gradient = gradient.data_ptr(), start.data_ptr()
         solve.gradients = ctypes.addressof(array)
         kept = self._point_to(inputs, solve)
         self._call("reversal_", solve)
         del kept
-        of_times = self._of_times(t, outputs, ends, solved) if timed else None
-        return start, of_times, [g if g.dtype is x.dtype else g.to(x.dtype) for g, x in zip(found, wanted)]
+        if timed:
+            found[-1] = self._of_times(wanted[-1], outputs, ends, solved)
+        return start, [g if g.dtype is x.dtype else g.to(x.dtype) for g, x in zip(found, wanted)]
 
     def _of_times(self, t: Tensor, outputs: Tensor, ends: Tensor, solved: Solve) -> Tensor:
         """The gradient of the output times, from those of outputs that move, [T, rows], and of the steps' ends."""
