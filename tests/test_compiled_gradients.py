@@ -136,6 +136,21 @@ def test_what_is_frozen_has_none_and_a_longer_solve_finds_room():
     assert field.bias.grad is not None
 
 
+def test_shared_parameters_are_one_until_they_part():
+    first, second = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+    second.weight = first.weight
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        return second(torch.tanh(first(y)))
+
+    compiled, y0, t = strict(f), torch.randn(9, 3, dtype=torch.float64), tensor(0.0, 1.0)
+    for n in (3, 4):
+        params = list(nn.ModuleList([first, second]).parameters())
+        assert len(params) == n
+        assert_close(*(torch.autograd.grad(loss_of(pyode.odeint(g, y0, t)), params) for g in (compiled, f)), 1e-10)
+        second.weight = nn.Parameter(first.weight.detach() + 0.1)
+
+
 def test_the_same_bits_for_any_number_of_threads():
     net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8))
     y0, t, f, found = torch.randn(1000, 8), torch.tensor([0.0, 1.0]), strict(lambda t, y: net(y)), []

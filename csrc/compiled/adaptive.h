@@ -334,8 +334,8 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
     solve.n_steps = s.n_accepted;
     if (n >= solve.capacity) return;
     for (int64_t b = 0; b < blocks; ++b) memcpy(this->record(n, b), y_ + b * D, sizeof(V) * D);
-    solve.steps[n] = {s.t_prev,       s.dt_prev,    s.t,      static_cast<double>(first_time_),
-                      s.output_begin, s.output_end, chained_, on_jump, n - 1};
+    solve.steps[n] = {s.t_prev, s.dt_prev, s.t,  static_cast<double>(first_time_), s.output_begin, s.output_end,
+                      chained_, on_jump,   n - 1};
   }
 
   void restart_behind_jump(const Sample& s) {

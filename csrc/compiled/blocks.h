@@ -47,9 +47,9 @@ struct CompiledSolve {
   TapeStep* steps;   // [capacity]
   int64_t capacity;  // a solve of more steps goes on without noting them
   int64_t n_steps;
-  const void* gradient;    // [T] states: what arrives at the outputs
-  void* y0_gradient;       // a state
-  void* const* gradients;  // of the inputs for which they are wanted; behind them is a place for that of time
+  const void* gradient;          // [T] states: what arrives at the outputs
+  void* y0_gradient;             // a state
+  void* const* gradients;        // of the inputs for which they are wanted; behind them is a place for that of time
   double* output_time_gradient;  // [T], or of rows with steps of their own [T, rows]: of the outputs, as they move
   double* end_gradient;          // [n_steps + 1]: of the ends of a state's steps
   // The backward solve of the continuous adjoint, whose state is (y, a).

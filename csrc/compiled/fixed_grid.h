@@ -79,7 +79,8 @@ class FixedGridSolve : Blocks<F> {
       if (record && b == 0)
         solve.steps[n] = {
             ends[n], size, ends[n + 1], static_cast<double>(static_cast<const T*>(solve.stage_times)[n * S]),
-            i_begin, i,    false,       false, n - 1};
+            i_begin, i,    false,       false,
+            n - 1};
     }
   }
 

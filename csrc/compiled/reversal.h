@@ -347,7 +347,8 @@ class Reversal : Blocks<G, kPartsOfSums<G>> {
       followed = followed || M::output_slope(solve, S - 1, at) != 0;
     }
     const bool stands = n + 1 == solve.n_steps && reached() < solve.grid.n_times;
-    if (!noted && !chained && (sloped || (G::has_time && (followed || stands)))) x.evaluate(S - 1, solve.inputs, fixed_);
+    if (!noted && !chained && (sloped || (G::has_time && (followed || stands))))
+      x.evaluate(S - 1, solve.inputs, fixed_);
     if constexpr (G::has_time) {
       x.of_start = x.of_size = V{};
       move_outputs(step, b, x, times.outputs);

@@ -32,9 +32,7 @@ class SampleReversal : SideBySide<G>, Blocks<G, kPartsOfSums<G>> {
 
  public:
   /// Bytes of memory that it wants.
-  static int64_t workspace(CompiledSolve& solve) {
-    return Base(solve).parts * static_cast<int64_t>(sizeof(Sums));
-  }
+  static int64_t workspace(CompiledSolve& solve) { return Base(solve).parts * static_cast<int64_t>(sizeof(Sums)); }
 
   SampleReversal(CompiledSolve& s, void* memory) : Base(s), sums_(static_cast<Sums*>(memory)) {}
 
@@ -58,7 +56,8 @@ class SampleReversal : SideBySide<G>, Blocks<G, kPartsOfSums<G>> {
     V left[D];                 // and what arrives at outputs that were not reached, until the last step has been undone
     V of_ends;                 // the gradient of the ends of the steps undone that move with the start
     V first_time;
-    Integers row, step, begin, end, chained, on_jump;  // step: its index on the tape, -1 for none; [begin, end): its outputs
+    Integers row, step, begin, end, chained,
+        on_jump;  // step: its index on the tape, -1 for none; [begin, end): its outputs
     Steps steps;
   };
 
@@ -239,9 +238,8 @@ class SampleReversal : SideBySide<G>, Blocks<G, kPartsOfSums<G>> {
   /// Moves these outputs along the solution.
   void move_outputs(Lanes& x, const Numbers& position, const V* g) const {
     V effect{};
-    for_each_output_slope<M, G>(position, [&](int j, V w) {
-      effect = fused_multiply_add(w, effect_of<D>(g, x.k[j]), effect);
-    });
+    for_each_output_slope<M, G>(position,
+                                [&](int j, V w) { effect = fused_multiply_add(w, effect_of<D>(g, x.k[j]), effect); });
     x.of_start -= effect;
     x.of_size -= this->numbers([&](int h) { return position.parts[h]; }) * effect;
     for (int l = 0; l < W; ++l) {

@@ -250,7 +250,8 @@ class SampleSolve : SideBySide<F> {
       if (n < solve.capacity) {
         this->get_row(x.y, l, static_cast<T*>(solve.tape) + n * D);
         solve.steps[n] = {s.t_prev,       s.dt_prev,    s.t,          static_cast<double>(x.first_time[l]),
-                          s.output_begin, s.output_end, x.chained[l], s.on_jump, x.last[l]};
+                          s.output_begin, s.output_end, x.chained[l], s.on_jump,
+                          x.last[l]};
       }
       x.last.set(l, n);
     }

@@ -79,7 +79,9 @@ def backsolve_compiled(
     values = torch.tensor(times.values, dtype=torch.float64)
     inputs = [entry.inputs[i] for i in wanted]
     tolerances = least_rtol, least_atol
-    start, of_times, found, solve = plan.run_back(z, entry.inputs, values, ys, gradients, tolerances, config.seminorm, inputs)
+    start, of_times, found, solve = plan.run_back(
+        z, entry.inputs, values, ys, gradients, tolerances, config.seminorm, inputs
+    )
     stats: Stats | None = options.get("stats")
     if stats is not None:
         stats.n_f_evals += solve.evaluations

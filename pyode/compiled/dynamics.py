@@ -110,7 +110,7 @@ class CompiledDynamics(nn.Module):
         return entry.inputs
 
     def library(self, entry: Entry, wanted: tuple[int, ...] | None) -> Library | None:
-        """An entry's library, with gradients to what is wanted, if anything; None, after a warning, if there is none."""
+        """An entry's library, with gradients to what is wanted, if anything; None, after a warning, if none."""
         if wanted is None:
             return self._built(lambda _: entry.library, entry, None, "")
         return self._built(entry.trained, entry, wanted, "its gradient: ")
@@ -154,7 +154,7 @@ class CompiledDynamics(nn.Module):
     def unchanged(self) -> bool:
         """Whether func is as it was when it was traced, but for the values of its tensors."""
         guards = self._guards
-        return guards is None or (guards.hold() and all([entry.fits() for entry in self._distinct]))
+        return guards is None or (guards.hold() and all(entry.fits() for entry in self._distinct))
 
     def _make(
         self,
