@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import math
+from array import array
 from collections.abc import Callable
-from ctypes import POINTER, c_double, c_void_p
+from ctypes import POINTER, c_double
 from dataclasses import fields
 from typing import Any
 
@@ -83,7 +84,7 @@ def _policy(policy: Policy) -> PolicyForm:
     return PolicyForm(**{**values, "beta": (c_double * 3)(*policy.beta), "alpha": (c_double * 2)(*policy.alpha)})
 
 
-def _places_for(wanted: list[Tensor], dtype: torch.dtype, timed: bool) -> tuple[list[Tensor], Any]:
+def _places_for(wanted: list[Tensor], dtype: torch.dtype, timed: bool) -> tuple[list[Tensor], array[int]]:
     """Memory for gradients, that to time behind the others if there is one, and the addresses."""
     found = [
         torch.empty_like(x) if x.dtype is dtype and x.is_contiguous() else torch.empty(x.shape, dtype=dtype)
@@ -91,7 +92,11 @@ def _places_for(wanted: list[Tensor], dtype: torch.dtype, timed: bool) -> tuple[
     ]
     if timed:
         found.append(torch.empty((), dtype=dtype))
-    return found, (c_void_p * max(len(found), 1))(*(x.data_ptr() for x in found))
+    return found, _addresses_of(found)
+
+
+def _addresses_of(tensors: list[Tensor]) -> array[int]:
+    return array("Q", [x.data_ptr() for x in tensors])
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -130,6 +135,7 @@ class Plan:
         n = len(grid.times)
         self.library, self.rows, self.per_sample = library, rows, per_sample
         self.shape, self.dtype = (n, *shape), dtype
+        self._like = torch.empty((), dtype=dtype).expand(self.shape)  # of which an empty tensor is made in half the time
         self._kept = grid, rtol, atol, steps  # whose memory the form points to
         self._form = Solve(
             rows=rows,
@@ -154,7 +160,6 @@ class Plan:
         self._n_steps = 0 if steps is None else len(steps[0]) - 1
         self.ends_of: Callable[[Tensor], Tensor] | None = None  # of a fixed grid, as a function of the output times
         self._workspaces: dict[str, int] = {}
-        self._pointers: tuple[list[int], Any] = ([], None)
         self._spare: list[Tape] = []
 
     def run(self, y0: Tensor, inputs: list[Tensor], states: RowStates | None = None) -> tuple[Tensor, Solve]:
@@ -173,7 +178,7 @@ class Plan:
     def _run(
         self, y0: Tensor, inputs: list[Tensor], tape: Tape | None, states: RowStates | None
     ) -> tuple[Tensor, Solve]:
-        out = torch.empty(self.shape, dtype=self.dtype)
+        out = torch.empty_like(self._like, memory_format=torch.contiguous_format)
         solve = Solve.from_buffer_copy(self._form)
         solve.y0, solve.out = y0.data_ptr(), out.data_ptr()
         kept = self._point_to(inputs, solve)
@@ -239,12 +244,12 @@ class Plan:
             The adjoint at the first output time, the gradients of the times, [T] float64, if they are wanted, and of
             the inputs, and how the solve ended.
         """
-        out = torch.empty(self.shape, dtype=self.dtype)
-        found, array = _places_for(wanted, self.dtype, self.library.timed)
+        out = torch.empty_like(self._like, memory_format=torch.contiguous_format)
+        found, places = _places_for(wanted, self.dtype, self.library.timed)
         of_times = torch.empty(len(times), dtype=torch.float64)
         solve = Solve.from_buffer_copy(self._form)
         solve.output_time_gradient = of_times.data_ptr()
-        solve.y0, solve.out, solve.gradients = z.data_ptr(), out.data_ptr(), ctypes.addressof(array)
+        solve.y0, solve.out, solve.gradients = z.data_ptr(), out.data_ptr(), places.buffer_info()[0]
         solve.arriving_states, solve.gradient = ys.data_ptr(), gradient.data_ptr()
         solve.arrival_times, solve.n_arrivals = times.data_ptr(), len(times)
         (solve.integral_rtol, solve.integral_atol), solve.seminorm = tolerances, seminorm
@@ -265,14 +270,14 @@ class Plan:
             wanted: some inputs; behind them the output times, if the library has their gradient.
         """
         start, timed = torch.empty_like(y0), self.library.timed
-        found, array = _places_for(wanted[:-1] if timed else wanted, self.dtype, timed)
+        found, places = _places_for(wanted[:-1] if timed else wanted, self.dtype, timed)
         solve = Solve.from_buffer_copy(solved)  # another thread may be at it too
         if timed:
             rows, n = self.rows if self.per_sample else 1, self.shape[0]
             outputs, ends = (torch.zeros(*x, dtype=torch.float64) for x in ((n, rows), (solved.n_steps + 1,)))
             solve.output_time_gradient, solve.end_gradient = outputs.data_ptr(), ends.data_ptr()
         solve.gradient, solve.y0_gradient = gradient.data_ptr(), start.data_ptr()
-        solve.gradients = ctypes.addressof(array)
+        solve.gradients = places.buffer_info()[0]
         kept = self._point_to(inputs, solve)
         self._call("reversal_", solve)
         del kept
@@ -303,10 +308,6 @@ class Plan:
         """Sets the inputs' addresses; returns what has to live until the call is over."""
         dtype = self.dtype
         kept = [x if x.dtype is dtype and x.is_contiguous() else x.detach().to(dtype).contiguous() for x in inputs]
-        addresses = [x.data_ptr() for x in kept]
-        known, array = self._pointers
-        if array is None or known != addresses:
-            array = (c_void_p * max(len(addresses), 1))(*addresses)
-            self._pointers = addresses, array
-        solve.inputs = ctypes.addressof(array)
-        return kept, array
+        addresses = _addresses_of(kept)
+        solve.inputs = addresses.buffer_info()[0]
+        return kept, addresses
