@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -14,6 +16,16 @@ hypothesis.settings.load_profile("pyode")
 ON_CPU = pytest.param("cpu", marks=pytest.mark.device)
 ON_CUDA = pytest.param("cuda", marks=[pytest.mark.device, pytest.mark.cuda])
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bfloat16, torch.float16)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite is shared among processes of one thread each, if pytest-xdist is there; -n 0 keeps it in one."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    alone = config.option.usepdb or config.option.collectonly
+    if whole and not alone and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses, config.option.dist = min(os.cpu_count() or 1, 8), "worksteal"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(params=[ON_CPU, ON_CUDA] if torch.cuda.is_available() else [ON_CPU])

@@ -116,7 +116,10 @@ def test_tensors_that_require_grad_are_found_and_others_are_not():
     assert leaf.grad is not None
 
 
-@pytest.mark.parametrize("func", [torch.neg, lambda t, y: -y, len, nn.functional.relu, partial(torch.mul, 2)], ids=repr)
+NOTHING_FOUND = [torch.neg, lambda t, y: -y, len, nn.functional.relu, partial(torch.mul, 2)]
+
+
+@pytest.mark.parametrize("func", NOTHING_FOUND, ids=["builtin", "lambda", "len", "function", "partial"])
 def test_where_nothing_is_found_torchdiffeqs_error_stays(func):
     with pytest.raises(ValueError, match=r"must be an instance of nn\.Module to specify the adjoint parameters"):
         pyode.odeint_adjoint(func, Y0, T)
