@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from fields import TIGHT, Y0, Field, T, assert_close, loss_of
@@ -73,13 +75,14 @@ def test_a_solve_that_fails_on_a_discontinuity_stands_still_there():
         for gradient in ("direct", "checkpoint"):
 
             def solve(t: Tensor, g=g, gradient=gradient) -> Tensor:
+                y0, how = torch.ones(3, 2).double(), {**options, "gradient": gradient}
                 with pytest.warns(UserWarning, match="the solve failed"):
-                    return pyode.odeint(g, torch.ones(3, 2).double(), t, options={**options, "gradient": gradient})
+                    return pyode.odeint(g, y0, t, method="bosh3", options=how)
 
             assert gradcheck(solve, tensor(0.0, 0.3, 1.0).requires_grad_(), rtol=1e-6, atol=1e-7)
 
 
-def hypernetwork() -> tuple[nn.Module, object]:
+def hypernetwork() -> Callable[[Tensor, Tensor], Tensor]:
     """Weights that are a network of time: a gradient to time multiplies sums over rows with what each stage has."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 6)).double().requires_grad_(False)
@@ -88,13 +91,13 @@ def hypernetwork() -> tuple[nn.Module, object]:
         w = net(t.reshape(1, 1)).reshape(3, 2)
         return torch.tanh(y @ w[:2]) * w[2] - y * t**2
 
-    return net, f
+    return f
 
 
 @pytest.mark.parametrize("rows", [1, 100, 1000])
 @pytest.mark.parametrize("steps", [1000, 3])
 def test_any_number_of_rows_and_outputs_not_reached(rows, steps):
-    _, f = hypernetwork()
+    f = hypernetwork()
     y0, t, found = torch.randn(rows, 2).double(), tensor(0.0, 0.3, 1.0, 2.0), []
     for g in (strict(f), f):
         t = t.detach().requires_grad_()
@@ -114,6 +117,7 @@ def test_a_state_that_is_one_row_and_a_field_without_time(solve):
         return kepler(t, y) * torch.cos(t)
 
     arguments = {"adjoint_params": ()} if solve is pyode.odeint_adjoint else {}
+    arguments |= {"method": "bosh3", "rtol": 1e-4, "atol": 1e-6}  # whose few stages are soon compiled
     for f, y0 in ((driven, kepler_start(0.3)), (lambda t, y: -(y**3), torch.ones(3, 2).double())):
         found = []
         for g in (strict(f), f):
@@ -123,7 +127,7 @@ def test_a_state_that_is_one_row_and_a_field_without_time(solve):
 
 
 def test_gradients_of_gradients_take_the_eager_path():
-    _, f = hypernetwork()
+    f = hypernetwork()
     found = []
     for g in (strict(f), f):
         y0, t = torch.ones(3, 2).double().requires_grad_(), T.clone().requires_grad_()
@@ -133,7 +137,7 @@ def test_gradients_of_gradients_take_the_eager_path():
 
 
 def test_times_that_are_computed():
-    _, f = hypernetwork()
+    f = hypernetwork()
     found = []
     for g in (strict(f), f):
         end = torch.tensor(1.2, dtype=torch.float64, requires_grad=True)

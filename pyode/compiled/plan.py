@@ -8,7 +8,6 @@ from array import array
 from collections.abc import Callable
 from ctypes import POINTER, c_double
 from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,7 +134,7 @@ class Plan:
         n = len(grid.times)
         self.library, self.rows, self.per_sample = library, rows, per_sample
         self.shape, self.dtype = (n, *shape), dtype
-        self._like = torch.empty((), dtype=dtype).expand(self.shape)  # of which an empty tensor is made in half the time
+        self._like = torch.empty((), dtype=dtype).expand(self.shape)  # an empty tensor is sooner made like another
         self._kept = grid, rtol, atol, steps  # whose memory the form points to
         self._form = Solve(
             rows=rows,
