@@ -276,11 +276,11 @@ class _OdeintAdjoint(torch.autograd.Function):
             else:
                 times = Times(t.new_tensor(values), values)
                 with_time = ctx.needs_input_grad[2]
-                if problem.compiled is not None and not with_time:
+                if problem.compiled is not None:
                     from .compiled.backsolve import backsolve_compiled  # only those who compile wait for its import
 
                     found = backsolve_compiled(
-                        problem.compiled, problem.form, times, config, ys, gradient, tuple(params)
+                        problem.compiled, problem.form, times, config, ys, gradient, tuple(params), with_time
                     )
                 if found is None and config.options.get("device_loop"):
                     from .device_backsolve import backsolve_on_device  # likewise

@@ -116,7 +116,7 @@ def test_what_reaches_parameters_by_a_graph_of_its_own_takes_the_eager_path():
     assert_close(*found, 1e-9)
 
 
-def test_gradients_of_times_and_of_gradients_take_the_eager_path():
+def test_gradients_of_gradients_take_the_eager_path():
     found = []
     for f in (strict(Field()), Field()):
         y0, t = Y0.clone().requires_grad_(), T.clone().requires_grad_()

@@ -183,6 +183,17 @@ class TestBuild:
             self.solve(strict(f))
         assert not list(tmp_path.iterdir())
 
+    def test_the_compiler_is_the_one_named_or_the_first_found(self, monkeypatch):
+        find = build.compiler.__wrapped__
+        (command, *_), _ = build.compiler()
+        monkeypatch.setenv("CXX", f"{command} -DNAMED")
+        assert find()[0] == (command, "-DNAMED")
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        assert find()[0][0] in build.COMPILERS
+        monkeypatch.setenv("PATH", "")
+        with pytest.raises(pyode.CompileError, match=r"no C\+\+ compiler was found: .* install"):
+            find()
+
     def test_two_threads_compile_the_same_at_once(self, tmp_path, monkeypatch):
         monkeypatch.setenv("PYODE_CACHE_DIR", str(tmp_path))
         shared, number, results = strict(van_der_pol), random.SystemRandom().random(), []

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pyode
+from pyode.compiled.entry import Entry
+from pyode.methods import TABLEAUS
 
 WIDTH, MOST = 3, 7  # of a state's row, and of what is computed from it
 OF_ONE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -132,3 +134,14 @@ def test_random_operators(lines, rows):
     for ours, theirs in zip(*found):
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-11 * max(1.0, float(theirs.abs().max())))
     assert compiled.source
+
+
+def test_what_is_not_needed_is_left_out_and_what_is_constant_is_computed_at_once():
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        torch.exp(y)
+        return torch.tanh(y) * torch.tanh(y) + torch.sin(torch.tensor(0.5, dtype=torch.float64)) * y
+
+    source = Entry(f, [torch.Size([4, 2])], False, torch.float64, TABLEAUS["euler"]).source
+    assert source.count("tanh(") == 2  # for each of two numbers once
+    assert "exp(" not in source
+    assert "sin(" not in source

@@ -20,7 +20,8 @@ struct NoIntegrals {
 
   static int64_t workspace(int64_t) { return 0; }
   NoIntegrals(CompiledSolve& s, int64_t, const typename F::Fixed& fixed, void*) : solve(s), fixed_(fixed) {}
-  void start() {}
+  template <class Rows>
+  void start(const Rows&) {}
   void clear(int64_t, int) {}
   template <class Record>
   void rows(int64_t, int j, T t, const V* y, V* k, const typename F::Timed& timed, Record* record) {
@@ -34,7 +35,7 @@ struct NoIntegrals {
   double of_slopes() { return 0; }
   double of_change(T) { return 0; }
   void accept() {}
-  int64_t arrival(double) { return -1; }
+  int64_t arrival(double) const { return -1; }
   template <class Rows>
   void arrive(const Rows&, int64_t, int64_t, V*) const {}
   template <class Rows>
@@ -60,9 +61,7 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
 
  public:
   /// Bytes of memory that it wants.
-  static int64_t workspace(int64_t rows) {
-    CompiledSolve solve = {};
-    solve.rows = rows;
+  static int64_t workspace(CompiledSolve& solve) {
     const Base cut(solve);
     return cut.blocks * kArrays * D * static_cast<int64_t>(sizeof(V)) + I::workspace(cut.parts);
   }
@@ -84,7 +83,8 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
     first_time_ = t0;
     F::at(t0, solve.inputs, fixed_, timed_[0]);
     const T* const y0 = static_cast<const T*>(solve.y0);
-    integrals_.start();
+    solve.evaluations = 1;
+    integrals_.start(static_cast<Base&>(*this));
     Sample& s = solve.sample;
     s = start_sample(grid, 0);
     this->for_each_part(F::operations, [&](int64_t part) {
@@ -98,7 +98,6 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
       });
     });
     memcpy(solve.out, y0, sizeof(T) * static_cast<size_t>(solve.rows * D));
-    solve.evaluations = 1;
     plan_first_step(s);
     // Ctrl-C is looked for at least every few tenths of a second, if an operation takes no more than a nanosecond.
     const int64_t patience = 1 + 200'000'000 / (1 + kStepOperations * solve.rows);
@@ -246,7 +245,7 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
     if (s.accepted && s.output_end > s.output_begin) write_outputs(s);
     plan_step(s, solve.policy, grid, 0);
     if (!s.accepted) return;
-    if (solve.tape) note_step(s);
+    if (solve.tape) note_step(s, was_on_jump);
     first_time_ = times[S - 1];
     chained_ = true;
     swap(y_, y1_);
@@ -330,13 +329,13 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
     return used;
   }
 
-  void note_step(const Sample& s) {
+  void note_step(const Sample& s, bool on_jump) {
     const int64_t n = s.n_accepted - 1;
     solve.n_steps = s.n_accepted;
     if (n >= solve.capacity) return;
     for (int64_t b = 0; b < blocks; ++b) memcpy(this->record(n, b), y_ + b * D, sizeof(V) * D);
-    solve.steps[n] = {s.t_prev,       s.dt_prev,    s.t,      static_cast<double>(first_time_),
-                      s.output_begin, s.output_end, chained_, n - 1};
+    solve.steps[n] = {s.t_prev, s.dt_prev, s.t,  static_cast<double>(first_time_), s.output_begin, s.output_end,
+                      chained_, on_jump,   n - 1};
   }
 
   void restart_behind_jump(const Sample& s) {

@@ -16,6 +16,7 @@ struct TapeStep {
   double first_time;  // that f saw in the step's first evaluation
   int64_t output_begin, output_end;
   int64_t chained;   // whether that evaluation was the last of the step before
+  int64_t on_jump;   // whether a discontinuity has it end
   int64_t previous;  // of a row with steps of its own: the index of the step before; -1 for the first
 };
 
@@ -46,9 +47,11 @@ struct CompiledSolve {
   TapeStep* steps;   // [capacity]
   int64_t capacity;  // a solve of more steps goes on without noting them
   int64_t n_steps;
-  const void* gradient;    // [T] states: what arrives at the outputs
-  void* y0_gradient;       // a state
-  void* const* gradients;  // of the inputs for which they are wanted
+  const void* gradient;          // [T] states: what arrives at the outputs
+  void* y0_gradient;             // a state
+  void* const* gradients;        // of the inputs for which they are wanted; behind them is a place for that of time
+  double* output_time_gradient;  // [T], or of rows with steps of their own [T, rows]: of the outputs, as they move
+  double* end_gradient;          // [n_steps + 1]: of the ends of a state's steps
   // The backward solve of the continuous adjoint, whose state is (y, a).
   const void* arriving_states;  // [T] states of the forward solve, at whose times `gradient` arrives
   const double* arrival_times;  // [n_arrivals], in the forward solve's order
@@ -81,8 +84,8 @@ inline void* aligned(void* memory) {
 
 /// Bytes for a solver and what it wants beside; the stack might be too small for what it computes once a solve.
 template <class Solver>
-int64_t workspace(int64_t rows) {
-  return static_cast<int64_t>(sizeof(Solver)) + 128 + Solver::workspace(rows);
+int64_t workspace(CompiledSolve& solve) {
+  return static_cast<int64_t>(sizeof(Solver)) + 128 + Solver::workspace(solve);
 }
 template <class Solver>
 void run(CompiledSolve& solve) {

@@ -19,7 +19,7 @@ class FixedGridSolve : Blocks<F> {
 
  public:
   /// Bytes of memory: the time-dependent values of all stages would be too many, so every block computes them anew.
-  static int64_t workspace(int64_t) { return 0; }
+  static int64_t workspace(const CompiledSolve&) { return 0; }
 
   FixedGridSolve(CompiledSolve& s, void*) : Base(s) {}
 
@@ -79,7 +79,8 @@ class FixedGridSolve : Blocks<F> {
       if (record && b == 0)
         solve.steps[n] = {
             ends[n], size, ends[n + 1], static_cast<double>(static_cast<const T*>(solve.stage_times)[n * S]),
-            i_begin, i,    false,       n - 1};
+            i_begin, i,    false,       false,
+            n - 1};
     }
   }
 

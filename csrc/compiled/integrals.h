@@ -75,8 +75,14 @@ class AdjointIntegrals {
     pending_ = solve.n_arrivals - 2;
   }
 
-  void start() {
+  /// Begins at the last output; before it, finds what moving the outputs along the solution does.
+  template <class Rows>
+  void start(Rows& rows) {
     for (int64_t p = 0; p < P; ++p) value_[p] = 0;
+    if constexpr (G::has_time) {
+      for (int64_t i = 1; i < solve.n_arrivals; ++i) solve.output_time_gradient[i] = effect_of_moving(rows, i);
+      move_time(solve.n_arrivals - 1);
+    }
   }
 
   /// Makes ready for evaluation j.
@@ -130,7 +136,11 @@ class AdjointIntegrals {
   }
 
   /// Which of the outputs, whose gradients arrive, lies at the time to which the solve has come; -1: none.
-  int64_t arrival(double t) { return pending_ > 0 && solve.arrival_times[pending_] == t ? pending_-- : -1; }
+  int64_t arrival(double t) {
+    if (pending_ <= 0 || solve.arrival_times[pending_] != t) return -1;
+    if constexpr (G::has_time) move_time(pending_);
+    return pending_--;
+  }
 
   /// Behind an output: y from the forward solve, a with the gradient that arrives.
   template <class Rows>
@@ -168,6 +178,36 @@ class AdjointIntegrals {
   int64_t pending_;           // the next output whose gradient arrives
   typename G::Totals totals_;
 
+  /// The integral of time, behind all others.
+  void move_time(int64_t i) { value_[P - 1] -= static_cast<T>(solve.output_time_gradient[i]); }
+
+  /// The inner product of f with the gradient that arrives at output i, over all rows.
+  template <class Rows>
+  double effect_of_moving(Rows& rows, int64_t i) {
+    const T t = static_cast<T>(solve.arrival_times[i]);
+    const int64_t n = solve.rows * G::size * i;
+    double of_parts[most_parts];
+    typename G::Timed timed;
+    G::at(t, solve.inputs, fixed_, timed);
+    solve.evaluations += 1;
+    rows.for_each_part(G::operations, [&](int64_t part) {
+      V sum{};
+      rows.for_each_block(part, [&](int64_t b) {
+        V y[G::size], g[G::size], k[G::size];
+        typename G::Kept kept;
+        rows.load(static_cast<const T*>(solve.arriving_states) + n, b, y, G::n_segments);
+        rows.load(static_cast<const T*>(solve.gradient) + n, b, g, G::n_segments);
+        rows.template blank<G::size>(b, g);
+        G::rows(t, y, k, solve.inputs, fixed_, timed, kept);
+        sum += effect_of<G::size>(g, k);
+      });
+      of_parts[part] = over_lanes(sum);
+    });
+    double total = 0;
+    for (int64_t part = 0; part < parts; ++part) total += of_parts[part];
+    return total;
+  }
+
   Sums& sums(int64_t part, int j) { return sums_[part * kSlots + slot_[j]]; }
 
   void weigh(int64_t part, int slot, const double (&weights)[S]) {
@@ -197,9 +237,11 @@ class AdjointIntegrals {
   /// Of error_, relative to what is tolerated between value_ and another.
   double mean_square(const T* other) const {
     double largest = 0;
-    if (solve.seminorm) return largest;
+    // A seminorm leaves out the parameters, but not time, which is the last.
+    const int first = !solve.seminorm ? 0 : G::n_gradients - (G::has_time ? 1 : 0);
     int64_t p = 0;
-    for (int i = 0; i < G::n_gradients; ++i) {
+    for (int i = 0; i < first; ++i) p += G::gradient_sizes[i];
+    for (int i = first; i < G::n_gradients; ++i) {
       double sum = 0;
       for (const int64_t end = p + G::gradient_sizes[i]; p < end; ++p) {
         const double ratio = scaled_error(std::abs(error_[p]), std::abs(value_[p]), std::abs(other[p]),

@@ -109,6 +109,14 @@ PYODE_HD void collect_sums(const Sums* parts, int64_t n, int64_t step, Read read
   for (; i < N; ++i) out[i] = over_lanes(of_all_parts(i));
 }
 
+/// What moving a state along k does, to whose numbers it gives the gradient g: nothing where that is 0, even to inf.
+template <int D, class V>
+PYODE_HD V effect_of(const V* g, const V* k) {
+  V sum{};
+  for (int d = 0; d < D; ++d) sum = g[d] == 0 ? sum : fused_multiply_add(g[d], k[d], sum);
+  return sum;
+}
+
 /// Into how many parts the rows are cut at most, each with sums of its own.
 template <class G>
 constexpr int64_t kPartsOfSums = sizeof(typename G::Sums) > 1 << 16 ? 8 : 64;
@@ -126,6 +134,7 @@ struct StepBack {
   Record again;                   // what the step has computed, if it had to be computed again
   const Record* record;           // or was noted
   V k[S][D], gk[S][D], start[D];  // gk, start: the gradients of k, and of the state at the step's start
+  V of_start, of_size;            // the gradients of the step's start, its size as it is, and of its size
   V dt;
   Time times[S];
   typename G::Timed timed[S];
@@ -133,6 +142,15 @@ struct StepBack {
   /// Evaluation j again.
   void evaluate(int j, const void* const* inputs, const typename G::Fixed& fixed) {
     G::rows(times[j], again.stages[j], k[j], inputs, fixed, timed[j], again.kept[j]);
+  }
+
+  /// For outputs that were not reached, with the gradient g: they are wanted where the step's end is, and it moves.
+  void hold_end(const V* g) {
+    for (int d = 0; d < D; ++d) {
+      const V slope = k[S - 1][d], effect = slope - slope == 0 ? g[d] * slope : V{};
+      of_start -= effect;
+      of_size -= effect;
+    }
   }
 
   /// All stages again, from the first.
@@ -150,13 +168,21 @@ struct StepBack {
     }
   }
 
-  /// Adds g df/dy of evaluation j to `to`, and g df/dp to the sums.
-  void pull_back(int j, const V* g, V* to, const void* const* inputs, const typename G::Fixed& fixed,
-                 Sums& sums) const {
+  /// Adds g df/dy of evaluation j to `to`, g df/dp to the sums, and g df/dt to the gradients of the step's times.
+  void pull_back(int j, const V* g, V* to, const void* const* inputs, const typename G::Fixed& fixed, Sums& sums) {
     V pulled[D];
     G::back(times[j], record->stages[j], g, pulled, inputs, fixed, timed[j], record->kept[j], sums);
     for (int d = 0; d < D; ++d) to[d] += pulled[d];
+    if constexpr (G::has_time) {
+      V& of_time = G::time(sums);
+      of_start += of_time;
+      if (j > 0) of_size += broadcast<V>(static_cast<T>(M::c[j - 1])) * of_time;
+      of_time = V{};
+    }
   }
+
+  /// Adds what the size of the step does in its sums of k[j], to which they give the gradient gk[j].
+  void weigh_size(int j) { of_size += dt == 0 ? V{} : effect_of<D>(gk[j], k[j]) / dt; }
 
   /// The gradient of y + dt sum_j w_j k_j goes to y and to every k_j.
   template <int N>
@@ -184,6 +210,7 @@ struct StepBack {
       spread_gradient(terms_of<T>(M::a[j - 1], j), g);
       undo_stage<j - 1>(inputs, fixed, sums);
     }
+    if constexpr (G::has_time) weigh_size(j);
   }
 };
 
@@ -203,30 +230,55 @@ class Reversal : Blocks<G, kPartsOfSums<G>> {
 
  public:
   /// Bytes of memory that it wants.
-  static int64_t workspace(int64_t rows) {
-    CompiledSolve solve = {};
-    solve.rows = rows;
-    return Base(solve).parts * static_cast<int64_t>(sizeof(Sums));
+  static int64_t workspace(CompiledSolve& solve) {
+    const auto bytes = static_cast<int64_t>(sizeof(Sums) + sizeof(double) * n_times(solve));
+    return Base(solve).parts * bytes + 64;
   }
 
-  Reversal(CompiledSolve& s, void* memory) : Base(s), sums_(static_cast<Sums*>(memory)) {}
+  Reversal(CompiledSolve& s, void* memory)
+      : Base(s), sums_(static_cast<Sums*>(memory)), times_(static_cast<double*>(aligned(sums_ + this->parts))) {}
 
   void run() {
     G::prepare(solve.inputs, fixed_);
     this->for_each_part(kStepOperations / W * (1 + solve.n_steps), [&](int64_t part) {
       memset(static_cast<void*>(&sums_[part]), 0, sizeof(Sums));
+      const Times times = times_of(part);
+      for (int64_t i = 0, n = n_times(solve); i < n; ++i) times.outputs[i] = 0;
       int64_t spent = 0;
-      this->for_each_block(part, [&](int64_t b) { undo_block(b, sums_[part], spent); });
+      this->for_each_block(part, [&](int64_t b) { undo_block(b, sums_[part], times, spent); });
     });
     solve.sample.status = this->interruption.stop ? kInterrupted : kSuccess;
     G::collect(sums_, this->parts, totals_);
     G::finish(solve.inputs, fixed_, totals_, solve.gradients);
+    if constexpr (G::has_time) collect_times();
   }
 
  private:
+  /// The gradients of the outputs' times and of the steps' ends, of some rows.
+  struct Times {
+    double *outputs, *ends;
+  };
+
   Sums* sums_;
+  double* times_;  // [parts, n_times]
   typename G::Fixed fixed_;
   typename G::Totals totals_;
+
+  /// How many times have a gradient.
+  static int64_t n_times(const CompiledSolve& solve) {
+    return G::has_time ? solve.grid.n_times + solve.n_steps + 1 : 0;
+  }
+  Times times_of(int64_t part) const {
+    double* const begin = times_ + part * n_times(solve);
+    return {begin, begin + solve.grid.n_times};
+  }
+  void collect_times() const {
+    for (int64_t i = 0; i < n_times(solve); ++i) {
+      double sum = 0;
+      for (int64_t part = 0; part < this->parts; ++part) sum += times_of(part).outputs[i];
+      (i < solve.grid.n_times ? solve.output_time_gradient + i : solve.end_gradient + i - solve.grid.n_times)[0] = sum;
+    }
+  }
 
   /// What arrives at output i; 0 in the rows that only fill the last block.
   void load_gradient(int64_t i, int64_t b, V* g) const {
@@ -234,24 +286,33 @@ class Reversal : Blocks<G, kPartsOfSums<G>> {
     this->template blank<D>(b, g);
   }
 
-  void undo_block(int64_t b, Sums& sums, int64_t& spent) {
+  void undo_block(int64_t b, Sums& sums, const Times& times, int64_t& spent) {
     // Of the state and of f, both at the end of the step to undo.
     V lam[D] = {}, slope[D] = {}, g[D];
-    for (int64_t i = solve.steps[solve.n_steps - 1].output_end; i < solve.grid.n_times; ++i) {
+    for (int64_t i = reached(); i < solve.grid.n_times; ++i) {
       load_gradient(i, b, g);
       for (int d = 0; d < D; ++d) lam[d] += g[d];
     }
     Step x;
     for (int64_t n = solve.n_steps; n-- > 0;) {
       if (this->interruption.after(kStepOperations, spent)) return;
-      undo_step(n, b, x, lam, slope, sums);
+      undo_step(n, b, x, lam, slope, sums, times);
     }
     load_gradient(0, b, g);
     for (int d = 0; d < D; ++d) lam[d] += g[d];
     this->store(lam, b, static_cast<T*>(solve.y0_gradient));
   }
 
-  void undo_step(int64_t n, int64_t b, Step& x, V* lam, V* slope, Sums& sums) const {
+  /// How many outputs have been reached; the others are the last state.
+  int64_t reached() const { return solve.n_steps == 0 ? 1 : solve.steps[solve.n_steps - 1].output_end; }
+
+  /// Where an output lies in a step, from 0 to 1.
+  double position(const TapeStep& step, int64_t i) const {
+    const double time = output_time(solve.grid, i, 0);
+    return time == step.t1 ? 1.0 : (time - step.t0) / step.dt;
+  }
+
+  void undo_step(int64_t n, int64_t b, Step& x, V* lam, V* slope, Sums& sums, const Times& times) const {
     const TapeStep& step = solve.steps[n];
     const bool chained = n + 1 < solve.n_steps && solve.steps[n + 1].chained;
     x.dt = broadcast<V>(static_cast<T>(step.dt));
@@ -264,36 +325,65 @@ class Reversal : Blocks<G, kPartsOfSums<G>> {
     if (noted) {
       x.record = noted;
     } else {
-      if (chained) x.again.kept[S - 1] = x.again.kept[0];  // its last evaluation was the first of the next step
+      if (chained) {  // its last evaluation was the first of the next step
+        x.again.kept[S - 1] = x.again.kept[0];
+        memcpy(x.k[S - 1], x.k[0], sizeof x.k[0]);
+      }
       memcpy(x.again.stages[0], this->record(n, b), sizeof x.again.stages[0]);
       x.redo_stages(solve.inputs, fixed_);
       x.record = &x.again;
     }
-    bool sloped = chained;
+    bool sloped = chained, followed = false;  // whether the last evaluation has a gradient, or its value counts
     for (int64_t i = step.output_begin; i < step.output_end; ++i) {
       V g[D];
       load_gradient(i, b, g);
-      const double time = output_time(solve.grid, i, 0);
-      const double at = time == step.t1 ? 1.0 : (time - step.t0) / step.dt;
+      const double at = position(step, i);
       for (int d = 0; d < D; ++d) x.start[d] += g[d];
       for (int j = 0; j < S; ++j) {
         const V w = x.dt * broadcast<V>(static_cast<T>(M::output_weight(solve, j, at)));
         for (int d = 0; d < D; ++d) x.gk[j][d] = fused_multiply_add(w, g[d], x.gk[j][d]);
       }
       sloped = sloped || (at != 1 && M::output_weight(solve, S - 1, at) != 0);
+      followed = followed || M::output_slope(solve, S - 1, at) != 0;
+    }
+    const bool stands = n + 1 == solve.n_steps && reached() < solve.grid.n_times;
+    if (!noted && !chained && (sloped || (G::has_time && (followed || stands))))
+      x.evaluate(S - 1, solve.inputs, fixed_);
+    if constexpr (G::has_time) {
+      x.of_start = x.of_size = V{};
+      move_outputs(step, b, x, times.outputs);
+      if (stands) x.hold_end(lam);
     }
     if (n + 1 == solve.n_steps || chained)
       for (int d = 0; d < D; ++d) x.gk[S - 1][d] += slope[d];
-    if (sloped) {
-      if (!noted && !chained) x.evaluate(S - 1, solve.inputs, fixed_);
-      x.pull_back(S - 1, x.gk[S - 1], lam, solve.inputs, fixed_, sums);
-    }
+    if (sloped) x.pull_back(S - 1, x.gk[S - 1], lam, solve.inputs, fixed_, sums);
     x.undo_stages(lam, solve.inputs, fixed_, sums);
     memcpy(lam, x.start, sizeof x.start);
     if (step.chained)
       memcpy(slope, x.gk[0], sizeof x.start);
     else
       x.pull_back(0, x.gk[0], lam, solve.inputs, fixed_, sums);
+    if constexpr (G::has_time) {
+      times.ends[n] += over_lanes(x.of_start - x.of_size);
+      times.ends[n + 1] += over_lanes(x.of_size);
+    }
+  }
+
+  /// Moves the outputs within a step along the solution, and adds what their shares in k[S - 1] do with its size.
+  void move_outputs(const TapeStep& step, int64_t b, Step& x, double* outputs) const {
+    for (int64_t i = step.output_begin; i < step.output_end; ++i) {
+      V g[D], effect{};
+      load_gradient(i, b, g);
+      const double at = position(step, i);
+      for (int j = 0; j < S; ++j) {
+        const double w = M::output_slope(solve, j, at);
+        if (w != 0) effect = fused_multiply_add(broadcast<V>(static_cast<T>(w)), effect_of<D>(g, x.k[j]), effect);
+      }
+      outputs[i] += over_lanes(effect);
+      x.of_start -= effect;
+      x.of_size -= broadcast<V>(static_cast<T>(at)) * effect;
+    }
+    x.weigh_size(S - 1);
   }
 };
 

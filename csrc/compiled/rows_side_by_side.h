@@ -92,15 +92,21 @@ struct SideBySide {
   }
 };
 
+/// Whether dense output has a weight for evaluation j.
+template <class M>
+constexpr bool is_interpolated(int j) {
+  for (int p = 0; p < M::degree; ++p)
+    if (M::interpolant[j][p] != 0) return true;
+  return false;
+}
+
 /// The weights of an interpolant at a position x[h] for each lane; body(j, w) for those j whose weight is not 0
 /// everywhere. Those that are 0 at some positions only are the second body's: 0 times inf would be nan.
 template <class M, class F, class Body, class Careful>
 PYODE_HD void for_each_output_weight(const typename SideBySide<F>::Numbers& x, Body body, Careful careful) {
   using R = typename SideBySide<F>::R;
   for (int j = 0; j < M::evaluations; ++j) {
-    const bool at_end = M::end[j] != 0;
-    bool between = false;
-    for (int p = 0; p < M::degree; ++p) between = between || M::interpolant[j][p] != 0;
+    const bool at_end = M::end[j] != 0, between = is_interpolated<M>(j);
     if (!at_end && !between) continue;
     const auto w = SideBySide<F>::numbers([&](int h) {
       const R at = x.parts[h];
@@ -112,6 +118,21 @@ PYODE_HD void for_each_output_weight(const typename SideBySide<F>::Numbers& x, B
       body(j, w);
     else
       careful(j, w);
+  }
+}
+
+/// The slopes of these weights; body(j, w) for those j that have any.
+template <class M, class F, class Body>
+PYODE_HD void for_each_output_slope(const typename SideBySide<F>::Numbers& x, Body body) {
+  using R = typename SideBySide<F>::R;
+  for (int j = 0; j < M::evaluations; ++j) {
+    if (!is_interpolated<M>(j)) continue;
+    body(j, SideBySide<F>::numbers([&](int h) {
+           R slope{};
+           for (int p = M::degree - 1; p >= 0; --p)
+             slope = fused_multiply_add(slope, x.parts[h], spread<R>((p + 1) * M::interpolant[j][p]));
+           return slope;
+         }));
   }
 }
 

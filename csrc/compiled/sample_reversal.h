@@ -32,11 +32,7 @@ class SampleReversal : SideBySide<G>, Blocks<G, kPartsOfSums<G>> {
 
  public:
   /// Bytes of memory that it wants.
-  static int64_t workspace(int64_t rows) {
-    CompiledSolve solve = {};
-    solve.rows = rows;
-    return Base(solve).parts * static_cast<int64_t>(sizeof(Sums));
-  }
+  static int64_t workspace(CompiledSolve& solve) { return Base(solve).parts * static_cast<int64_t>(sizeof(Sums)); }
 
   SampleReversal(CompiledSolve& s, void* memory) : Base(s), sums_(static_cast<Sums*>(memory)) {}
 
@@ -57,8 +53,11 @@ class SampleReversal : SideBySide<G>, Blocks<G, kPartsOfSums<G>> {
   /// The rows of a block on their way back. Lanes without a step to undo stand where they are, with a gradient of 0.
   struct Lanes : StepBack<G, M, V> {
     V y[D], lam[D], slope[D];  // gradients of the state and of f, both at the end of the step to undo
+    V left[D];                 // and what arrives at outputs that were not reached, until the last step has been undone
+    V of_ends;                 // the gradient of the ends of the steps undone that move with the start
     V first_time;
-    Integers row, step, begin, end, chained;  // step: its index on the tape, -1 for none; [begin, end): its outputs
+    Integers row, step, begin, end, chained,
+        on_jump;  // step: its index on the tape, -1 for none; [begin, end): its outputs
     Steps steps;
   };
 
@@ -98,6 +97,7 @@ class SampleReversal : SideBySide<G>, Blocks<G, kPartsOfSums<G>> {
         for (int64_t i = reached(row); i < solve.grid.n_times; ++i)
           for (int d = 0; d < D; ++d) x.lam[d][l] += gradient_at(i, row)[d];
     }
+    memcpy(x.left, x.lam, sizeof x.left);
     while (load_steps(x)) {
       if (this->interruption.after(kStepOperations, spent)) return;
       undo_steps(x, sums);
@@ -107,6 +107,7 @@ class SampleReversal : SideBySide<G>, Blocks<G, kPartsOfSums<G>> {
       for (int64_t i = 0, n_start = outputs_at_start(row); i < n_start; ++i)
         for (int d = 0; d < D; ++d) x.lam[d][l] += gradient_at(i, row)[d];
       this->get_row(x.lam, l, static_cast<T*>(solve.y0_gradient) + row * D);
+      if constexpr (G::has_time) solve.output_time_gradient[row] += lane(x.of_ends, l);
     }
   }
 
@@ -126,6 +127,7 @@ class SampleReversal : SideBySide<G>, Blocks<G, kPartsOfSums<G>> {
         x.begin.set(l, 0);
         x.end.set(l, 0);
         x.chained.set(l, 0);
+        x.on_jump.set(l, 0);
         continue;
       }
       some = true;
@@ -140,6 +142,7 @@ class SampleReversal : SideBySide<G>, Blocks<G, kPartsOfSums<G>> {
       x.begin.set(l, step.output_begin);
       x.end.set(l, step.output_end);
       x.chained.set(l, step.chained);
+      x.on_jump.set(l, step.on_jump);
     }
     return some;
   }
@@ -153,15 +156,23 @@ class SampleReversal : SideBySide<G>, Blocks<G, kPartsOfSums<G>> {
     memset(static_cast<void*>(x.gk), 0, sizeof x.gk);
     memset(static_cast<void*>(x.start), 0, sizeof x.start);
     x.redo_stages(solve.inputs, fixed_);
+    const mask_t<V> moving = this->mask([&](int h) { return x.step.parts[h] >= 0; });
+    bool evaluated = false;
+    if constexpr (G::has_time) {
+      evaluated = true;
+      x.evaluate(S - 1, solve.inputs, fixed_);
+      x.of_start = x.of_size = V{};
+      hold_ends(x, moving);
+    }
     add_outputs(x);
+    if constexpr (G::has_time) x.weigh_size(S - 1);
     for (int d = 0; d < D; ++d) x.gk[S - 1][d] += x.slope[d];
     bool sloped = false;
     for (int d = 0; d < D; ++d) sloped = sloped || any(x.gk[S - 1][d] != 0);
-    const mask_t<V> moving = this->mask([&](int h) { return x.step.parts[h] >= 0; });
     if (sloped) {
       V lam[D];
       memcpy(lam, x.lam, sizeof lam);
-      x.evaluate(S - 1, solve.inputs, fixed_);
+      if (!evaluated) x.evaluate(S - 1, solve.inputs, fixed_);
       x.pull_back(S - 1, x.gk[S - 1], lam, solve.inputs, fixed_, sums);
       for (int d = 0; d < D; ++d) x.lam[d] = moving ? lam[d] : x.lam[d];
     }
@@ -177,8 +188,24 @@ class SampleReversal : SideBySide<G>, Blocks<G, kPartsOfSums<G>> {
     }
     if (opening) x.pull_back(0, own, x.start, solve.inputs, fixed_, sums);
     for (int d = 0; d < D; ++d) x.lam[d] = moving ? x.start[d] : x.lam[d];
+    if constexpr (G::has_time) {
+      // The end of a step at a discontinuity does not move with the start, nor what comes behind it.
+      const mask_t<V> on_jump = this->mask([&](int h) { return x.on_jump.parts[h] != 0; });
+      const V of_ends = on_jump ? x.of_start - x.of_size : x.of_ends + x.of_start;
+      x.of_ends = moving ? of_ends : x.of_ends;
+    }
     for (int l = 0; l < W; ++l)
       if (x.step[l] >= 0) x.step.set(l, solve.steps[x.step[l]].previous);
+  }
+
+  /// Outputs that were not reached stand where the rows' last steps end, which are about to be undone.
+  void hold_ends(Lanes& x, mask_t<V> moving) const {
+    V held[D];
+    for (int d = 0; d < D; ++d) {
+      held[d] = moving ? x.left[d] : V{};
+      x.left[d] = moving ? V{} : x.left[d];
+    }
+    x.hold_end(held);
   }
 
   /// What arrives at the outputs that the steps have passed: of each row one at a time.
@@ -204,6 +231,20 @@ class SampleReversal : SideBySide<G>, Blocks<G, kPartsOfSums<G>> {
         for (int d = 0; d < D; ++d) x.gk[j][d] = fused_multiply_add(x.dt * w, g[d], x.gk[j][d]);
       };
       for_each_output_weight<M, G>(position, add, add);
+      if constexpr (G::has_time) move_outputs(x, position, g);
+    }
+  }
+
+  /// Moves these outputs along the solution.
+  void move_outputs(Lanes& x, const Numbers& position, const V* g) const {
+    V effect{};
+    for_each_output_slope<M, G>(position,
+                                [&](int j, V w) { effect = fused_multiply_add(w, effect_of<D>(g, x.k[j]), effect); });
+    x.of_start -= effect;
+    x.of_size -= this->numbers([&](int h) { return position.parts[h]; }) * effect;
+    for (int l = 0; l < W; ++l) {
+      const int64_t i = x.begin[l] - 1;  // the output just passed, in lanes that have one
+      if (lane(effect, l) != 0) solve.output_time_gradient[i * solve.rows + x.row[l]] += lane(effect, l);
     }
   }
 };

@@ -29,7 +29,7 @@ class SampleSolve : SideBySide<F> {
   static constexpr int kSpare = W / 8 > 1 ? W / 8 : 1;  // so many idle lanes are filled together
 
  public:
-  static int64_t workspace(int64_t) { return 0; }
+  static int64_t workspace(const CompiledSolve&) { return 0; }
 
   SampleSolve(CompiledSolve& s, void*) : solve(s) {}
 
@@ -250,7 +250,8 @@ class SampleSolve : SideBySide<F> {
       if (n < solve.capacity) {
         this->get_row(x.y, l, static_cast<T*>(solve.tape) + n * D);
         solve.steps[n] = {s.t_prev,       s.dt_prev,    s.t,          static_cast<double>(x.first_time[l]),
-                          s.output_begin, s.output_end, x.chained[l], x.last[l]};
+                          s.output_begin, s.output_end, x.chained[l], s.on_jump,
+                          x.last[l]};
       }
       x.last.set(l, n);
     }

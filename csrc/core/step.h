@@ -43,5 +43,12 @@ PYODE_HD double interpolant_weight(const double* c, int degree, double x) {
   return weight * x;
 }
 
+/// Its slope there: sum_p (p + 1) c[p] x^p.
+PYODE_HD double interpolant_slope(const double* c, int degree, double x) {
+  double slope = 0;
+  for (int p = degree - 1; p >= 0; --p) slope = fused_multiply_add(slope, x, (p + 1) * c[p]);
+  return slope;
+}
+
 }  // namespace PYODE_LEVEL
 }  // namespace pyode

@@ -92,9 +92,9 @@ class WithArgs:
         found = self._compiled.entry(shapes, is_tuple, dtype, method, per_sample)
         return None if found is None else found.given(self._given)
 
-    def library(self, entry: Entry, recorded: bool) -> Library | None:
+    def library(self, entry: Entry, wanted: tuple[int, ...] | None) -> Library | None:
         """As that of `CompiledDynamics`."""
-        return self._compiled.library(entry, recorded)
+        return self._compiled.library(entry, wanted)
 
     def pays(
         self, native: Callable[[Tensor], Any], eager: Callable[[Tensor], Any], y0: Tensor, kind: tuple[Any, ...]

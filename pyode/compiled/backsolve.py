@@ -14,6 +14,7 @@ from ..solution import Stats
 from ..state import Form
 from .arguments import WithArgs
 from .dynamics import CompiledDynamics
+from .native import TIME
 from .plan import Plan
 from .solve import error_of
 
@@ -26,15 +27,16 @@ def backsolve_compiled(
     ys: Tensor,
     gradients: Tensor,
     params: tuple[Tensor, ...],
-) -> tuple[Tensor, None, list[Tensor]] | None:
-    """The gradients with respect to y0 (packed) and the parameters; None if a loop has to do it.
+    time: bool,
+) -> tuple[Tensor, Tensor | None, list[Tensor]] | None:
+    """The gradients with respect to y0 (packed), t if wanted, and the parameters; None if a loop has to do it.
 
     That is where a norm or callbacks are the user's, every interval is to be a solve of its own, a method is not an
     adaptive Runge-Kutta method, or func uses tensors through which parameters are reached in another way than directly.
 
     Args:
         compiled: the dynamics.
-        form, times, config, ys, gradients, params: as `Backsolve`'s.
+        form, times, config, ys, gradients, params, time: as `Backsolve`'s.
 
     Raises:
         SolveError: the backward solve failed.
@@ -63,7 +65,7 @@ def backsolve_compiled(
     direct = all(x.is_leaf or i in wanted for i, x in enumerate(entry.inputs) if x.requires_grad)
     if not direct or len(places) < len(entry.inputs) or any(entry.inputs[i].dtype != ys.dtype for i in wanted):
         return None
-    library = compiled.backsolving(entry, wanted)
+    library = compiled.backsolving(entry, (*wanted, TIME) if time else wanted)
     if library is None:
         return None
     ends, options = backwards(times, config.options)
@@ -77,7 +79,9 @@ def backsolve_compiled(
     values = torch.tensor(times.values, dtype=torch.float64)
     inputs = [entry.inputs[i] for i in wanted]
     tolerances = least_rtol, least_atol
-    z, found, solve = plan.run_back(z, entry.inputs, values, ys, gradients, tolerances, config.seminorm, inputs)
+    start, of_times, found, solve = plan.run_back(
+        z, entry.inputs, values, ys, gradients, tolerances, config.seminorm, inputs
+    )
     stats: Stats | None = options.get("stats")
     if stats is not None:
         stats.n_f_evals += solve.evaluations
@@ -86,4 +90,5 @@ def backsolve_compiled(
     if solve.sample.status != Status.SUCCESS:
         raise error_of(solve)
     by_id = {id(x): g for x, g in zip(inputs, found)}
-    return z[1] + gradients[0], None, [by_id.get(id(p), torch.zeros_like(p)) for p in params]
+    of_t = of_times.to(times.tensor) if time else None
+    return start[1] + gradients[0], of_t, [by_id.get(id(p), torch.zeros_like(p)) for p in params]

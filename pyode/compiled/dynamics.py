@@ -109,12 +109,11 @@ class CompiledDynamics(nn.Module):
         """The tensors that func uses."""
         return entry.inputs
 
-    def library(self, entry: Entry, recorded: bool) -> Library | None:
-        """An entry's library, with gradients to what wants them if `recorded`; None, after a warning, if none."""
-        if recorded:
-            wanted = tuple(i for i, x in enumerate(entry.inputs) if x.requires_grad)
-            return self._built(entry.trained, entry, wanted, "its gradient: ")
-        return self._built(lambda _: entry.library, entry, None, "")
+    def library(self, entry: Entry, wanted: tuple[int, ...] | None) -> Library | None:
+        """An entry's library, with gradients to what is wanted, if anything; None, after a warning, if none."""
+        if wanted is None:
+            return self._built(lambda _: entry.library, entry, None, "")
+        return self._built(entry.trained, entry, wanted, "its gradient: ")
 
     def backsolving(self, entry: Entry, wanted: tuple[int, ...]) -> Library | None:
         """An entry's library of the continuous adjoint, with gradients to some of its inputs; None likewise."""

@@ -163,6 +163,10 @@ class Statements:
             if id(node) in repeated:
                 self._emit(node, self.code[Place.BACK])
 
+    def sum_of(self, total: Node) -> str:
+        """The name, in the sums of a part of the rows, of what a sum over all rows is the sum of."""
+        return self._names[id(total)].removeprefix("totals.")
+
     def _to_inline(self, nodes: list[Node], outputs: Sequence[Node]) -> set[int]:
         """The ids of maps that are part of the one map that uses them."""
         uses = Counter(id(x.base) for node in nodes for x in node.inputs if node.kind != "view")
@@ -314,7 +318,7 @@ class Statements:
         code.add(f"contract<{n}, {i}, {j}, {k}>({a.text}, {b.text}, {name});")
 
     def _emit_total(self, node: Node, name: str, code: Code) -> None:
-        number, n = name.removeprefix("totals."), max(node.numel, 1)
+        number, n = self.sum_of(node), max(node.numel, 1)
         code.operations += 2 * n
         lanes = (
             len(node.inputs) == 1

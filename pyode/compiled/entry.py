@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import CompileError
 from ..methods import Tableau
+from .graph import Graph
 from .lowering import Lowering
-from .native import Library
+from .native import TIME, Library
 from .source import backsolve_source, solver_source
 from .struct import REGISTER, Dynamics
 from .trace import holds, same_operators, taken_apart, trace, trace_vjp
@@ -128,19 +129,19 @@ class Entry:
         """All that there are."""
         return [*self._plain, *self._trained.values(), *self._backsolving.values()]
 
-    def _build(self, source: str, gradient: bool = False) -> Library:
+    def _build(self, source: str, gradient: bool = False, timed: bool = False) -> Library:
         began = time.perf_counter()
-        library = Library(source, gradient)
+        library = Library(source, gradient, timed)
         self.origin.source = source
         self.origin.seconds += time.perf_counter() - began
         return library
 
     def trained(self, wanted: tuple[int, ...]) -> Library:
-        """The library that has the gradient too, with respect to the state and to some of the inputs."""
+        """The library that has the gradient too, with respect to the state and to some of the inputs, or TIME."""
         if wanted not in self._trained:
             with _tracing:
                 source = solver_source(self._adjoint(wanted), self.method, self._per_sample)
-                self._trained[wanted] = self._build(source, gradient=True)
+                self._trained[wanted] = self._build(source, True, TIME in wanted)
         return self._trained[wanted]
 
     def backsolving(self, wanted: tuple[int, ...]) -> Library:
@@ -148,7 +149,7 @@ class Entry:
         if wanted not in self._backsolving:
             with _tracing:
                 source = backsolve_source(self._adjoint(wanted), self.method)
-                self._backsolving[wanted] = self._build(source)
+                self._backsolving[wanted] = self._build(source, timed=TIME in wanted)
         return self._backsolving[wanted]
 
     def _check_stack(self, dynamics: Dynamics) -> None:
@@ -161,18 +162,25 @@ class Entry:
     def _adjoint(self, wanted: tuple[int, ...]) -> Dynamics:
         """The dynamics with their way back."""
         if wanted not in self._adjoints:
-            inputs, times = [self._inputs[i] for i in wanted], self._per_sample
-            traced = trace_vjp(self._traced, self._shapes, self._dtype, self.rows, inputs, times)
-            if traced.meta["conditions"] - self._conditions:
-                raise CompileError("the gradient depends on the number of rows")
-            lowered = Lowering(traced, self._dtype, self.rows, totals=True, inputs=self._inputs, own_times=times)
+            lowered = self._lower_vjp([self._inputs[i] for i in wanted if i != TIME])
+            gradients = lowered.gradients
+            if TIME in wanted:
+                gradients = gradients + self._lower_vjp([], lowered.graph).gradients
             adjoint = Dynamics(
-                lowered.outputs, self._dtype, self.rows, times, lowered.pulled, lowered.gradients,
+                lowered.outputs, self._dtype, self.rows, self._per_sample, lowered.pulled, gradients, TIME in wanted,
                 evaluations=len(self.method.rows) + 2,
             )  # fmt: skip
             self._check_stack(adjoint)
             self._adjoints[wanted] = adjoint
         return self._adjoints[wanted]
+
+    def _lower_vjp(self, inputs: list[Tensor], beside: Graph | None = None) -> Lowering:
+        """The vector-Jacobian product with gradients to some inputs; or, beside that one's graph, the one to time."""
+        times = self._per_sample
+        traced = trace_vjp(self._traced, self._shapes, self._dtype, self.rows, inputs, times, beside is not None)
+        if traced.meta["conditions"] - self._conditions:
+            raise CompileError("the gradient depends on the number of rows")
+        return Lowering(traced, self._dtype, self.rows, True, self._inputs, times, beside)
 
     def fits(self) -> bool:
         """Whether the inputs are still of their shapes and dtypes."""

@@ -115,10 +115,14 @@ class Graph:
 
     Args:
         totals: whether there may be sums over rows, as the gradients of inputs are.
+
+    Attributes:
+        shares: whether a row's share now stands for a sum over rows, which is taken of what is at last computed from
+            it, and depends on it linearly: so it may be multiplied with what differs from stage to stage.
     """
 
     def __init__(self, totals: bool = False) -> None:
-        self.totals = totals
+        self.totals, self.shares = totals, False
         self._nodes: dict[Hashable, Node] = {}
 
     def node(
@@ -137,6 +141,8 @@ class Graph:
             raise CompileError(
                 "mixes rows"
             )  # or takes a sum over them, of one stage, times what differs between stages
+        if rows is not None and any(x.place.differs and x.rows is None for x in inputs):
+            raise CompileError("mixes rows")
         place = max(places, default=Place.SOLVE) if place is None else place
         key = (kind, tuple(map(id, inputs)), detail, tuple(shape), rows, mask)
         if key not in self._nodes:
@@ -277,10 +283,16 @@ class Graph:
             raise CompileError("mixes rows")
         sizes = [1 if i in axes or i == node.rows else size for i, size in enumerate(node.sizes())]
         within = self.reduce(formula, node, axes, True) if axes else node
-        total = self.node("total", (within,), None, within.shape, None, Place.TOTAL)
+        total = self._over_rows(within)
         return self.reshape(
             total, sizes if keepdim else [s for i, s in enumerate(sizes) if i not in (*axes, node.rows)], None
         )
+
+    def _over_rows(self, node: Node) -> Node:
+        """The sum over all rows, or a row's share in it."""
+        if self.shares:
+            return self.node("view", (node.base,), node.layout, node.shape, None)
+        return self.node("total", (node,), None, node.shape, None, Place.TOTAL)
 
     def _scaled_total(self, formula: str, nodes: list[Node]) -> Node:
         """A sum over all rows times what differs from stage to stage: the sum of the products."""
@@ -310,6 +322,8 @@ class Graph:
         """Matrix products, [n, i, k] times [n, k, j]."""
         if self.totals and (a.rows, b.rows) == (2, 1):
             (n, i), (_, j) = a.shape, b.shape
+            if self.shares:
+                return self.node("contract", (self.number(a), self.number(b)), (n, i, j, 1), (n, i, j), None)
             return self.node("total", (self.number(a), self.number(b)), (n, i, j), (n, i, j), None, Place.TOTAL)
         if a.rows is not None and b.rows is not None and (a.rows, b.rows) != (0, 0):
             raise CompileError("mixes rows")

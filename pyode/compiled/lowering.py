@@ -29,6 +29,8 @@ class Lowering:
         totals: whether it is a vector-Jacobian product, as `trace_vjp` made it; then sums over rows are allowed.
         inputs: those known already, which keep their numbers.
         own_times: whether every row has a time of its own.
+        beside: the graph of another vector-Jacobian product of the same func; the gradients are then formed row by row,
+            and summed at last.
 
     Attributes:
         outputs: what func returns, for each part of the state.
@@ -45,8 +47,10 @@ class Lowering:
         totals: bool = False,
         inputs: list[Tensor] | None = None,
         own_times: bool = False,
+        beside: Graph | None = None,
     ) -> None:
-        self.graph = Graph(totals)
+        self.graph = Graph(totals) if beside is None else beside
+        self.graph.shares = beside is not None
         self.dtype, self.inputs = dtype, list[Tensor]() if inputs is None else inputs
         self._traced, self._values = traced, dict[TracedNode, Any]()
         self._symbol: Any = None
@@ -76,7 +80,7 @@ class Lowering:
         self.gradients = list[Node]()
         for out in returned[2 * n :]:
             value = self.graph.number(self._node(self._values[out]))
-            if value.place.differs:  # the only row
+            if value.place.differs or beside is not None:  # the only row's, or each row's
                 value = self.graph.node("total", (value,), None, value.shape, None, Place.TOTAL)
             self.gradients.append(value)
 

@@ -14,6 +14,8 @@ from .._ops import native as ops
 from .._ops.contract import INTEGER_FIELDS, REAL_FIELDS
 from .build import build
 
+TIME = -1  # stands for time where gradients to inputs are named by their numbers
+
 _MOST_KEPT = 1 << 24  # bytes of workspace that a thread keeps for its next solve
 
 
@@ -46,7 +48,7 @@ class TapeStep(Structure):
 
     _fields_ = (
         *((name, c_double) for name in ("t0", "dt", "t1", "first_time")),
-        *((name, c_int64) for name in ("output_begin", "output_end", "chained", "previous")),
+        *((name, c_int64) for name in ("output_begin", "output_end", "chained", "on_jump", "previous")),
     )
 
 
@@ -62,6 +64,7 @@ class Solve(Structure):
         ("threads", c_int64), ("run_parallel", c_void_p), ("interrupted", c_void_p),
         ("tape", c_void_p), ("record", c_int64), ("steps", c_void_p), ("capacity", c_int64), ("n_steps", c_int64),
         ("gradient", c_void_p), ("y0_gradient", c_void_p), ("gradients", c_void_p),
+        ("output_time_gradient", c_void_p), ("end_gradient", c_void_p),
         ("arriving_states", c_void_p), ("arrival_times", c_void_p), ("n_arrivals", c_int64),
         ("integral_rtol", c_double), ("integral_atol", c_double), ("seminorm", c_int64),
         ("states", c_void_p), ("n_failed", c_int64), ("sample", _Sample), ("evaluations", c_int64),
@@ -95,9 +98,11 @@ class Library:
     Args:
         source: the C++.
         gradient: whether it has the gradient too.
+        timed: whether that to time, too.
     """
 
-    def __init__(self, source: str, gradient: bool = False) -> None:
+    def __init__(self, source: str, gradient: bool = False, timed: bool = False) -> None:
+        self.timed = timed
         self.path, temporary = build(source)
         library = ctypes.CDLL(str(self.path))
         if temporary:
@@ -111,16 +116,16 @@ class Library:
         prefixes = ("", "reversal_") if gradient else ("",)
         for prefix in prefixes:
             getattr(library, prefix + "workspace").restype = c_int64
-            getattr(library, prefix + "workspace").argtypes = (c_int64,)
+            getattr(library, prefix + "workspace").argtypes = (POINTER(Solve),)
             getattr(library, prefix + "solve").restype = None
             getattr(library, prefix + "solve").argtypes = (POINTER(Solve),)
         self._library = library
         self._functions = {prefix: getattr(library, prefix + "solve") for prefix in prefixes}
         self.capacity = 32  # steps that a tape has room for; as many as the last solve took, and some
 
-    def workspace(self, name: str, rows: int) -> int:
-        """Bytes of workspace that a native function wants for so many rows."""
-        return int(getattr(self._library, f"{name}workspace")(rows))
+    def workspace(self, name: str, solve: Solve) -> int:
+        """Bytes of workspace that a native function wants for a solve of so many rows, output times and steps."""
+        return int(getattr(self._library, f"{name}workspace")(byref(solve)))
 
     def call(self, name: str, solve: Solve, workspace: int) -> None:
         """Calls a native function, with workspace; raises what a signal's handler has raised meanwhile."""

@@ -53,23 +53,23 @@ def solve_recorded(
     inputs: list[Tensor],
     eagerly: Callable[[Tensor], Tensor],
     y0: Tensor,
+    t: Tensor,
     states: RowStates | None = None,
 ) -> tuple[Tensor, Solve]:
-    """A solve with a gradient to y0 and to those inputs that want one, and how it ended.
+    """A solve with a gradient to y0, to those inputs that want one and to t if it does, and how it ended.
 
     Args:
         plan: of a library that has these gradients.
         inputs: the tensors that func has closed over.
         eagerly: the same solve by a loop, for gradients of gradients.
         y0: the packed state.
+        t: the output times.
         states: where rows with steps of their own tell how they ended.
     """
     ended: list[Solve] = []
     what = plan, inputs, eagerly, states
-    ys: Tensor = _apply(what, ended, y0, *[x for x in inputs if x.requires_grad])  # type: ignore[no-untyped-call]
+    wanted = [x for x in inputs if x.requires_grad]
+    if t.requires_grad:
+        wanted.append(t)
+    ys: Tensor = _apply(what, ended, y0, *wanted)  # type: ignore[no-untyped-call]
     return ys, ended[0]
-
-
-def is_recorded(inputs: list[Tensor], y0: Tensor, t: Tensor) -> bool:
-    """Whether gradients are wanted."""
-    return torch.is_grad_enabled() and (y0.requires_grad or t.requires_grad or any(x.requires_grad for x in inputs))

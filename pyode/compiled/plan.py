@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import c_double, c_void_p
+from array import array
+from collections.abc import Callable
+from ctypes import POINTER, c_double
 from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._ops import native as ops
 from .._ops.contract import INTEGER_FIELDS, REAL_FIELDS, Grid, Policy
+from ..gradients.time import through_grid
 from ..solution import SampleStats
 from .native import GridForm, Library, PolicyForm, Solve, TapeStep
 
@@ -81,13 +83,19 @@ def _policy(policy: Policy) -> PolicyForm:
     return PolicyForm(**{**values, "beta": (c_double * 3)(*policy.beta), "alpha": (c_double * 2)(*policy.alpha)})
 
 
-def _places_for(wanted: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Any]:
-    """Memory for gradients, and the addresses."""
+def _places_for(wanted: list[Tensor], dtype: torch.dtype, timed: bool) -> tuple[list[Tensor], array[int]]:
+    """Memory for gradients, that to time behind the others if there is one, and the addresses."""
     found = [
         torch.empty_like(x) if x.dtype is dtype and x.is_contiguous() else torch.empty(x.shape, dtype=dtype)
         for x in wanted
     ]
-    return found, (c_void_p * max(len(found), 1))(*(x.data_ptr() for x in found))
+    if timed:
+        found.append(torch.empty((), dtype=dtype))
+    return found, _addresses_of(found)
+
+
+def _addresses_of(tensors: list[Tensor]) -> array[int]:
+    return array("Q", [x.data_ptr() for x in tensors])
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -126,6 +134,7 @@ class Plan:
         n = len(grid.times)
         self.library, self.rows, self.per_sample = library, rows, per_sample
         self.shape, self.dtype = (n, *shape), dtype
+        self._like = torch.empty((), dtype=dtype).expand(self.shape)  # an empty tensor is sooner made like another
         self._kept = grid, rtol, atol, steps  # whose memory the form points to
         self._form = Solve(
             rows=rows,
@@ -148,8 +157,8 @@ class Plan:
             interrupted=ops.INTERRUPTED,
         )  # fmt: skip
         self._n_steps = 0 if steps is None else len(steps[0]) - 1
+        self.ends_of: Callable[[Tensor], Tensor] | None = None  # of a fixed grid, as a function of the output times
         self._workspaces: dict[str, int] = {}
-        self._pointers: tuple[list[int], Any] = ([], None)
         self._spare: list[Tape] = []
 
     def run(self, y0: Tensor, inputs: list[Tensor], states: RowStates | None = None) -> tuple[Tensor, Solve]:
@@ -168,7 +177,7 @@ class Plan:
     def _run(
         self, y0: Tensor, inputs: list[Tensor], tape: Tape | None, states: RowStates | None
     ) -> tuple[Tensor, Solve]:
-        out = torch.empty(self.shape, dtype=self.dtype)
+        out = torch.empty_like(self._like, memory_format=torch.contiguous_format)
         solve = Solve.from_buffer_copy(self._form)
         solve.y0, solve.out = y0.data_ptr(), out.data_ptr()
         kept = self._point_to(inputs, solve)
@@ -204,7 +213,7 @@ class Plan:
         if self.per_sample:
             return Tape(max(least, 32 * self.rows), y0.nbytes // self.rows)
         blocks, record = -(-self.rows // library.lanes), library.record
-        if least * blocks * record > MOST_RECORDED:
+        if library.timed or least * blocks * record > MOST_RECORDED:  # derivatives are not in it, and time wants them
             record = library.lanes * (y0.nbytes // self.rows)
         return Tape(least, blocks * record, record)
 
@@ -218,7 +227,7 @@ class Plan:
         tolerances: tuple[float, float],
         seminorm: bool,
         wanted: list[Tensor],
-    ) -> tuple[Tensor, list[Tensor], Solve]:
+    ) -> tuple[Tensor, Tensor, list[Tensor], Solve]:
         """The backward solve of the continuous adjoint.
 
         Args:
@@ -231,47 +240,73 @@ class Plan:
             wanted: the inputs whose gradients are wanted.
 
         Returns:
-            The state and the adjoint at the first output time, the gradients, and how the solve ended.
+            The adjoint at the first output time, the gradients of the times, [T] float64, if they are wanted, and of
+            the inputs, and how the solve ended.
         """
-        out = torch.empty(self.shape, dtype=self.dtype)
-        found, array = _places_for(wanted, self.dtype)
+        out = torch.empty_like(self._like, memory_format=torch.contiguous_format)
+        found, places = _places_for(wanted, self.dtype, self.library.timed)
+        of_times = torch.empty(len(times), dtype=torch.float64)
         solve = Solve.from_buffer_copy(self._form)
-        solve.y0, solve.out, solve.gradients = z.data_ptr(), out.data_ptr(), ctypes.addressof(array)
+        solve.output_time_gradient = of_times.data_ptr()
+        solve.y0, solve.out, solve.gradients = z.data_ptr(), out.data_ptr(), places.buffer_info()[0]
         solve.arriving_states, solve.gradient = ys.data_ptr(), gradient.data_ptr()
         solve.arrival_times, solve.n_arrivals = times.data_ptr(), len(times)
         (solve.integral_rtol, solve.integral_atol), solve.seminorm = tolerances, seminorm
         kept = self._point_to(inputs, solve)
         self._call("", solve)
         del kept
-        return out[1], found, solve
+        if self.library.timed:
+            of_times[0] = found.pop()
+        return out[1], of_times, found, solve
 
     def undo(
         self, solved: Solve, gradient: Tensor, y0: Tensor, inputs: list[Tensor], wanted: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The gradients of the start and of the wanted inputs, from that of the outputs and a solve's notes."""
-        start = torch.empty_like(y0)
-        found, array = _places_for(wanted, self.dtype)
+        """The gradients of the start and of what is wanted, from that of the outputs and a solve's notes.
+
+        Args:
+            solved, gradient, y0, inputs: the solve, what arrives at its outputs, and what it was of.
+            wanted: some inputs; behind them the output times, if the library has their gradient.
+        """
+        start, timed = torch.empty_like(y0), self.library.timed
+        found, places = _places_for(wanted[:-1] if timed else wanted, self.dtype, timed)
         solve = Solve.from_buffer_copy(solved)  # another thread may be at it too
+        if timed:
+            rows, n = self.rows if self.per_sample else 1, self.shape[0]
+            outputs, ends = (torch.zeros(*x, dtype=torch.float64) for x in ((n, rows), (solved.n_steps + 1,)))
+            solve.output_time_gradient, solve.end_gradient = outputs.data_ptr(), ends.data_ptr()
         solve.gradient, solve.y0_gradient = gradient.data_ptr(), start.data_ptr()
-        solve.gradients = ctypes.addressof(array)
+        solve.gradients = places.buffer_info()[0]
         kept = self._point_to(inputs, solve)
         self._call("reversal_", solve)
         del kept
+        if timed:
+            found[-1] = self._of_times(wanted[-1], outputs, ends, solved)
         return start, [g if g.dtype is x.dtype else g.to(x.dtype) for g, x in zip(found, wanted)]
 
+    def _of_times(self, t: Tensor, outputs: Tensor, ends: Tensor, solved: Solve) -> Tensor:
+        """The gradient of the output times, from those of outputs that move, [T, rows], and of the steps' ends."""
+        if self.ends_of is not None:
+            return through_grid(self.ends_of, t, ends, outputs[:, 0])
+        if not self.per_sample:  # else natively
+            steps = ctypes.cast(solved.steps, POINTER(TapeStep))
+            jumps = range(solved.n_steps if self._form.grid.n_jump_t else 0)
+            first = next((n for n in jumps if steps[n].on_jump), solved.n_steps)
+            outputs[0] += ends[: first + 1].sum()  # what ends at a discontinuity, and is behind it, does not move
+        return (outputs if t.dim() == 2 else outputs.sum(1)).to(t)
+
     def _call(self, name: str, solve: Solve) -> None:
-        if name not in self._workspaces:
-            self._workspaces[name] = self.library.workspace(name, self.rows)
-        self.library.call(name, solve, self._workspaces[name])
+        size = self._workspaces.get(name)
+        if size is None:
+            size = self.library.workspace(name, solve)
+            if not self.library.timed:  # else it depends on the number of steps
+                self._workspaces[name] = size
+        self.library.call(name, solve, size)
 
     def _point_to(self, inputs: list[Tensor], solve: Solve) -> object:
         """Sets the inputs' addresses; returns what has to live until the call is over."""
         dtype = self.dtype
         kept = [x if x.dtype is dtype and x.is_contiguous() else x.detach().to(dtype).contiguous() for x in inputs]
-        addresses = [x.data_ptr() for x in kept]
-        known, array = self._pointers
-        if array is None or known != addresses:
-            array = (c_void_p * max(len(addresses), 1))(*addresses)
-            self._pointers = addresses, array
-        solve.inputs = ctypes.addressof(array)
-        return kept, array
+        addresses = _addresses_of(kept)
+        solve.inputs = addresses.buffer_info()[0]
+        return kept, addresses

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._ops import backend_for, native
 from .arguments import WithArgs
 from .dynamics import CompiledDynamics
+from .native import TIME
 
 if TYPE_CHECKING:
     from .entry import Entry
@@ -25,7 +26,7 @@ class Prepared:
         key: all that it depends on beside the times and these numbers.
         t, version: the times, and how often they had been written to.
         entry, plan: what was compiled; whatever tensors are in `args`.
-        trained: which of func's tensors get gradients; None if the library has no gradient.
+        wanted: to which of func's tensors there are gradients, TIME among them if to the times; None if there are none.
     """
 
     key: tuple[Any, ...]
@@ -33,7 +34,7 @@ class Prepared:
     version: int
     entry: Entry
     plan: Plan
-    trained: tuple[int, ...] | None
+    wanted: tuple[int, ...] | None
 
     def serves(
         self, compiled: CompiledDynamics | WithArgs, key: tuple[Any, ...], y0: Tensor, t: Any
@@ -53,12 +54,10 @@ class Prepared:
         ):
             return None
         inputs = compiled.inputs_of(self.entry)
-        if not torch.is_grad_enabled():
+        wanted = wanted_of(inputs, y0, t)
+        if wanted is None:
             return inputs, False
-        wanted = trained(inputs)
-        if not wanted and not y0.requires_grad and not t.requires_grad:
-            return inputs, False
-        return None if t.requires_grad or wanted != self.trained else (inputs, True)
+        return (inputs, True) if wanted == self.wanted else None
 
 
 def key_of(y0: Any, rtol: Any, atol: Any, *others: Any) -> tuple[Any, ...] | None:
@@ -68,6 +67,11 @@ def key_of(y0: Any, rtol: Any, atol: Any, *others: Any) -> tuple[Any, ...] | Non
     return (y0.shape, y0.dtype, rtol, atol, *others)
 
 
-def trained(inputs: list[Tensor]) -> tuple[int, ...]:
-    """Which tensors gradients are wanted to."""
-    return tuple([i for i, x in enumerate(inputs) if x.requires_grad])
+def wanted_of(inputs: list[Tensor], y0: Tensor, t: Tensor) -> tuple[int, ...] | None:
+    """To which of func's tensors gradients are wanted, and TIME if to the times; None if not even to y0."""
+    if not torch.is_grad_enabled():
+        return None
+    wanted = tuple([i for i, x in enumerate(inputs) if x.requires_grad])
+    if t.requires_grad:
+        return (*wanted, TIME)
+    return wanted if wanted or y0.requires_grad else None

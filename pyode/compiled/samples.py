@@ -18,9 +18,9 @@ from ..state import Form
 from .arguments import WithArgs
 from .dynamics import CompiledDynamics
 from .native import Solve
-from .node import is_recorded, solve_recorded
+from .node import solve_recorded
 from .plan import Plan, RowStates
-from .prepared import Prepared, trained
+from .prepared import Prepared, wanted_of
 
 
 def samples_again(
@@ -36,7 +36,7 @@ def samples_again(
     if key is None or not isinstance(last, Prepared):
         return None
     found = last.serves(compiled, key, y0, t)
-    return None if found is None else CompiledSamples(last.plan, *found, eagerly, fail)
+    return None if found is None else CompiledSamples(last.plan, *found, t, eagerly, fail)
 
 
 def sample_loop(
@@ -57,8 +57,8 @@ def sample_loop(
 ) -> CompiledSamples | None:
     """The solve, about to be done; None if the eager loop has to do it. With a key it is remembered.
 
-    That is where a norm is the user's, the state is a structure other than a tuple, not on the CPU, or empty, gradients
-    of times are wanted, or func can't be compiled.
+    That is where a norm is the user's, the state is a structure other than a tuple, not on the CPU, or empty, or func
+    can't be compiled.
     """
     if (
         not isinstance(method, Tableau)
@@ -70,18 +70,17 @@ def sample_loop(
     ):
         return None
     entry = compiled.entry(form.shapes, form.is_tuple, y0.dtype, method, per_sample=True)
-    if entry is None or (torch.is_grad_enabled() and times.tensor.requires_grad):
-        return None
-    recorded = is_recorded(entry.inputs, y0, times.tensor)
-    library = compiled.library(entry, recorded)
-    if library is None:
+    if entry is None:
         return None
     rows, t = len(y0), times.tensor
+    wanted = wanted_of(entry.inputs, y0, t)
+    library = compiled.library(entry, wanted)
+    if library is None:
+        return None
     plan = Plan(library, y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, per_sample=True)
     if key is not None:
-        wanted = trained(entry.inputs) if recorded else None
         compiled.last_samples = Prepared(key, t, t._version, entry.origin, plan, wanted)
-    return CompiledSamples(plan, entry.inputs, recorded, eagerly, fail)
+    return CompiledSamples(plan, entry.inputs, wanted is not None, t, eagerly, fail)
 
 
 class CompiledSamples:
@@ -102,17 +101,18 @@ class CompiledSamples:
         plan: Plan,
         inputs: list[Tensor],
         recorded: bool,
+        t: Tensor,
         eagerly: Callable[[Tensor], Tensor],
         fail: Callable[[SolveError], None],
     ) -> None:
-        self._plan, self.inputs, self._recorded = plan, inputs, recorded
+        self._plan, self.inputs, self._recorded, self._t = plan, inputs, recorded, t
         self._fail, self._eagerly = fail, eagerly
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
         """Returns the states at the output times, [T, *y0.shape]. The plan has the first step."""
         inputs, self._states = self.inputs, RowStates(len(y0))
         if self._recorded:
-            ys, self._solve = solve_recorded(self._plan, inputs, self._eagerly, y0, self._states)
+            ys, self._solve = solve_recorded(self._plan, inputs, self._eagerly, y0, self._t, self._states)
         else:
             ys, self._solve = self._plan.run(y0, inputs, self._states)
         self._n_times = len(ys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,9 @@ from ..stepping.fixed_grid import grid_of
 from .arguments import WithArgs
 from .dynamics import CompiledDynamics
 from .native import Solve
-from .node import is_recorded, solve_recorded
+from .node import solve_recorded
 from .plan import Plan
-from .prepared import Prepared, key_of, trained
+from .prepared import Prepared, key_of, wanted_of
 
 if TYPE_CHECKING:
     from .entry import Entry
@@ -43,7 +44,7 @@ def joint_again(
     if found is None:
         return None
     inputs, recorded = found
-    ys, solve = solve_recorded(last.plan, inputs, eagerly, y0) if recorded else last.plan.run(y0, inputs)
+    ys, solve = solve_recorded(last.plan, inputs, eagerly, y0, t) if recorded else last.plan.run(y0, inputs)
     return ys if solve.sample.status == _SUCCESS else None  # what is wrong is said by the long way
 
 
@@ -66,9 +67,9 @@ def joint_loop(
 ) -> CompiledLoop | None:
     """The solve, about to be done; None if a loop has to do it.
 
-    That is where a norm is the user's, a method is not an explicit Runge-Kutta method, gradients of times are wanted,
-    the state is not on the CPU or empty, or func can't be compiled. Where gradients are wanted, the states are one node
-    of autograd's graph; `eagerly` does the same solve by a loop, for gradients of gradients.
+    That is where a norm is the user's, a method is not an explicit Runge-Kutta method, the state is not on the CPU or
+    empty, or func can't be compiled. Where gradients are wanted, the states are one node of autograd's graph; `eagerly`
+    does the same solve by a loop, for gradients of gradients.
     """
     if (
         not isinstance(method, Tableau)
@@ -80,15 +81,20 @@ def joint_loop(
     ):
         return None
     entry = compiled.entry(form.shapes, form.is_tuple, y0.dtype, method)
-    if entry is None or (torch.is_grad_enabled() and times.tensor.requires_grad):
+    if entry is None:
         return None
-    recorded = is_recorded(entry.inputs, y0, times.tensor)
-    library = compiled.library(entry, recorded)
+    wanted = wanted_of(entry.inputs, y0, times.tensor)
+    library = compiled.library(entry, wanted)
     if library is None:
         return None
-    steps = None
+    steps = ends_of = None
     if not method.adaptive:
-        ends = grid_of(options, times, compiled.func, form.unpack(y0)).detach().to("cpu", torch.float64).contiguous()
+        state = form.unpack(y0)
+
+        def ends_of(t: Tensor) -> Tensor:
+            return grid_of(options, replace(times, tensor=t), compiled.func, state)
+
+        ends = ends_of(times.tensor).detach().to("cpu", torch.float64).contiguous()
         abscissae = (0.0, *method.abscissae)
         times_of_stages = stage_times(ends, abscissae, y0.dtype, times.sign, bool(options.get("perturb", False)))
         steps = ends, torch.cat([times_of_stages, ends[1:, None].to(y0.dtype)], 1)
@@ -96,12 +102,14 @@ def joint_loop(
     cubic = options.get("interp") == "cubic"
 
     def plan(first_step: float | None) -> Plan:
-        return Plan(library, y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, steps, cubic)
+        plan = Plan(library, y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, steps, cubic)
+        plan.ends_of = ends_of
+        return plan
 
     key = None
     if not (form.is_tuple or options or steps) and type(rtol) is float and type(atol) is float:
         key = key_of(y0, rtol, atol, None if method.name == DEFAULT else method.name)
-    return CompiledLoop(compiled, plan, entry, times.tensor, method, key, recorded, fail, eagerly)
+    return CompiledLoop(compiled, plan, entry, times.tensor, method, key, wanted, fail, eagerly)
 
 
 class CompiledLoop:
@@ -123,23 +131,22 @@ class CompiledLoop:
         t: Tensor,
         method: Tableau,
         key: tuple[Any, ...] | None,
-        recorded: bool,
+        wanted: tuple[int, ...] | None,
         fail: Callable[[SolveError], None],
         eagerly: Callable[[Tensor], Tensor],
     ) -> None:
         self._compiled, self._plan, self._entry, self._t = compiled, plan, entry, t
-        self._method, self._key, self._recorded, self._fail, self._eagerly = method, key, recorded, fail, eagerly
+        self._method, self._key, self._wanted, self._fail, self._eagerly = method, key, wanted, fail, eagerly
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
         """Returns the states at the output times, [T, *y0.shape]."""
         plan, entry = self._plan(first_step), self._entry
-        if self._recorded:
-            ys, self._solve = solve_recorded(plan, entry.inputs, self._eagerly, y0)
+        if self._wanted is not None:
+            ys, self._solve = solve_recorded(plan, entry.inputs, self._eagerly, y0, self._t)
         else:
             ys, self._solve = plan.run(y0, entry.inputs)
         if self._key is not None:
-            wanted = trained(entry.inputs) if self._recorded else None
-            self._compiled.last = Prepared(self._key, self._t, self._t._version, entry.origin, plan, wanted)
+            self._compiled.last = Prepared(self._key, self._t, self._t._version, entry.origin, plan, self._wanted)
         sample = self._solve.sample
         self.last_step = abs(sample.dt_prev) if self._method.adaptive else None
         if sample.status != _SUCCESS:

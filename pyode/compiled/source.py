@@ -32,6 +32,9 @@ def method_source(tableau: Tableau) -> str:
             "  static double output_weight(const CompiledSolve&, int j, double x) {",
             "    return x == 1 ? end[j] : interpolant_weight(interpolant[j], degree, x);",
             "  }",
+            "  static double output_slope(const CompiledSolve&, int j, double x) {",
+            "    return interpolant_slope(interpolant[j], degree, x);",
+            "  }",
             "  template <class T>",
             "  static T stage_time(const CompiledSolve&, const TapeStep& step, int64_t, int j, T) {",
             "    Sample s = {};",
@@ -45,10 +48,14 @@ def method_source(tableau: Tableau) -> str:
         lines = [
             f"  static constexpr int evaluations = {n + 1}, degree = 3;  // f at the step's end included",
             _table("a", [*tableau.rows, b], n + 1),
+            _row("c", [*tableau.abscissae, 1.0]),
             _table("cubic", [*cubic, (0.0, -1.0, 1.0)], 3),
+            "  static constexpr double end(int j) { return j + 1 < evaluations ? a[evaluations - 2][j] : 0; }",
             "  static double output_weight(const CompiledSolve& solve, int j, double x) {",
-            "    const double weight = j + 1 < evaluations ? a[evaluations - 2][j] : 0;",
-            "    return x == 1 ? weight : solve.cubic ? interpolant_weight(cubic[j], degree, x) : weight * x;",
+            "    return x == 1 ? end(j) : solve.cubic ? interpolant_weight(cubic[j], degree, x) : end(j) * x;",
+            "  }",
+            "  static double output_slope(const CompiledSolve& solve, int j, double x) {",
+            "    return solve.cubic ? interpolant_slope(cubic[j], degree, x) : end(j);",
             "  }",
             "  template <class T>",
             "  static T stage_time(const CompiledSolve& solve, const TapeStep&, int64_t n, int j, T) {",
@@ -106,8 +113,8 @@ PYODE_EXPORT int64_t lanes() {{ return pyode::lanes<pyode::compiled::Dynamics::V
 
 
 def _functions(solver: str, prefix: str) -> str:
-    return f"""PYODE_EXPORT int64_t {prefix}workspace(int64_t rows) {{
-  return pyode::compiled::workspace<pyode::compiled::{solver}>(rows);
+    return f"""PYODE_EXPORT int64_t {prefix}workspace(pyode::CompiledSolve* solve) {{
+  return pyode::compiled::workspace<pyode::compiled::{solver}>(*solve);
 }}
 PYODE_EXPORT void {prefix}solve(pyode::CompiledSolve* solve) {{
   pyode::compiled::run<pyode::compiled::{solver}>(*solve);

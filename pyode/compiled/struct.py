@@ -26,6 +26,7 @@ class Dynamics:
         rows: whether there are several rows, side by side in vectors.
         own_times: whether every row has a time of its own.
         pulled, gradients: of a vector-Jacobian product: what it is to the parts of the state, and to inputs.
+        time: whether the last of these is that to time.
         evaluations: of a step; each may keep something for its way back.
 
     Attributes:
@@ -42,6 +43,7 @@ class Dynamics:
         own_times: bool = False,
         pulled: Sequence[Node] | None = None,
         gradients: Sequence[Node] = (),
+        time: bool = False,
         evaluations: int = 1,
     ) -> None:
         self.widths = [out.numel for out in outputs]
@@ -51,7 +53,7 @@ class Dynamics:
         most_kept = MOST_KEPT // (evaluations * register)
         statements = Statements(outputs, others, self._starts, rows, most_kept)
         self._statements, self._gradients, self.has_way_back = statements, gradients, pulled is not None
-        self._time = "V" if own_times else "T"
+        self._time, self._has_time = "V" if own_times else "T", time
         self._store(outputs, "k", Place.ROW)
         self._store(pulled or (), "to", Place.BACK)
         self._store_gradients()
@@ -124,6 +126,10 @@ class Dynamics:
         statements = self._statements
         sums, totals, collected = ("\n".join(x) for x in (statements.sums, statements.totals, statements.collected))
         sizes = [x.numel for x in self._gradients]
+        of_time = ""
+        if self._has_time:
+            name = statements.sum_of(self._gradients[-1])
+            of_time = f"\n  static V& time(Sums& sums) {{ return sums.{name}[0]; }}  // g df/dt is added there"
         return f"""
   struct Sums {{
 {sums}
@@ -131,6 +137,7 @@ class Dynamics:
   struct Totals {{
 {totals}
   }};
+  static constexpr bool has_time = {str(self._has_time).lower()};{of_time}
 
   // And back: to = g df/dy, and sums += g df/dp.
   static void back([[maybe_unused]] {self._time} t, [[maybe_unused]] const V* __restrict__ y,

@@ -194,6 +194,7 @@ def trace_vjp(
     rows: bool,
     wanted: list[Tensor],
     own_times: bool = False,
+    time: bool = False,
 ) -> GraphModule:
     """The graph of func and its vector-Jacobian product: of t, the state's parts and as many of the vector's.
 
@@ -201,15 +202,17 @@ def trace_vjp(
         traced: func's graph, as `trace` makes it.
         shapes, dtype, rows, own_times: as `trace`'s.
         wanted: the closed-over tensors to which gradients are wanted.
+        time: whether that to t is.
 
     Returns:
-        A graph of a list: what func returns, then the gradient of every part, then of every tensor.
+        A graph of a list: what func returns, then the gradient of every part, then of every tensor, at last of t.
     """
 
     def pull_back(t: Tensor, *parts: Tensor) -> list[Tensor]:
         n = len(shapes)
         ys = [part.detach().requires_grad_() for part in parts[:n]]
-        inputs = [*ys, *wanted]
+        t = t.detach().requires_grad_(time)
+        inputs = [*ys, *wanted, *([t] if time else [])]
         returned = _Again(traced).run(t, *ys)
         pairs = [(out, g) for out, g in zip(returned, parts[n:]) if out.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(inputs)

@@ -28,7 +28,7 @@ from ..stepping.running_rows import RunningRows
 from ..stepping.tape import Step
 from .arrivals import Shares
 from .reversal import Reversal
-from .time import TimeGradients
+from .time import TimeGradients, through_grid
 from .vjp import vjp
 
 
@@ -52,15 +52,15 @@ class ExplicitReversal(Reversal):
         assert self.clock is not None
         if self.recipe.grid is None:
             return self.clock.of(t)
-        return self.through_grid(t, self.clock.of_ends(), self.clock.outputs[: len(t), 0])
+        return through_grid(self.recipe.grid, t, self.clock.of_ends(), self.clock.outputs[: len(t), 0])
 
     def run(self, states: dict[int, Tensor]) -> Tensor:  # noqa: D102
         steps, arrivals, n_derivatives = self.steps, self.arrivals, self.n_stages + 1
         lam = arrivals.at_last_state(self.left)
         if self.clock is not None and steps and self.left is not None and self.recipe.grid is None:
-            # That state has moved with the start, and is wanted at the time where it stands.
+            # That state has moved with the last step's end, and is wanted at the time where it stands.
             slope = self._value(self._evaluate(steps[-1].times[-1], self.end))
-            self.clock.add_start(len(steps) - 1, -lam, torch.where(slope.isfinite(), slope, 0.0))
+            self.clock.add_end(len(steps) - 1, -lam, torch.where(slope.isfinite(), slope, 0.0))
         y1, last = self.end, None  # the state at the end of the next step to be undone, and the derivative if known
         shares = arrivals.shares(steps[-1], n_derivatives) if steps else []
         for n, y in self.backwards(states):

@@ -13,6 +13,7 @@ from ..state import Dynamics
 from .arrivals import inner
 from .reversal import Reversal
 from .survey import Survey
+from .time import through_grid
 from .vjp import vjp
 
 
@@ -27,7 +28,8 @@ class RetakenReversal(Reversal):
         self.output_gradients = self.end_gradients.new_zeros(len(self.gradient))
 
     def of_times(self, t: Tensor) -> Tensor:  # noqa: D102
-        return self.through_grid(t, self.end_gradients, self.output_gradients[: len(t)])
+        assert self.recipe.grid is not None
+        return through_grid(self.recipe.grid, t, self.end_gradients, self.output_gradients[: len(t)])
 
     def run(self, states: dict[int, Tensor]) -> Tensor:  # noqa: D102
         lam = self.arrivals.at_last_state(self.left)

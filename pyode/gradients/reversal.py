@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .._ops import backend_for
@@ -105,14 +104,3 @@ class Reversal(ABC):
             snapshots = 1 if most is None else most - i
             yield from backwards(kept[i], end, states.pop(kept[i]), snapshots, self.advance)
             end = kept[i]
-
-    def through_grid(self, t: Tensor, ends: Tensor, outputs: Tensor) -> Tensor:
-        """The gradient of the output times, from those of the steps' ends and of the outputs where they lie."""
-        assert self.recipe.grid is not None
-        with torch.enable_grad():
-            t = t.detach().requires_grad_()
-            grid = self.recipe.grid(t)[: len(ends)]
-        if not grid.requires_grad:
-            return outputs.to(t)
-        (through,) = torch.autograd.grad(grid, t, ends.to(grid))
-        return through + outputs.to(t)

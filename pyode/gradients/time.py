@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,6 +11,23 @@ from .._ops.contract import Layout, clock_device
 from ..methods import Tableau
 from ..stepping.tape import Passed, Step
 from .arrivals import inner
+
+
+def through_grid(grid: Callable[[Tensor], Tensor], t: Tensor, ends: Tensor, outputs: Tensor) -> Tensor:
+    """The gradient of the output times t, from those of the steps' ends and of the outputs where they lie.
+
+    Args:
+        grid: the steps' ends as a function of the output times.
+        t: [T].
+        ends, outputs: [N + 1] and [T].
+    """
+    with torch.enable_grad():
+        t = t.detach().requires_grad_()
+        found = grid(t)[: len(ends)]
+    if not found.requires_grad:
+        return outputs.to(t)
+    (through,) = torch.autograd.grad(found, t, ends.to(found))
+    return through + outputs.to(t)
 
 
 class TimeGradients:
@@ -42,9 +59,11 @@ class TimeGradients:
             self.starts[n] += gradient
             self.sizes[n] += gradient * (1.0 if i < 0 else self.abscissae[i])
 
-    def add_start(self, n: int, g: Tensor, k: Tensor) -> None:
-        """Adds what moving step n along a derivative k does, to which it gives the gradient g."""
-        self.starts[n] += inner(g, k, self.samples)
+    def add_end(self, n: int, g: Tensor, k: Tensor) -> None:
+        """Adds what moving the end of step n along a derivative k does, to which it gives the gradient g."""
+        effect = inner(g, k, self.samples)
+        self.starts[n] += effect
+        self.sizes[n] += effect
 
     def add_sums(self, n: int, g: Tensor, k: Tensor) -> None:
         """Adds what the size of step n does in sums of a derivative k, to which they give the gradient g."""

@@ -162,10 +162,13 @@ class March:
             self.y, ks[0] = self.y1, ks[-1]
         if quadrature is not None:
             quadrature.accept()
-        if flags & _JUMP and flags & RUNNING:
-            self._pass_jump()
-            if tape is not None:
-                tape.keep_last()
+        if flags & _JUMP:
+            if self._shift is not None:  # what comes behind a discontinuity does not move with the start
+                self._shift = torch.where(loop.on_jump(), torch.zeros_like(self._shift), self._shift)
+            if flags & RUNNING:
+                self._pass_jump()
+                if tape is not None:
+                    tape.keep_last()
 
     def finish(self, y0: Tensor) -> Tensor:
         """All outputs; of a solve that has failed those that are left are its last state."""
@@ -268,8 +271,6 @@ class March:
         """Goes to just behind the discontinuity at which the solve, or a sample, has arrived, and evaluates there."""
         loop, controller = self.loop, self.loop.controller
         now, on_jump = controller.field("t"), loop.on_jump()
-        if self._shift is not None:  # what comes behind a discontinuity does not move with the start
-            self._shift = torch.where(on_jump, torch.zeros_like(self._shift), self._shift)
         if loop.at_jump is not None:
             self.y = loop.at_jump(now, on_jump, self.y)
         if loop.quadrature is not None:
