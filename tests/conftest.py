@@ -22,7 +22,8 @@ DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, torch
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite is shared among processes of one thread each, if pytest-xdist is there; -n 0 keeps it in one."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    alone = config.option.usepdb or config.option.collectonly
+    # The processes call this too, and share no more.
+    alone = config.option.usepdb or config.option.collectonly or "PYTEST_XDIST_WORKER" in os.environ
     if whole and not alone and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses, config.option.dist = min(os.cpu_count() or 1, 8), "worksteal"
         os.environ.setdefault("OMP_NUM_THREADS", "1")

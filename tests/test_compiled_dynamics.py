@@ -52,6 +52,17 @@ def test_steps_are_those_of_the_eager_solve(case, backward):
     assert_same(case.f, case.solution(float(t[0])), t)
 
 
+@pytest.mark.filterwarnings("ignore:.*runs eagerly")
+def test_a_state_like_the_last_one_but_on_another_device(device):
+    f = pyode.compile(van_der_pol)
+    y0, t = torch.randn(3, 2, dtype=torch.float64), torch.linspace(0, 1, 5, dtype=torch.float64)
+    with torch.no_grad():
+        here, again, there = (pyode.odeint(f, y, t, rtol=1e-6, atol=1e-8) for y in (y0, y0, y0.to(device)))
+    assert torch.equal(here, again)
+    assert there.device.type == device.type
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("method", TABLEAUS)
 def test_every_method(method):
     y0, t = torch.randn(19, 2, dtype=torch.float64), torch.linspace(0, 1.1, 8, dtype=torch.float64)

@@ -49,6 +49,7 @@ class Prepared:
             and key == self.key
             and t._version == self.version
             and y0.is_contiguous()
+            and y0.is_cpu
             and backend_for(y0) is native
             and compiled.unchanged()
         ):
