@@ -108,7 +108,10 @@ def test_no_kind_of_exception_is_swallowed(error, expected):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
-def test_ctrl_c_in_the_middle_ends_the_solve_and_does_no_harm(expected):
+def test_ctrl_c_in_the_middle_ends_the_solve_and_does_no_harm(expected, request):
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores the signal
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
+
     def f(t, y):
         if float(t) > 0.1:
             signal.raise_signal(signal.SIGINT)

@@ -135,7 +135,8 @@ class AdaptiveLoop(Outcome):
         assert self.grid.jump_t is not None
         jumps = self.grid.jump_t.reshape(-1)
         seen = jumps.to(device=self.layout.device, dtype=self.layout.real_dtype)
-        ahead = neighbour(seen, torch.full_like(seen, self.times.sign))
+        # Views of two numbers or more, as times of stages are: torch.compile would compile func anew for others.
+        ahead = neighbour(torch.cat([seen, seen[-1:]]), torch.full_like(seen[:1], self.times.sign))
         return dict(zip(jumps.tolist(), ahead.unbind()))
 
     def field(self, name: str) -> float:
