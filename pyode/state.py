@@ -182,11 +182,6 @@ class Form:
         return tolerance if several and not self.is_tensor else None
 
 
-def _long(shape: torch.Size) -> list[int]:
-    """The dimensions that are not of size 1, which func may add and leave out."""
-    return [size for size in shape if size != 1]
-
-
 class Dynamics:
     """The user's func on packed states: what it returns is checked, counted, and made contiguous.
 
@@ -283,9 +278,7 @@ class Dynamics:
         if not isinstance(k, Tensor):
             raise DynamicsError(f"{name} must be a tensor, as y0's is, not {_kind(k)}")
         if k.shape != shape:
-            if _long(k.shape) != _long(shape):
-                raise DynamicsError(f"{name} must return the shape of the state, {tuple(shape)}, not {tuple(k.shape)}")
-            k = k.reshape(shape)
+            raise DynamicsError(f"{name} must return the shape of the state, {tuple(shape)}, not {tuple(k.shape)}")
         if k.device != self.device:
             raise DynamicsError(f"{name} must return a tensor on the state's device, {self.device}, not {k.device}")
         if k.is_complex() and not self.dtype.is_complex:

@@ -10,7 +10,6 @@ import torchdiffeq
 from fields import Y0, Field, T, loss_of
 from problems import tensor
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 import pyode
 
@@ -178,36 +177,3 @@ def test_it_works_without_gradients(name):
         else:
             y = getattr(pyode, name)(Field(), Y0, T)
     assert not y.requires_grad
-
-
-RESHAPED = {  # y0, and what func does to the shape of what it returns
-    "a number for a row of one": (tensor(0.7), lambda k: k[0]),
-    "a row of one for a number": (tensor(0.7)[0], lambda k: k[None]),
-    "a row for a matrix": (Y0[:1], lambda k: k[0]),
-    "a matrix for a row": (Y0[0], lambda k: k[None]),
-    "a part's row for its column": ((Y0[:, :1], tensor(0.7)[0]), torch.squeeze),
-}
-
-
-@pytest.mark.parametrize("method", ["dopri5", "rk4", "euler"])
-@pytest.mark.parametrize("solve", ["odeint", "odeint_adjoint"])
-@pytest.mark.parametrize("name", RESHAPED)
-def test_func_may_add_and_leave_out_dimensions_of_size_1(name, solve, method):
-    start, reshape = RESHAPED[name]
-    rate, y0 = tensor(0.3)[0].requires_grad_(), tree_map(lambda part: part.clone().requires_grad_(), start)
-
-    def solved(module, solve, change, **extra):
-        def func(t, y):
-            return tree_map(lambda part: change(torch.sin(rate * part - t)), y)
-
-        return tree_leaves(getattr(module, solve)(func, y0, T, rtol=1e-6, atol=1e-6, method=method, **extra))
-
-    extra = {"adjoint_params": (rate,)} if solve == "odeint_adjoint" else {}
-    found = []
-    for change in (lambda k: k, reshape):
-        y = solved(pyode, solve, change, **extra)
-        gradients = torch.autograd.grad(sum(map(loss_of, y)), [*tree_leaves(y0), rate])
-        found.append([*y, *gradients])
-    assert all(map(torch.equal, *found))
-    with torch.no_grad():
-        assert all(map(torch.allclose, y, solved(torchdiffeq, "odeint", reshape)))

@@ -59,7 +59,7 @@ def replay(
     k: Tensor | None = None
 
     def evaluate(t: Tensor, moved: Tensor, y: Tensor) -> Tensor:
-        return form.pack(func(t.to(real) + moved.to(real), form.unpack(y))).to(y.dtype).reshape_as(y)
+        return form.pack(func(t.to(real) + moved.to(real), form.unpack(y))).to(y.dtype)
 
     def beside(x: Tensor) -> Tensor:
         return per_sample(x, layout, widened(y))
