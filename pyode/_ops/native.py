@@ -6,7 +6,7 @@ A tensor handed to an op is contiguous, and of the layout's dtype and device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import _C
 from . import contract
 from .contract import N_FIELDS, Flag, Grid, Phase, Policy, RightHandSide, largest
+from .memory import as_view, pattern, unit_steps, with_views
 from .readings import Readings
 
 
@@ -214,7 +215,7 @@ class GridSteps:
         self.layout, self.row_bytes = layout, layout.stride * layout.real_dtype.itemsize
         self.handle = _C.GridTimes(
             layout.handle, times.contiguous(), sizes.contiguous(), times.itemsize,
-            _like(times.shape[1:], times.dtype, times.device), _with_views, layout.storage_uses,
+            pattern(times.shape[1:], times.dtype, times.device), with_views, layout.storage_uses,
         )  # fmt: skip
 
     @property
@@ -283,7 +284,7 @@ def stage_vjp(layout: Layout, weights: tuple[float, ...], g: Tensor, dt: Tensor)
 
 def opposites(half: Layout, like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Returns a function of f and g that makes [f, -g], like a tensor; `half` is the layout of each."""
-    return partial(_opposites, half.handle, like, _one(1, half.device), half.size * half.dtype.itemsize)
+    return partial(_opposites, half.handle, like, unit_steps(1, half.device), half.size * half.dtype.itemsize)
 
 
 def _opposites(half: _C.Layout, like: Tensor, one: Tensor, offset: int, f: Tensor, g: Tensor) -> Tensor:
@@ -321,28 +322,6 @@ def mean_square_errors(
     return [largest([sum(parts) for parts in segments]) for segments in means.tolist()]
 
 
-@lru_cache(maxsize=64)
-def _one(samples: int, device: torch.device) -> Tensor:
-    """A step size of 1 for each sample; never written."""
-    return torch.ones(samples, dtype=torch.float64, device=device)
-
-
-def _with_views(like: Tensor) -> tuple[Tensor, ...]:
-    whole = torch.empty_like(like)
-    return (whole, *whole.unbind())
-
-
-def _as_view(like: Tensor) -> Tensor:
-    """A trial's time, a view as those of stages are: torch.compile would compile func anew for what is none."""
-    return like.new_empty((2, *like.shape))[0]
-
-
-@lru_cache(maxsize=64)
-def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor to make others like, which is faster than to name shape, dtype and device; never written or read."""
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
 class Controller(Readings):
     """The step-size controller of all samples, and the norms it judges by.
 
@@ -375,12 +354,12 @@ class Controller(Readings):
         super().__init__(words, stride, B)
         base = words.data_ptr()
         self._means = base + 8 * self._means_begin
-        self.dt, self.one = words[stride : stride + B], _one(B, device)
+        self.dt, self.one = words[stride : stride + B], unit_steps(B, device)
         shape = (len(abscissae),) if B == 1 else (len(abscissae), B)
         self.handle = handle = _C.Controller(
             state.handle, _SCALARS[state.real_dtype], words, stride, base + 8 * flags, abscissae,
-            _like(shape, state.real_dtype, device), _like(shape[1:], state.real_dtype, device),
-            _with_views, _as_view, state.storage_uses,
+            pattern(shape, state.real_dtype, device), pattern(shape[1:], state.real_dtype, device),
+            with_views, as_view, state.storage_uses,
         )  # fmt: skip
         handle.set_policy(
             policy.safety, policy.ifactor, policy.dfactor, policy.min_step, policy.max_step, policy.order,
