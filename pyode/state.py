@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._ops.autograd import plain
 from .errors import DynamicsError, InvalidType, InvalidValue
@@ -199,8 +200,8 @@ class Dynamics:
         self.n_evals = 0
         self._watch = not y0.is_inference() and not torch.is_inference_mode_enabled()
         self._may_be_lazy = y0.is_complex() or y0.numel() == 1  # a conj() or neg view that is contiguous all the same
-        self._first: Tensor | None = None
-        self._copies = self._settled = False  # settled: it is known that it does not return the same memory again
+        self._first: StorageWeakRef | None = None  # the memory of the first evaluation
+        self._copies = self._settled = False  # settled: it is known that func does not hold what it returns
         self.direct: tuple[Any, ...] | None = None
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
@@ -238,19 +239,26 @@ class Dynamics:
             raise DynamicsError("func wrote into its input y; it must leave y as it is and return a new tensor")
 
     def _own(self, k: Tensor) -> Tensor:
-        """A copy, if func returns the same memory again and again: the first evaluation's, and then as need be."""
-        if k.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(k):
+        """A copy, if func holds on to what it returns, and may write there again: the first one's, and then as need be.
+
+        Of a tensor with a graph that is to be feared only if it has been written to; the graph itself may hold it.
+        """
+        graph = k.requires_grad
+        if (graph and k._version == 0) or torch._C._functorch.is_functorch_wrapped_tensor(k):
             return k
+        copy = torch.clone if graph else self.copy
         if self._first is None:
-            self._first = k
-            return self.copy(k)
+            storage = k.untyped_storage()
+            self._first = StorageWeakRef(storage)
+            self._copies = not storage.resizable()  # the memory is not torch's, as NumPy's
+            return copy(k)
         if not self._copies:
-            self._copies = k.data_ptr() == self._first.data_ptr()
+            self._copies = not self._first.expired()
             if not self._copies:
-                self._settled, self._first = True, None
+                self._settled = True
             if self.form.is_tensor and not (self._copies or self._may_be_lazy):
                 self.direct = (self.func, Tensor, self.dtype, self.shape, self.device, self._watch)
-        return self.copy(k) if self._copies else k
+        return copy(k) if self._copies else k
 
     def _pack(self, k: Any) -> Tensor:
         form = self.form
