@@ -249,11 +249,11 @@ class Dynamics:
         copy = torch.clone if graph else self.copy
         if self._first is None:
             storage = k.untyped_storage()
-            self._first = StorageWeakRef(storage)
+            self._first = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
             self._copies = not storage.resizable()  # the memory is not torch's, as NumPy's
             return copy(k)
         if not self._copies:
-            self._copies = not self._first.expired()
+            self._copies = not self._first.expired()  # type: ignore[no-untyped-call]
             if not self._copies:
                 self._settled = True
             if self.form.is_tensor and not (self._copies or self._may_be_lazy):
