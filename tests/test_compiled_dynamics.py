@@ -355,6 +355,18 @@ class TestRefusals:
             ours = pyode.solve_ivp(f, self.y0, self.t, control="per_sample")
         assert torch.equal(ours.ys, pyode.solve_ivp(f.func, self.y0, self.t, control="per_sample").ys)
 
+    def test_what_depends_on_whether_gradients_are_wanted(self):
+        w = torch.tensor(0.5, requires_grad=True)
+
+        def f(t, y):
+            z = y * w
+            if z.requires_grad:
+                z.register_hook(lambda g: 2 * g)
+            return -z
+
+        with torch.no_grad():
+            self.check(f, r"requires_grad is read at .*test_compiled_dynamics.py:\d+")
+
     def test_an_unknown_operator(self):
         self.check(lambda t, y: torch.special.i0(y) * -1, "i0 at .*is not known")
 

@@ -103,6 +103,25 @@ def test_parameters_used_before_the_rows_come_in():
     assert_close(*found, 1e-10)
 
 
+@pytest.mark.parametrize("solve", [pyode.odeint, pyode.odeint_adjoint])
+def test_what_func_computes_without_gradients_is_a_constant(solve):
+    a = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    y0, t = torch.randn(9, 3, dtype=torch.float64), tensor(0.0, 1.0)
+
+    def scaled(t, y):
+        with torch.no_grad():
+            size = (y @ a).square().mean(1, keepdim=True)
+        with torch.set_grad_enabled(False):
+            shift = t * a.sum()
+        return y @ (a - a.T) / (1 + size) + shift
+
+    found = []
+    for f in (strict(scaled), scaled):
+        start = y0.clone().requires_grad_()
+        found.append(torch.autograd.grad(loss_of(solve(f, start, t, **TIGHT)), [start, a]))
+    assert_close(*found, 1e-9)
+
+
 def test_matrices_bigger_than_a_threads_stack():
     a = (torch.randn(1500, 1500) / 100).requires_grad_()
     y0, t = torch.randn(3, 1500), torch.tensor([0.0, 0.3])
