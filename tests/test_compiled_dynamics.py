@@ -294,6 +294,18 @@ class TestWhatIsReadAnew:
         assert not torch.equal(first, pyode.odeint(f, self.y0, t))
 
 
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_inference_mode(control):
+    f, y0 = Linear(), torch.rand(5, 2, dtype=torch.float64)
+    compiled = strict(f)
+    with torch.inference_mode():
+        for t in (tensor(0.0, 1.0), tensor(0.0, 0.3)):
+            for _ in range(2):
+                t *= 0.5
+                found = [pyode.solve_ivp(g, y0, t, control=control).ys for g in (compiled, f)]
+                torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
 class TestRefusals:
     y0, t = torch.ones(3, 2), torch.tensor([0.0, 0.5])
 

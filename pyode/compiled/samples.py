@@ -78,7 +78,7 @@ def sample_loop(
     if library is None:
         return None
     plan = Plan(library, y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, per_sample=True)
-    if key is not None:
+    if key is not None and not t.is_inference():  # which does not tell when it is written to
         compiled.last_samples = Prepared(key, t, t._version, entry.origin, plan, wanted)
     return CompiledSamples(plan, entry.inputs, wanted is not None, t, eagerly, fail)
 

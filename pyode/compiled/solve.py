@@ -145,7 +145,7 @@ class CompiledLoop:
             ys, self._solve = solve_recorded(plan, entry.inputs, self._eagerly, y0, self._t)
         else:
             ys, self._solve = plan.run(y0, entry.inputs)
-        if self._key is not None:
+        if self._key is not None and not self._t.is_inference():  # which does not tell when it is written to
             self._compiled.last = Prepared(self._key, self._t, self._t._version, entry.origin, plan, self._wanted)
         sample = self._solve.sample
         self.last_step = abs(sample.dt_prev) if self._method.adaptive else None
