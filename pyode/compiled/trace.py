@@ -287,8 +287,16 @@ def holds(condition: Any, rows: int) -> bool:
 
 
 def same_operators(graph: GraphModule, other: GraphModule) -> bool:
-    """Whether two graphs call the same operators."""
-    return [node.target for node in graph.graph.nodes] == [node.target for node in other.graph.nodes]
+    """Whether two graphs call the same operators, but for slices of all there is: of a single row torch makes none."""
+    mine, theirs = ([n.target for n in x.graph.nodes if not _takes_all(n)] for x in (graph, other))
+    return mine == theirs
+
+
+def _takes_all(node: Node) -> bool:
+    if node.target is not torch.ops.aten.slice.Tensor:
+        return False
+    sliced, whole = (tuple(map(str, x.meta["val"].shape)) for x in (node, node.args[0]))  # type: ignore[union-attr]
+    return sliced == whole
 
 
 def _line_of(error: BaseException) -> str:
