@@ -10,6 +10,8 @@ import threading
 import time
 import warnings
 import weakref
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -279,6 +281,35 @@ class TestWhatIsReadAnew:
         tensors[0] = -tensors[0]
         self.check(g)
         tensors[0].mul_(3)
+        self.check(g)
+
+    def test_slots_keyword_defaults_and_queues(self):
+        @dataclass(slots=True)
+        class Scaled:
+            scale: float
+            factor: torch.Tensor
+
+            def __call__(self, t, y):
+                return self.scale * self.factor * y
+
+        scaled = Scaled(1.0, torch.ones(2, dtype=torch.float64))
+        f = strict(scaled)
+        self.check(f, scaled)
+        scaled.scale = 0.5
+        self.check(f, scaled)
+        scaled.factor = -scaled.factor
+        self.check(f, scaled)
+
+        queue, linear = deque([1.0]), Linear()
+
+        def with_default(t, y, *, module=linear):
+            return module(t, y) * queue[0]
+
+        g = strict(with_default)
+        self.check(g)
+        queue[0] = 2.0
+        self.check(g)
+        linear.net.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
         self.check(g)
 
     def test_global_variables_are_not(self, monkeypatch):
