@@ -51,7 +51,7 @@ class SampleSolve : SideBySide<F> {
     V first_time;               // that f saw for k[0]
     Steps steps;
     Integers row, busy, chained, jumps, last;  // busy: 1; the last step's index on the tape
-    int64_t next, end;  // rows that are this block's and wait
+    int64_t next, end;                         // rows that are this block's and wait
     int idle = W;
   };
 
