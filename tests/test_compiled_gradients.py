@@ -73,6 +73,15 @@ def test_gradients_of_gradients():
     assert_close(*found, 1e-8)
 
 
+def test_many_gradients_at_once():
+    f = strict(Field())
+    at_once, apart = (
+        torch.autograd.functional.jacobian(lambda y0: pyode.odeint(f, y0, T), Y0, vectorize=way)
+        for way in (True, False)
+    )
+    assert_close([at_once], [apart], 1e-11)
+
+
 def networks() -> list[nn.Module]:
     """With layers of every kind, wide enough for sums over rows of either form."""
     torch.manual_seed(0)
