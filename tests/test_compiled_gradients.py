@@ -209,3 +209,30 @@ def test_checkpoints_asked_for_by_name_are_a_compiled_solves_own(solver):
     assert calls[1] > 0  # fewer states than steps are kept: by the eager loop
     for gradients in found[:2]:
         assert_close(gradients, found[2], 1e-9)
+
+
+def test_under_autocast_a_solve_is_the_eager_one():
+    net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
+    y0, t = torch.randn(5, 2), torch.linspace(0, 1, 3)
+    f = strict(lambda t, y: net(y).to(y.dtype))
+
+    def solve(g):
+        return pyode.odeint(g, y0, t, rtol=1e-4, atol=1e-5)
+
+    plain = solve(f)
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(solve(f), solve(f.func))
+            assert not torch.equal(solve(f), plain)
+    assert torch.equal(solve(f), plain)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_written_to_before_the_backward_pass_is_noticed(frozen):
+    weight = torch.randn(2, 2, dtype=torch.float64, requires_grad=not frozen)
+    y0 = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    ys = pyode.odeint(strict(lambda t, y: torch.sin(y @ weight)), y0, torch.linspace(0, 1, 3))
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace"):
+        ys.sum().backward()

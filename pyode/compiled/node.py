@@ -52,9 +52,12 @@ class _Recorded(torch.autograd.Function):
         return None, None, start, *of_wanted
 
 
-def _versions(y0: Tensor, inputs: list[Tensor]) -> list[int]:
-    """How often each has been written to."""
-    return [y0._version, *[x._version for x in inputs]]
+def _versions(y0: Tensor, inputs: list[Tensor]) -> list[int] | None:
+    """How often each has been written to; None if one is from inference mode, and does not tell."""
+    try:
+        return [y0._version, *[x._version for x in inputs]]
+    except RuntimeError:
+        return None
 
 
 # What `apply` comes to where no functorch transform is active, which `native.supports` has seen to: it takes 2 us less.
