@@ -13,11 +13,7 @@ PYODE_HD R norm_of(const Control& op, const double* means, int64_t b) {
   R largest = {};
   for (int64_t s = 0; s < op.n_segments; ++s) {
     R mean = {};
-    for (int64_t p = 0; p < op.parts; ++p) {
-      R part;
-      memcpy(&part, &means[(s * op.parts + p) * op.state.samples + b], sizeof part);
-      mean += part;
-    }
+    for (int64_t p = 0; p < op.parts; ++p) mean += read_lanes<R>(&means[(s * op.parts + p) * op.state.samples + b]);
     largest = larger(mean, largest);
   }
   return math::sqrt(largest);
