@@ -75,14 +75,13 @@ class CapturedLoop(AdaptiveLoop):
         ks: list[Any] = [self.k, *[None] * len(self.table.rows)]
         times = controller.stage_times.unbind()
         y1 = self.ops.stages(layout, self.table, y, ks, controller.dt, times, self.dynamics, self.stage)
+        tail = y, ks, y1, self.out, self.stage, self.table.rows[0][0]
         if self.quadrature is None:
-            self.ops.measure_and_judge(layout, self.table.error_weights, controller, y, y1, ks, self.rtol, self.atol)
+            self.ops.end_step(layout, self.table, self.interpolant, controller, (self.rtol, self.atol), *tail)
         else:
             self.measure.step(y, y1, ks)
             controller.run(Phase.JUDGE)
-        weight = self.table.rows[0][0]
-        self.ops.finish_step(layout, self.interpolant, controller, y, ks, y1, self.out, self.stage, weight)
-        if self.quadrature is not None:
+            self.ops.finish_step(layout, self.interpolant, controller, *tail)
             self.quadrature.finish_on_device(controller, self.interpolant)
         if self.grid.jump_t is not None:
             self._cross(self.grid.jump_t)
