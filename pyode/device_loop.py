@@ -72,13 +72,16 @@ class DeviceLoop(DeviceSolve):
         captured.fill_slots(self.bound)
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
-        """Returns the states at the output times, [T, *y0.shape], from the problem's start and first step."""
+        """Returns the states at the output times, [T, *y0.shape], from the problem's start and first step.
+
+        Where the hooks do not want to wait, those behind a failure may be anything.
+        """
         captured, self._captured = self._captured, None  # from now on it is anybody's
         assert captured is not None
 
         def collect(loop: CapturedLoop) -> Tensor:
             out = loop.out.clone()
-            self.read(loop)
+            self.read(loop) if self.hooks.waits else self.copy(loop)
             return out
 
         out = launch(captured, self.key, partial(self._fill, captured), collect)

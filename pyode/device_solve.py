@@ -131,12 +131,24 @@ class DeviceSolve(Outcome):
         self.evals_before_steps = 1 if given.first_step is not None else 2
         self.end: tuple[Tensor, Tensor] | None = None
 
-    def read(self, loop: CapturedLoop) -> None:
-        """How the solve went, copied; the one time that the host waits."""
+    def copy(self, loop: CapturedLoop) -> None:
+        """Takes a copy of how the solve goes, and of its last state, without waiting for its end."""
+        self.unread = True
         self.controller: Readings = loop.controller.readings()
         self._crossings = loop.crossings.clone()
+        self._last = loop.y.clone(), loop.k.clone()
+
+    def read(self, loop: CapturedLoop) -> None:
+        """The same; here the host waits, once."""
+        self.copy(loop)
+        self.look()
+
+    def look(self) -> None:
+        """See Outcome."""
+        super().look()
         if has_failed(self.controller):
-            self.end = loop.y.clone(), loop.k.clone()
+            self.end = self._last
+            self.tell_apart(*self.end)
 
     @property
     def n_jumps(self) -> Tensor:

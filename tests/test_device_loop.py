@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import sys
 import warnings
 
 import pytest
 import torch
-from device_loops import DEVICE, MARKS, ON, Field, HostRead, both, check_same, n_captures, normal, on_gpu, times
+from device_loops import (
+    DEVICE,
+    MARKS,
+    ON,
+    Field,
+    HostRead,
+    both,
+    check_same,
+    n_captures,
+    nobody_waits,
+    normal,
+    on_gpu,
+    times,
+)
 from torch import nn
 
 import pyode
@@ -126,6 +142,44 @@ def test_a_failure_that_is_returned():
     assert torch.equal(solutions[0].status, solutions[1].status)
     assert torch.equal(solutions[0].ys.nan_to_num(7.0), solutions[1].ys.nan_to_num(7.0))
     assert not solutions[0].success
+
+
+@pytest.mark.filterwarnings("ignore:t is not on the same device")
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize(
+    ("func", "change"),
+    [
+        (lambda t, y: -y, {}),
+        (lambda t, y: 2 * y * y.abs(), {}),  # blows up
+        (lambda t, y: -y, {"max_num_steps": 2}),
+        (lambda t, y: -y * torch.where(y.mean() > 0, torch.nan, 1.0), {}),
+        (lambda t, y: y.abs() + 1, {"rtol": 1e9, "atol": 0.0}),  # beyond all tolerance where y0 is 0
+    ],
+)
+def test_nobody_waits_for_a_solve_that_may_fail_until_somebody_looks(func, change, control, monkeypatch):
+    y0, t = torch.tensor([[1.0], [-1.0], [0.0]], device=DEVICE), times().cpu()
+    kwargs = {"throw": False, "control": control, "rtol": 1e-4, "atol": 1e-6, **change}
+    expected = pyode.solve_ivp(func, y0, t, **kwargs)
+    pyode.solve_ivp(func, y0, t, **kwargs, options=ON)
+    module, watched = sys.modules["pyode.solve_ivp"], contextlib.ExitStack()
+    pose = module.pose
+
+    def pose_and_watch(*args, **more):
+        problem = pose(*args, **more)  # this reads t, which is the host's
+        watched.enter_context(nobody_waits())
+        return problem
+
+    monkeypatch.setattr(module, "pose", pose_and_watch)
+    with watched:
+        solution = pyode.solve_ivp(func, y0, t, **kwargs, options=ON)
+        assert not {"status", "stats"} & vars(solution).keys()
+    for found in (copy.deepcopy(solution), solution, solution.detach()):
+        assert torch.equal(found.status, expected.status)
+        for name in ("n_f_evals", "n_accepted", "n_rejected", "last_dt"):
+            assert torch.equal(getattr(found.stats, name), getattr(expected.stats, name))
+        assert torch.equal(found.ys.nan_to_num(7.0), expected.ys.nan_to_num(7.0))
+    with pytest.raises(AttributeError, match="no 'statuses'"):
+        solution.statuses  # noqa: B018
 
 
 class Random(nn.Module):
