@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ._ops import native
+from ._ops import graph_loop, native
 from ._ops.autograd import plain
 from ._ops.contract import Layout
 from .captures import BoundFunc, Captured, CaptureError, Key, captured_for, surroundings
@@ -48,6 +48,8 @@ def backsolve_on_device(
 
 def _what_looks_on(config: BacksolveConfig, with_time: bool) -> str | None:
     """What the host has to see of the solve, if anything."""
+    if not config.method.adaptive:
+        return f"{config.method.name!r} does not choose its steps"
     if config.restart:
         return "adjoint_options['restart'] has a solve for every output time"
     if not config.fused:
@@ -92,7 +94,7 @@ class DeviceBacksolve(DeviceSolve):
         """Returns the gradients of y0 (packed), None, and those of the parameters."""
         if len(self.outputs.values) == 1:
             return self.gradients[0], None, [torch.zeros_like(p) for p in self.params]
-        captured = captured_for(self.key, self.bound, self.ys.device, self._make, self._fill)
+        captured = captured_for(self.key, self.bound, self.ys.device, self._make, self._fill, graph_loop.GraphLoop)
 
         def collect(loop: CapturedLoop) -> tuple[Tensor, list[Tensor]]:
             assert loop.quadrature is not None

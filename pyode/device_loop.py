@@ -17,6 +17,7 @@ from ._ops.contract import Layout
 from .callbacks import has_callbacks
 from .captures import BoundFunc, Captured, Key, captured_for, captured_solves, surroundings
 from .control import Times
+from .device_grid import DeviceGrid
 from .device_solve import DeviceSolve, Given, has_failed, launch, obstacle, unless
 from .methods import Tableau
 from .parameters import reachable
@@ -53,7 +54,9 @@ class DeviceLoop(DeviceSolve):
             given.kind, surroundings(),
         )  # fmt: skip
         # Taken at once: whether func can be captured decides who drives the solve.
-        self._captured: Captured | None = captured_for(self.key, self.bound, y0.device, self._make, self._fill)
+        self._captured: Captured | None = captured_for(
+            self.key, self.bound, y0.device, self._make, self._fill, graph_loop.GraphLoop
+        )
 
     def _make(self, func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedLoop, list[Tensor]]:
         problem, form, y0 = self.problem, self.problem.form, self.problem.y0
@@ -91,10 +94,12 @@ class DeviceLoop(DeviceSolve):
         return out
 
 
-def device_loop(problem: Problem, hooks: Hooks) -> DeviceLoop | None:
+def device_loop(problem: Problem, hooks: Hooks) -> DeviceLoop | DeviceGrid | None:
     """The loop for a solve whose options ask for a device loop; None, with a warning of why, if there can be none."""
 
-    def make() -> DeviceLoop:
+    def make() -> DeviceLoop | DeviceGrid:
+        if not problem.method.adaptive:
+            return DeviceGrid(problem)
         loop = DeviceLoop(problem, hooks)
         _remembered.add(loop)
         return loop

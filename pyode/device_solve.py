@@ -85,8 +85,8 @@ def obstacle(y: Tensor, method: Method) -> str | None:
         return f"the state is on the {y.device.type.upper()}"
     if backend_for(y) is not native:
         return "pyode's CUDA kernels can't work on the state"
-    if not isinstance(method, Tableau) or not method.adaptive:
-        return f"{method.name!r} is not an explicit method that chooses its steps"
+    if not isinstance(method, Tableau):
+        return f"{method.name!r} is not an explicit Runge-Kutta method"
     if graph_loop.is_capturing(y.device):
         return "a graph is being captured"
     return None
@@ -104,7 +104,7 @@ def unless(why: str | None, make: Callable[[], Found], options: dict[str, Any], 
     return None
 
 
-def launch(captured: Captured, key: Key, fill: Callable[[], None], collect: Callable[[CapturedLoop], Found]) -> Found:
+def launch(captured: Captured, key: Key, fill: Callable[[], None], collect: Callable[[Any], Found]) -> Found:
     """One launch of a captured solve, which is kept for others then.
 
     Args:

@@ -24,6 +24,7 @@ from device_loops import (
     times,
 )
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import pyode
 from pyode.methods import TABLEAUS
@@ -31,12 +32,50 @@ from pyode.methods import TABLEAUS
 pytestmark = MARKS
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
+FIXED = [name for name, tableau in TABLEAUS.items() if not tableau.adaptive]
 
 
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_bits_and_counts_are_those_of_the_host_driven_loop(method, control):
     check_same(Field(), normal(20, 3), times(), method=method, options={"control": control})
+
+
+@pytest.mark.parametrize("options", [{}, {"step_size": 0.3}, {"step_size": 0.3, "interp": "cubic"}, {"perturb": True}])
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("method", FIXED)
+def test_steps_that_are_given(method, backwards, options):
+    t = times().flip(0) if backwards else times()
+    check_same(Field(), normal(6, 3), t, method=method, options=options)
+
+
+def test_given_steps_are_captured_for_their_times():
+    func, before = Field(), n_captures()
+    for t, n in ((times(), 1), (times(), 1), (times(8), 2), (times() * 1.1, 3), (times(8), 3)):
+        for _ in range(2):
+            (a, _), (b, _) = both(func, normal(6, 3), t, method="rk4")
+            assert torch.equal(a, b)
+        assert n_captures() == before + n
+
+
+def test_given_steps_of_a_structure_with_args():
+    def func(t, y, rate):
+        return {"a": -rate * y["a"] * t, "b": y["b"] * rate[0]}
+
+    y0, before = {"a": normal(3), "b": normal(2, 2)}, n_captures()
+    for rate in (0.5, 1.5):
+        args = (torch.full((3,), rate, device=DEVICE),)
+        (a, _), (b, _) = both(func, y0, times(), method="heun3", args=args)
+        assert all(map(torch.equal, tree_leaves(a), tree_leaves(b)))
+    assert n_captures() == before + 1
+
+
+def test_a_grid_of_the_users_and_more_steps_than_a_graph_takes():
+    func, y0 = Field(), normal(6, 3)
+    options = {"grid_constructor": lambda func, y0, t: torch.cat([t[:1], t[-1:] * 0.3, t[-1:]])}
+    check_same(func, y0, times(), method="midpoint", options=options)
+    with torch.no_grad(), pytest.warns(UserWarning, match="3000 steps are too many"):
+        pyode.odeint(lambda t, y: -y, y0, times(2), method="euler", options={"step_size": 2 / 3000, **ON})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128, torch.bfloat16, torch.float16])
@@ -201,8 +240,9 @@ class WithCallback(nn.Module):
         (Random(), {}, "random numbers"),
         pytest.param(HostRead(), {}, "can't be captured", marks=on_gpu),
         (WithCallback(), {}, "callbacks"),
-        (lambda t, y: -y, {"method": "rk4"}, "not an explicit method that chooses its steps"),
-        (lambda t, y: -y, {"method": "adams"}, "not an explicit method that chooses its steps"),
+        (Random(), {"method": "rk4"}, "random numbers"),
+        (lambda t, y: -y, {"method": "explicit_adams"}, "not an explicit Runge-Kutta method"),
+        (lambda t, y: -y, {"method": "adams"}, "not an explicit Runge-Kutta method"),
         (lambda t, y: -y, {"options": {"norm": lambda y: y.abs().max()}}, "options\\['norm'\\]"),
     ],
 )

@@ -7,6 +7,8 @@ the same ops', in the same order, so the bits are the host-driven loop's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,11 @@ from .._ops.contract import Phase, neighbour
 from ..errors import Status
 from .adaptive import AdaptiveLoop
 from .outputs import column
+
+# How many steps a turn of the device's loop takes, in solves of up to so many steps; in longer ones, MOST_A_TURN. A
+# turn itself takes as long as a few small kernels, but what of the last one lies behind the end is in vain.
+STEPS_A_TURN = ((8, 1), (24, 2), (96, 4))
+MOST_A_TURN = 8
 
 
 class CapturedLoop(AdaptiveLoop):
@@ -47,6 +54,25 @@ class CapturedLoop(AdaptiveLoop):
         self.controller.stay_on_device()
         if self.quadrature is not None:
             self.quadrature.stay_on_device()
+
+    def trial(self) -> Iterator[None]:
+        """Solves, driven by the host, and stops after each step; of a long solve it takes the first."""
+        self.open()
+        for self.n_tried in range(1, STEPS_A_TURN[-1][0] + 2):
+            self.step()
+            yield
+            if not bool((self.controller.field("status") == int(Status.RUNNING)).any()):
+                return
+
+    def capture(self, graph: Any) -> None:
+        """Has a GraphLoop capture the solve, after a trial; RuntimeError if something can't be."""
+        a_turn = next((steps for most, steps in STEPS_A_TURN if self.n_tried <= most), MOST_A_TURN)
+        self.controller.stay_on_device(graph.condition)
+        graph.capture(self.open, partial(self._take, a_turn))
+
+    def _take(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
 
     @torch.no_grad()
     def open(self) -> None:
