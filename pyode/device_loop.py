@@ -16,7 +16,7 @@ from ._ops import graph_loop, native
 from ._ops.contract import Layout
 from .callbacks import has_callbacks
 from .captures import BoundFunc, Captured, Key, captured_for, captured_solves, surroundings
-from .control import Times
+from .control import Times, UnreadTimes, check_times
 from .device_grid import DeviceGrid
 from .device_solve import DeviceSolve, Given, has_failed, launch, obstacle, unless
 from .methods import Tableau
@@ -65,8 +65,9 @@ class DeviceLoop(DeviceSolve):
         rtol, atol, grid, times = self.given.places(y0.device)
         first_step = problem.first_step is not None
         loop = CapturedLoop(
-            dynamics, self.tableau, layout, rtol, atol, problem.policy, grid, times, y0=y0, first_step=first_step
-        )
+            dynamics, self.tableau, layout, rtol, atol, problem.policy, grid, times,
+            y0=y0, first_step=first_step, checks=self.given.times.unread,
+        )  # fmt: skip
         return loop, []
 
     def _fill(self, captured: Captured) -> None:
@@ -178,7 +179,9 @@ _remembered = _Remembered()
 
 def replace_times(given: Given) -> Given:
     """The same without the user's tensor of times."""
-    return Given(Times(given.grid.times, given.times.values), given.grid, given.rtol, given.atol, given.first_step)
+    tensor = given.grid.times
+    times = UnreadTimes(tensor, check_times) if given.times.unread else Times(tensor, given.times.values)
+    return Given(times, given.grid, given.rtol, given.atol, given.first_step)
 
 
 def solve_again(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None) -> Tensor | None:

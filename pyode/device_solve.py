@@ -13,7 +13,7 @@ from ._ops import backend_for, graph_loop, native
 from ._ops.contract import Flag, Grid, Layout
 from ._ops.readings import Readings
 from .captures import Captured, CaptureError, Key, captured_solves
-from .control import Times
+from .control import Times, UnreadTimes, check_times
 from .errors import warn
 from .methods import Method, Tableau
 from .stepping.captured import CapturedLoop
@@ -46,7 +46,7 @@ class Given:
     def __post_init__(self) -> None:
         grid, numbers = self.grid, (self.rtol, self.atol)
         told = grid.times.dim() == 1 and grid.step_t is None and grid.jump_t is None
-        told = told and not any(isinstance(number, Tensor) for number in numbers)
+        told = told and not self.times.unread and not any(isinstance(number, Tensor) for number in numbers)
         self.mark = (*numbers, self.first_step, tuple(self.times.values)) if told else object()
 
     @property
@@ -54,7 +54,7 @@ class Given:
         """What is the same for solves of one kind."""
         prescribed = (None if x is None else x.shape for x in (self.grid.times, self.grid.step_t, self.grid.jump_t))
         tensors = (isinstance(tolerance, Tensor) for tolerance in (self.rtol, self.atol))
-        return (*prescribed, *tensors, self.first_step is None)
+        return (*prescribed, *tensors, self.first_step is None, self.times.unread)
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor, Grid, Times]:
         """Where the like is copied to: tolerances, the grid, and the output times."""
@@ -64,7 +64,7 @@ class Given:
             torch.empty_like(x) if isinstance(x, Tensor) else torch.zeros((), dtype=torch.float64, device=device)
             for x in (self.rtol, self.atol)
         )
-        return rtol, atol, grid, Times(grid.times, self.times.values)
+        return rtol, atol, grid, UnreadTimes(grid.times, check_times)
 
     def fill(self, captured: Captured) -> None:
         """Copies all to its place, unless it is there."""
@@ -147,6 +147,7 @@ class DeviceSolve(Outcome):
         """See Outcome."""
         super().look()
         if has_failed(self.controller):
+            self.times.check()
             self.end = self._last
             self.tell_apart(*self.end)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._ops.contract import Phase, neighbour
+from ..control import in_order
 from ..errors import Status
 from .adaptive import AdaptiveLoop
 from .outputs import column
@@ -31,6 +32,7 @@ class CapturedLoop(AdaptiveLoop):
     Args:
         y0: what states are like.
         first_step: whether the first step is given.
+        checks: whether the output times have to be checked; wrong ones end the solve at its start.
         further: as AdaptiveLoop's. at_jump is called after every step, with the samples that are at a discontinuity.
 
     Attributes:
@@ -43,12 +45,13 @@ class CapturedLoop(AdaptiveLoop):
             has.
     """
 
-    def __init__(self, *further: Any, y0: Tensor, first_step: bool, **more: Any) -> None:
-        super().__init__(*further, **more)
+    def __init__(self, *further: Any, y0: Tensor, first_step: bool, checks: bool = False) -> None:
+        super().__init__(*further)
+        self.checks = checks
         B, clock = self.layout.samples, self.grid.times.device
         self.y, self.k = torch.empty_like(y0), torch.empty_like(y0)
         self.stage = torch.empty_like(y0) if len(self.table.rows) > 1 else None
-        self.out = y0.new_empty((len(self.times.values), *y0.shape))
+        self.out = y0.new_empty((len(self.times), *y0.shape))
         self.first_step = torch.zeros(B, dtype=torch.float64, device=clock) if first_step else None
         self.crossings = torch.zeros(2, B, dtype=torch.int64, device=clock)
         self.controller.stay_on_device()
@@ -86,6 +89,9 @@ class CapturedLoop(AdaptiveLoop):
         self.measure.start(self.dynamics, self.y, self.k, self.first_step)
         if self.quadrature is not None:
             self.quadrature.keep_integrands()
+        if self.checks:
+            wrong = ~in_order(self.grid.times)
+            self.controller.finish(wrong.expand(self.layout.samples), int(Status.NON_FINITE))
         self._begin_step()
 
     def _begin_step(self) -> None:

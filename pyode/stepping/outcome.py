@@ -61,7 +61,7 @@ class Outcome(ABC):
     def left(self) -> Tensor:
         """Which outputs have not been reached: [T, B], or [T] of the only sample."""
         ends = self.controller.field("output_end")
-        left: Tensor = torch.arange(len(self.times.values), device=ends.device)[:, None] >= ends
+        left: Tensor = torch.arange(len(self.times), device=ends.device)[:, None] >= ends
         return (left[:, 0] if self.layout.samples == 1 else left).to(self.layout.device)
 
     @property
