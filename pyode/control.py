@@ -113,6 +113,10 @@ class Times:
         """Whether nobody has looked at the values yet, which are a device's."""
         return False
 
+    def in_tensor(self, tensor: Tensor) -> Times:
+        """The same times in another tensor."""
+        return Times(tensor, self.values)
+
     def check(self) -> None:
         """Raises InvalidValue where they are wrong; this waits for the device if they are unread."""
 
@@ -140,6 +144,10 @@ class UnreadTimes(Times):
     def unread(self) -> bool:
         """See Times."""
         return "values" not in self.__dict__
+
+    def in_tensor(self, tensor: Tensor) -> Times:
+        """See Times."""
+        return UnreadTimes(tensor, self._check) if self.unread else super().in_tensor(tensor)
 
     def check(self) -> None:
         """See Times."""

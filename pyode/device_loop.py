@@ -16,7 +16,6 @@ from ._ops import graph_loop, native
 from ._ops.contract import Layout
 from .callbacks import has_callbacks
 from .captures import BoundFunc, Captured, Key, captured_for, captured_solves, surroundings
-from .control import Times, UnreadTimes, check_times
 from .device_grid import DeviceGrid
 from .device_solve import DeviceSolve, Given, has_failed, launch, obstacle, unless
 from .methods import Tableau
@@ -179,9 +178,7 @@ _remembered = _Remembered()
 
 def replace_times(given: Given) -> Given:
     """The same without the user's tensor of times."""
-    tensor = given.grid.times
-    times = UnreadTimes(tensor, check_times) if given.times.unread else Times(tensor, given.times.values)
-    return Given(times, given.grid, given.rtol, given.atol, given.first_step)
+    return Given(given.times.in_tensor(given.grid.times), given.grid, given.rtol, given.atol, given.first_step)
 
 
 def solve_again(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None) -> Tensor | None:

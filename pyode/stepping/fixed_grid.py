@@ -125,7 +125,7 @@ class FixedGridLoop:
 
     def keep_times(self) -> None:
         """Makes the times this loop's own, for another solve whose steps end there: the user's may change."""
-        self.times = Times(self.times.tensor.detach().clone(), self.times.values)
+        self.times = self.times.in_tensor(self.times.tensor.detach().clone())
         self.grid = self.times.tensor
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
