@@ -37,11 +37,12 @@ __global__ void end_blocks(const __grid_constant__ Layout layout, const __grid_c
   if (threadIdx.x == 0 && is_last_block(op)) conclude(op);
 }
 
-// Blocks take the parts of the only sample's segments, and the one that is done last what comes of the error; if there
-// is one only, to the end.
+// Two at a time fit into a multiprocessor. Blocks take the parts of the only sample's segments, and the one that is
+// done last what comes of the error; if there is one only, to the end.
 template <class T, bool kComplex>
-__global__ void end_parts(const __grid_constant__ Layout layout, const __grid_constant__ ErrorNorm norm,
-                          const __grid_constant__ Control op, const __grid_constant__ FinishStep finish) {
+__global__ void __launch_bounds__(kThreads, 2)
+    end_parts(const __grid_constant__ Layout layout, const __grid_constant__ ErrorNorm norm,
+              const __grid_constant__ Control op, const __grid_constant__ FinishStep finish) {
   __shared__ SharedSample sample;
   __shared__ double here[kThreads];
   const double* means = here;

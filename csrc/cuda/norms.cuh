@@ -120,7 +120,7 @@ __device__ inline double block_sum(double sum) {
 /// Part p of the mean over segment s of sample b, by a block. The first thread gets it, and leaves it in op.means.
 template <class T, bool kComplex>
 __device__ double block_mean(const Layout& layout, const ErrorNorm& op, int64_t s, int64_t b, int64_t p) {
-  constexpr int kAtOnce = 16 / static_cast<int>(sizeof(arithmetic_t<T>)) / (kComplex ? 2 : 1);
+  constexpr int kAtOnce = sizeof(arithmetic_t<T>) == 4 && !kComplex ? 2 : 1;  // more would not fit into registers
   const Segment segment(layout, s);
   const int64_t width = kComplex ? 2 : 1, row = b * layout.size;
   const int64_t first = segment.begin + (p * blockDim.x + threadIdx.x) * width, step = op.parts * blockDim.x * width;
@@ -129,7 +129,8 @@ __device__ double block_mean(const Layout& layout, const ErrorNorm& op, int64_t 
   int64_t d = first;
   for (; d + (kAtOnce - 1) * step < segment.end; d += kAtOnce * step)
     sum = add_squares<T, kComplex, kAtOnce>(sum, op, dt, row, d, step);
-  for (; d < segment.end; d += step) sum = add_squares<T, kComplex, 1>(sum, op, dt, row, d, step);
+  if constexpr (kAtOnce > 1)
+    for (; d < segment.end; d += step) sum = add_squares<T, kComplex, 1>(sum, op, dt, row, d, step);
   const double mean = block_sum(sum) * share;
   if (threadIdx.x == 0) op.means[(s * op.parts + p) * layout.samples + b] = mean;
   return mean;

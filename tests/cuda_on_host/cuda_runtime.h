@@ -19,6 +19,7 @@
 #define __global__
 #define __device__
 #define __grid_constant__
+#define __launch_bounds__(...)
 #define __shared__ static  // blocks run one after the other, and share nothing else
 
 struct dim3 {
