@@ -7,20 +7,22 @@
 namespace pyode {
 inline namespace PYODE_LEVEL {
 
-/// The largest root mean square of the segments for the samples from b on; `means` as error_norm left them.
-template <class R>
-PYODE_HD R norm_of(const Control& op, const double* means, int64_t b) {
+/// The largest root mean square of the segments; `part(i)` is the i-th of all their means' parts.
+template <class R, class Part>
+PYODE_HD R largest_root_mean(const Control& op, Part part) {
   R largest = {};
   for (int64_t s = 0; s < op.n_segments; ++s) {
     R mean = {};
-    for (int64_t p = 0; p < op.parts; ++p) {
-      R part;
-      memcpy(&part, &means[(s * op.parts + p) * op.state.samples + b], sizeof part);
-      mean += part;
-    }
+    for (int64_t p = 0; p < op.parts; ++p) mean += part(s * op.parts + p);
     largest = larger(mean, largest);
   }
   return math::sqrt(largest);
+}
+
+/// The same for the samples from b on; `means` as error_norm left them.
+template <class R>
+PYODE_HD R norm_of(const Control& op, const double* means, int64_t b) {
+  return largest_root_mean<R>(op, [&](int64_t i) { return read_lanes<R>(&means[i * op.state.samples + b]); });
 }
 
 /// The time of the i-th stage of the steps planned, for the samples from b on.
@@ -43,19 +45,26 @@ PYODE_HD void write_stage_time(const Control& op, int i, const Samples<R>& s, in
   }
 }
 
-/// Judges the step just tried by the samples from b on, from the norm of its error and its fitting_factor,
-/// plans the next one, and returns their flags; `s` is how they stand then.
-template <int64_t kKept = 0, class R>
-PYODE_HD counts_t<R> control_step(const Control& op, int64_t b, R error, R fitting, Samples<R>& s) {
+/// Judges the step just tried by the samples from b on, which are s, from the norm of its error and its fitting_factor,
+/// plans the next one, and returns their flags.
+template <class R>
+PYODE_HD counts_t<R> judge_and_plan(const Control& op, int64_t b, R error, R fitting, Samples<R>& s) {
   counts_t<R> samples = {};
   for (int l = 1; l < lanes<R>; ++l) math::set_lane(samples, l, int64_t{l});
   samples += b;
-  s = load_sample<R>(op.state, b);
   const flags_t<R> was_on_jump = s.on_jump != 0;
   judge_step(s, op.policy, op.grid, samples, error, fitting);
   plan_step(s, op.policy, op.grid, samples);
-  store_sample<kKept>(op.state, b, s);
   return flags_of(s, was_on_jump);
+}
+
+/// The same, with their words in memory; `s` is how they stand then.
+template <int64_t kKept = 0, class R>
+PYODE_HD counts_t<R> control_step(const Control& op, int64_t b, R error, R fitting, Samples<R>& s) {
+  s = load_sample<R>(op.state, b);
+  const counts_t<R> flags = judge_and_plan(op, b, error, fitting, s);
+  store_sample<kKept>(op.state, b, s);
+  return flags;
 }
 
 /// Carries out one of the phases of the first step for sample b and returns its flags.

@@ -137,8 +137,9 @@ const char* stage_combine(const Layout&, const StageCombine&);
 const char* stage_vjp(const Layout&, const StageVjp&);
 const char* error_norm(const Layout&, const ErrorNorm&);
 const char* interpolate(const Layout&, const Interpolate&);
-const char* measure_and_judge(const Layout&, const ErrorNorm&, const Control&);  // both, in one launch if that can be
 const char* finish_step(const Layout&, const FinishStep&);
+// error_norm, control and finish_step, in as few launches as can be
+const char* end_step(const Layout&, const ErrorNorm&, const Control&, const FinishStep&);
 const char* select_rows(const Layout&, const SelectRows&);
 const char* control(const Layout&, const Control&);
 int64_t error_parts(const Layout&);  // into how many parts error_norm should split a mean

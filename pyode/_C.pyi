@@ -197,21 +197,26 @@ def call_compiled(
 ) -> bool: ...
 
 # Where it is built with CUDA.
-def measure_and_judge(
-    layout: Layout,
-    weights: tuple[float, ...],
-    y0: Any,
-    y1: Any,
-    ks: list[Any],
-    rtol: Any,
-    atol: Any,
-    controller: Controller,
-    /,
-) -> None: ...
 def finish_step(
     layout: Layout,
     interpolant: Interpolant,
     controller: Controller,
+    y: Any,
+    ks: list[Any],
+    y1: Any,
+    out: Any,
+    out_stride: int,
+    stage: Any,
+    w: float,
+    /,
+) -> None: ...
+def end_step(
+    layout: Layout,
+    table: Table,
+    interpolant: Interpolant,
+    controller: Controller,
+    rtol: Any,
+    atol: Any,
     y: Any,
     ks: list[Any],
     y1: Any,

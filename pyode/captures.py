@@ -21,21 +21,16 @@ from torch import Tensor
 from ._ops import graph_loop
 from .compiled.arguments import Slots, kind_of
 from .compiled.guards import Guards
-from .errors import Status
 from .parameters import all_tensors
 from .state import Func
 from .stepping.captured import CapturedLoop
+from .stepping.captured_grid import CapturedGrid
 from .tree import Tree
 
 Key = tuple[Any, ...]
-# How many steps a turn of the device's loop takes, in solves of up to so many steps; in longer ones, MOST_A_TURN. A
-# turn itself takes as long as a few small kernels, but what of the last one lies behind the end is in vain.
-STEPS_A_TURN = ((8, 1), (24, 2), (96, 4))
-MOST_A_TURN = 8
-
 
 # From func and, by id, what stands for the tensors that it uses: the loop, and further inputs.
-Make = Callable[[Func, dict[int, Tensor]], tuple[CapturedLoop, list[Tensor]]]
+Make = Callable[[Func, dict[int, Tensor]], "tuple[CapturedLoop | CapturedGrid, list[Tensor]]"]
 
 
 class CaptureError(RuntimeError):
@@ -92,7 +87,7 @@ class Captured:
     """A captured solve.
 
     Attributes:
-        loop: its memory.
+        loop: its memory: a CapturedLoop or a CapturedGrid.
         graph: what is launched.
         slots: one tensor for each tensor in args.
         inputs: other tensors to be filled before a launch.
@@ -102,8 +97,8 @@ class Captured:
         filled: what the inputs that stay the same are filled with.
     """
 
-    loop: CapturedLoop
-    graph: graph_loop.GraphLoop
+    loop: Any
+    graph: graph_loop.Graph
     slots: list[Tensor]
     inputs: list[Tensor]
     kept: tuple[Callable[[], Any], list[Any]]
@@ -207,6 +202,7 @@ def captured_for(
     device: torch.device,
     make: Make,
     fill: Callable[[Captured], None],
+    kind: type[graph_loop.Graph],
 ) -> Captured:
     """A captured solve for a key, which begins with that of the func: one that was kept, or a new one.
 
@@ -214,6 +210,7 @@ def captured_for(
         make: from func and, by id, what stands for the tensors in args and for those that func finds by itself, makes
             the loop and further inputs.
         fill: copies in what a launch is to work on.
+        kind: of graph.
 
     Raises:
         CaptureError: func can't be captured.
@@ -226,15 +223,17 @@ def captured_for(
         raise CaptureError(why)
     captured_solves.watch(bound.owner)
     try:
-        return _capture(bound, device, make, fill)
+        return _capture(bound, device, make, fill, kind)
     except CaptureError as error:
         captured_solves.refuse(key, str(error))
         raise
 
 
-def _capture(bound: BoundFunc, device: torch.device, make: Make, fill: Callable[[Captured], None]) -> Captured:
+def _capture(
+    bound: BoundFunc, device: torch.device, make: Make, fill: Callable[[Captured], None], kind: type[graph_loop.Graph]
+) -> Captured:
     try:
-        graph = graph_loop.GraphLoop(device)
+        graph = kind(device)
     except RuntimeError as error:
         raise CaptureError(str(error)) from error
     with _capturing, graph.aside(), torch.no_grad(), _nothing_cast_before():
@@ -249,11 +248,9 @@ def _capture(bound: BoundFunc, device: torch.device, make: Make, fill: Callable[
             loop, inputs = make(func, stand_ins)
             captured = Captured(loop, graph, slots, inputs, bound.kept(), before)
             fill(captured)
-            n_steps = _warm_up(loop, device)
-            a_turn = next((steps for most, steps in STEPS_A_TURN if n_steps <= most), MOST_A_TURN)
-            loop.controller.stay_on_device(graph.condition)
+            _warm_up(loop, device)
             try:
-                graph.capture(loop.open, partial(_repeat, loop.step, a_turn))
+                loop.capture(graph)
             except RuntimeError as error:
                 raise CaptureError(f"func can't be captured: {str(error).splitlines()[0]}") from error
     captured.guards = Guards(bound.func, before)
@@ -277,26 +274,15 @@ def _nothing_cast_before() -> Iterator[None]:
         torch.set_autocast_cache_enabled(caches)
 
 
-def _warm_up(loop: CapturedLoop, device: torch.device) -> int:
-    """Solves, driven by the host, and returns in how many steps; of a long solve it takes the first.
+def _warm_up(loop: CapturedLoop | CapturedGrid, device: torch.device) -> None:
+    """Solves, driven by the host.
 
     So func, and the libraries that it uses, have done what they do once. Raises CaptureError if func is random.
     """
-    most = STEPS_A_TURN[-1][0]
     before = graph_loop.random_state(device)
-    loop.open()
-    for n in range(1, most + 2):
-        loop.step()
+    for _ in loop.trial():
         if not torch.equal(before, graph_loop.random_state(device)):
             raise CaptureError("func uses random numbers, which would be the same ones at every launch")
-        if not bool((loop.controller.field("status") == int(Status.RUNNING)).any()):
-            return n
-    return most + 1
-
-
-def _repeat(work: Callable[[], None], times: int) -> None:
-    for _ in range(times):
-        work()
 
 
 def surroundings() -> Key:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -106,9 +108,64 @@ class Times:
         """+1 where time runs forwards, -1 where backwards."""
         return -1.0 if self.values[-1] < self.values[0] else 1.0
 
+    @property
+    def unread(self) -> bool:
+        """Whether nobody has looked at the values yet, which are a device's."""
+        return False
 
-def check_times(t: Any) -> Times:
-    """Raises InvalidType or InvalidValue unless t is a 1-D floating tensor, strictly monotonic."""
+    def in_tensor(self, tensor: Tensor) -> Times:
+        """The same times in another tensor."""
+        return Times(tensor, self.values)
+
+    def check(self) -> None:
+        """Raises InvalidValue where they are wrong; this waits for the device if they are unread."""
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+
+class UnreadTimes(Times):
+    """Those of a tensor on a GPU, which are read, and checked, when somebody looks at their values.
+
+    Args:
+        tensor: the user's.
+        check: what checks them.
+    """
+
+    def __init__(self, tensor: Tensor, check: Callable[[Tensor], Times]) -> None:
+        self.tensor, self._check = tensor, check
+
+    @cached_property
+    def values(self) -> list[float]:  # type: ignore[override]
+        """See Times."""
+        return self._check(self.tensor).values
+
+    @property
+    def unread(self) -> bool:
+        """See Times."""
+        return "values" not in self.__dict__
+
+    def in_tensor(self, tensor: Tensor) -> Times:
+        """See Times."""
+        return UnreadTimes(tensor, self._check) if self.unread else super().in_tensor(tensor)
+
+    def check(self) -> None:
+        """See Times."""
+        len(self.values)
+
+
+def in_order(t: Tensor) -> Tensor:
+    """Whether times, [T] or [T, B] float64, are what `check_times` or `check_sample_times` take: [] on their device."""
+    steps = t.diff(dim=0) * torch.sign(t[-1] - t[0])
+    padding = (t[1:] == t[-1]) & (steps == 0) & (t.dim() == 2)
+    return t.isfinite().all() & ((steps > 0) | padding).all()
+
+
+def check_times(t: Any, late: bool = False) -> Times:
+    """Raises InvalidType or InvalidValue unless t is a 1-D floating tensor, strictly monotonic.
+
+    Where it is to be `late`, its values are left unread.
+    """
     if not isinstance(t, Tensor):
         raise InvalidType(f"t must be a tensor, not a {type(t).__name__}: torch.linspace(0., 1., 10), for example")
     if not t.is_floating_point():
@@ -117,6 +174,8 @@ def check_times(t: Any) -> Times:
         raise InvalidValue(f"t must be 1-D, not of shape {tuple(t.shape)}")
     if len(t) == 0:
         raise InvalidValue("t must not be empty; its first entry is where the solve starts")
+    if late:
+        return UnreadTimes(t, check_times)
     values = t.detach().tolist()
     times = Times(t, values)
     for i, (a, b) in enumerate(pairwise(values)):
@@ -127,11 +186,13 @@ def check_times(t: Any) -> Times:
     return times
 
 
-def check_sample_times(t: Any, samples: int) -> Times:
+def check_sample_times(t: Any, samples: int, late: bool = False) -> Times:
     """The same for each sample's own times, [T, B]: each column strictly monotonic, but for repetitions of its last."""
     if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() != 2 or t.shape[1] != samples or not len(t):
         what = f"{tuple(t.shape)}, {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
         raise InvalidValue(f"t must be [T] or, with control='per_sample', [T, {samples}] floating; it is {what}")
+    if late:
+        return UnreadTimes(t, partial(check_sample_times, samples=samples))
     values = t.detach().to(torch.float64)
     if not bool(values.isfinite().all()):
         raise InvalidValue("t must be finite")

@@ -8,19 +8,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ._ops import native
+from ._ops import graph_loop, native
 from ._ops.autograd import plain
 from ._ops.contract import Layout
-from .captures import BoundFunc, Captured, CaptureError, Key, captured_for, surroundings
+from .captures import BoundFunc, Captured, CaptureError, Key, captured_for, captured_solves, surroundings
 from .control import Times, grid_from
 from .device_solve import DeviceSolve, Given, launch, obstacle, unless
-from .gradients.backsolve import AdjointDynamics, BacksolveConfig, backwards, stack_for
+from .gradients.backsolve import AdjointDynamics, BacksolveConfig, backwards, effect_of_time, stack_for
 from .methods import Tableau
 from .problem import Problem
 from .state import Dynamics, Func
 from .stepping.captured import CapturedLoop
 from .stepping.hooks import raise_it
 from .stepping.quadrature import Quadrature
+
+Found = tuple[Tensor, Tensor | None, list[Tensor]]
 
 
 def backsolve_on_device(
@@ -31,31 +33,32 @@ def backsolve_on_device(
     gradients: Tensor,
     params: tuple[Tensor, ...],
     with_time: bool,
-) -> tuple[Tensor, None, list[Tensor]] | None:
-    """The gradients of y0, of no times, and of the parameters; None, with a warning of why, if that can't be.
+) -> Found | None:
+    """The gradients of y0, of the times (None if not wanted), and of the parameters; None, with a warning of why, if
+    that can't be.
 
     Args:
         problem: of the forward solve.
         outputs, config, ys, gradients, params, with_time: as those of Backsolve.
     """
 
-    def solve() -> tuple[Tensor, None, list[Tensor]]:
-        return DeviceBacksolve(problem, outputs, config, ys, plain(gradients), params).solve()
+    def solve() -> Found:
+        return DeviceBacksolve(problem, outputs, config, ys, plain(gradients), params, with_time).solve()
 
-    why = obstacle(ys, config.method) or _what_looks_on(config, with_time)
+    why = obstacle(ys, config.method) or _what_looks_on(config)
     return unless(why, solve, config.options, "adjoint_options")
 
 
-def _what_looks_on(config: BacksolveConfig, with_time: bool) -> str | None:
+def _what_looks_on(config: BacksolveConfig) -> str | None:
     """What the host has to see of the solve, if anything."""
+    if not config.method.adaptive:
+        return f"{config.method.name!r} does not choose its steps"
     if config.restart:
         return "adjoint_options['restart'] has a solve for every output time"
     if not config.fused:
         return "the norm is a function of the user's"
     if config.callbacks:
         return "callbacks look at every step"
-    if with_time:
-        return "the gradient of t is wanted"
     return None
 
 
@@ -70,6 +73,7 @@ class DeviceBacksolve(DeviceSolve):
         ys: Tensor,
         gradients: Tensor,
         params: tuple[Tensor, ...],
+        with_time: bool,
     ) -> None:
         assert isinstance(config.method, Tableau)
         times, options = backwards(outputs, config.options)
@@ -79,20 +83,23 @@ class DeviceBacksolve(DeviceSolve):
         given = Given(times, grid_from(options, times, ys.device), rtol, atol, config.first_step)
         super().__init__(config.method, layout, given)
         self.problem, self.outputs, self.config = problem, outputs, config
-        self.ys, self.gradients, self.params = ys, gradients, params
+        self.ys, self.gradients, self.params, self.with_time = ys, gradients, params, with_time
         self.bound = BoundFunc(problem.written, problem.args)
         in_args = {id(x): i for i, x in enumerate(self.bound.tensors)}
         wanted = tuple(in_args.get(id(p), (id(p), p.data_ptr())) for p in params)
         self.key: Key = (
             self.bound.key, "backwards", ys.shape, ys.dtype, ys.device, tuple(problem.form.shapes), config.method.name,
-            astuple(config.policy), config.seminorm, wanted, given.kind, surroundings(),
+            astuple(config.policy), config.seminorm, wanted, with_time, given.kind, surroundings(),
         )  # fmt: skip
 
-    def solve(self) -> tuple[Tensor, None, list[Tensor]]:
-        """Returns the gradients of y0 (packed), None, and those of the parameters."""
+    def solve(self) -> Found:
+        """Returns the gradients of y0 (packed), of the times (None if not wanted), and of the parameters."""
         if len(self.outputs.values) == 1:
-            return self.gradients[0], None, [torch.zeros_like(p) for p in self.params]
-        captured = captured_for(self.key, self.bound, self.ys.device, self._make, self._fill)
+            of_times = torch.zeros_like(self.outputs.tensor) if self.with_time else None
+            return self.gradients[0], of_times, [torch.zeros_like(p) for p in self.params]
+        wanted = self.with_time and captured_solves.refused(self.key) is None
+        self.effects = self._effects_of_times() if wanted else []
+        captured = captured_for(self.key, self.bound, self.ys.device, self._make, self._fill, graph_loop.GraphLoop)
 
         def collect(loop: CapturedLoop) -> tuple[Tensor, list[Tensor]]:
             assert loop.quadrature is not None
@@ -101,10 +108,24 @@ class DeviceBacksolve(DeviceSolve):
             return found
 
         a, integrals = launch(captured, self.key, partial(self._fill, captured), collect)
-        self.add_to(self.config.options.get("stats"))
+        stats = self.config.options.get("stats")
+        self.add_to(stats)
         if self.end is not None:
             raise_it(self.error(*self.end))
-        return a, None, integrals
+        if not self.with_time:
+            return a, None, integrals
+        if stats is not None:
+            stats.n_f_evals += len(self.effects)
+        t = self.outputs.tensor
+        return a, torch.stack([integrals.pop(0), *self.effects]).to(t.dtype), integrals
+
+    def _effects_of_times(self) -> list[Tensor]:
+        """The gradients of the output times behind the first, that of the last as exact as a time can be."""
+        ys, t = plain(self.ys), self.outputs.tensor
+        forward = Dynamics(self.problem.func, self.problem.form, ys[0])
+        times = t.to(ys.device, self.layout.real_dtype)
+        effects = [effect_of_time(forward, *one) for one in zip(times[1:], ys[1:], self.gradients[1:])]
+        return [*effects[:-1], effects[-1].to(t.dtype).to(effects[-1])]
 
     def _make(self, func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedLoop, list[Tensor]]:
         config, ys, form, here = self.config, self.ys, self.problem.form, self.layout
@@ -113,18 +134,25 @@ class DeviceBacksolve(DeviceSolve):
             raise CaptureError("a tensor that wants a gradient is a global variable of func's, or in a tuple")
         params = tuple(stand_ins[id(p)] for p in self.params)
         forward = Dynamics(func, form, ys[0], partial(native.copy, layout))
-        dynamics = AdjointDynamics(forward, stack_for(native, form, ys[0]), params, False, config.warns)
+        dynamics = AdjointDynamics(forward, stack_for(native, form, ys[0]), params, self.with_time, config.warns)
         outputs, gradients = torch.empty_like(ys), torch.empty_like(ys)
         output_times = torch.empty(len(ys), dtype=torch.float64, device=ys.device)
         rtol, atol = output_times.new_empty(()), output_times.new_empty(())
-        in_norm = [not config.seminorm] * len(params)
-        quadrature = Quadrature([x.clone() for x in dynamics.zeros], self.tableau, native, rtol, atol, in_norm)
+        values, in_norm = [x.clone() for x in dynamics.zeros], [not config.seminorm] * len(params)
+        effects = torch.empty(len(ys), dtype=layout.real_dtype, device=ys.device)
+        if self.with_time:
+            values, in_norm = [torch.empty_like(effects[0]), *values], [True, *in_norm]
+        quadrature = Quadrature(values, self.tableau, native, rtol, atol, in_norm)
+        quadrature.first = effects[-1] if self.with_time else None
         dynamics.quadrature = quadrature
 
-        def arrive(now: Tensor, _: Tensor, z: Tensor) -> Tensor:
+        def arrive(now: Tensor, jumped: Tensor, z: Tensor) -> Tensor:
             """At an output time y is the forward solve's, and a jumps by the gradient that arrives there."""
             here = output_times == now
             i = here.to(torch.uint8).argmax(0, keepdim=True)
+            if self.with_time:
+                effect = torch.where(here.any() & jumped, effects.index_select(0, i), 0)
+                quadrature.values[0].add_(effect[0])
             arrived = torch.stack([outputs.index_select(0, i)[0], z[1] - gradients.index_select(0, i)[0]])
             return torch.where(here.any(), arrived, z)
 
@@ -133,10 +161,12 @@ class DeviceBacksolve(DeviceSolve):
             dynamics, self.tableau, layout, rtols, atols, config.policy, grid, times, None, quadrature, arrive,
             y0=torch.stack([ys[-1], ys[-1]]), first_step=config.first_step is not None,
         )  # fmt: skip
-        return loop, [outputs, gradients, output_times, rtol, atol]
+        return loop, [outputs, gradients, output_times, effects, rtol, atol]
 
     def _fill(self, captured: Captured) -> None:
-        outputs, gradients, times, *tolerances = captured.inputs
+        outputs, gradients, times, effects, *tolerances = captured.inputs
+        if self.with_time:
+            effects[1:] = -torch.stack(self.effects)  # moving an output's time moves the adjoint's integral back
         outputs.copy_(self.ys)
         gradients.copy_(self.gradients)
         times.copy_(self.outputs.tensor)

@@ -16,7 +16,7 @@ from ._ops import graph_loop, native
 from ._ops.contract import Layout
 from .callbacks import has_callbacks
 from .captures import BoundFunc, Captured, Key, captured_for, captured_solves, surroundings
-from .control import Times
+from .device_grid import DeviceGrid
 from .device_solve import DeviceSolve, Given, has_failed, launch, obstacle, unless
 from .methods import Tableau
 from .parameters import reachable
@@ -53,7 +53,9 @@ class DeviceLoop(DeviceSolve):
             given.kind, surroundings(),
         )  # fmt: skip
         # Taken at once: whether func can be captured decides who drives the solve.
-        self._captured: Captured | None = captured_for(self.key, self.bound, y0.device, self._make, self._fill)
+        self._captured: Captured | None = captured_for(
+            self.key, self.bound, y0.device, self._make, self._fill, graph_loop.GraphLoop
+        )
 
     def _make(self, func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedLoop, list[Tensor]]:
         problem, form, y0 = self.problem, self.problem.form, self.problem.y0
@@ -62,8 +64,9 @@ class DeviceLoop(DeviceSolve):
         rtol, atol, grid, times = self.given.places(y0.device)
         first_step = problem.first_step is not None
         loop = CapturedLoop(
-            dynamics, self.tableau, layout, rtol, atol, problem.policy, grid, times, y0=y0, first_step=first_step
-        )
+            dynamics, self.tableau, layout, rtol, atol, problem.policy, grid, times,
+            y0=y0, first_step=first_step, checks=self.given.times.unread,
+        )  # fmt: skip
         return loop, []
 
     def _fill(self, captured: Captured) -> None:
@@ -72,13 +75,16 @@ class DeviceLoop(DeviceSolve):
         captured.fill_slots(self.bound)
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
-        """Returns the states at the output times, [T, *y0.shape], from the problem's start and first step."""
+        """Returns the states at the output times, [T, *y0.shape], from the problem's start and first step.
+
+        Where the hooks do not want to wait, those behind a failure may be anything.
+        """
         captured, self._captured = self._captured, None  # from now on it is anybody's
         assert captured is not None
 
         def collect(loop: CapturedLoop) -> Tensor:
             out = loop.out.clone()
-            self.read(loop)
+            self.read(loop) if self.hooks.waits else self.copy(loop)
             return out
 
         out = launch(captured, self.key, partial(self._fill, captured), collect)
@@ -88,10 +94,12 @@ class DeviceLoop(DeviceSolve):
         return out
 
 
-def device_loop(problem: Problem, hooks: Hooks) -> DeviceLoop | None:
+def device_loop(problem: Problem, hooks: Hooks) -> DeviceLoop | DeviceGrid | None:
     """The loop for a solve whose options ask for a device loop; None, with a warning of why, if there can be none."""
 
-    def make() -> DeviceLoop:
+    def make() -> DeviceLoop | DeviceGrid:
+        if not problem.method.adaptive:
+            return DeviceGrid(problem)
         loop = DeviceLoop(problem, hooks)
         _remembered.add(loop)
         return loop
@@ -170,7 +178,7 @@ _remembered = _Remembered()
 
 def replace_times(given: Given) -> Given:
     """The same without the user's tensor of times."""
-    return Given(Times(given.grid.times, given.times.values), given.grid, given.rtol, given.atol, given.first_step)
+    return Given(given.times.in_tensor(given.grid.times), given.grid, given.rtol, given.atol, given.first_step)
 
 
 def solve_again(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None) -> Tensor | None:

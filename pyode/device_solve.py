@@ -13,7 +13,7 @@ from ._ops import backend_for, graph_loop, native
 from ._ops.contract import Flag, Grid, Layout
 from ._ops.readings import Readings
 from .captures import Captured, CaptureError, Key, captured_solves
-from .control import Times
+from .control import Times, UnreadTimes, check_times
 from .errors import warn
 from .methods import Method, Tableau
 from .stepping.captured import CapturedLoop
@@ -46,7 +46,7 @@ class Given:
     def __post_init__(self) -> None:
         grid, numbers = self.grid, (self.rtol, self.atol)
         told = grid.times.dim() == 1 and grid.step_t is None and grid.jump_t is None
-        told = told and not any(isinstance(number, Tensor) for number in numbers)
+        told = told and not self.times.unread and not any(isinstance(number, Tensor) for number in numbers)
         self.mark = (*numbers, self.first_step, tuple(self.times.values)) if told else object()
 
     @property
@@ -54,7 +54,7 @@ class Given:
         """What is the same for solves of one kind."""
         prescribed = (None if x is None else x.shape for x in (self.grid.times, self.grid.step_t, self.grid.jump_t))
         tensors = (isinstance(tolerance, Tensor) for tolerance in (self.rtol, self.atol))
-        return (*prescribed, *tensors, self.first_step is None)
+        return (*prescribed, *tensors, self.first_step is None, self.times.unread)
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor, Grid, Times]:
         """Where the like is copied to: tolerances, the grid, and the output times."""
@@ -64,7 +64,7 @@ class Given:
             torch.empty_like(x) if isinstance(x, Tensor) else torch.zeros((), dtype=torch.float64, device=device)
             for x in (self.rtol, self.atol)
         )
-        return rtol, atol, grid, Times(grid.times, self.times.values)
+        return rtol, atol, grid, UnreadTimes(grid.times, check_times)
 
     def fill(self, captured: Captured) -> None:
         """Copies all to its place, unless it is there."""
@@ -85,8 +85,8 @@ def obstacle(y: Tensor, method: Method) -> str | None:
         return f"the state is on the {y.device.type.upper()}"
     if backend_for(y) is not native:
         return "pyode's CUDA kernels can't work on the state"
-    if not isinstance(method, Tableau) or not method.adaptive:
-        return f"{method.name!r} is not an explicit method that chooses its steps"
+    if not isinstance(method, Tableau):
+        return f"{method.name!r} is not an explicit Runge-Kutta method"
     if graph_loop.is_capturing(y.device):
         return "a graph is being captured"
     return None
@@ -104,7 +104,7 @@ def unless(why: str | None, make: Callable[[], Found], options: dict[str, Any], 
     return None
 
 
-def launch(captured: Captured, key: Key, fill: Callable[[], None], collect: Callable[[CapturedLoop], Found]) -> Found:
+def launch(captured: Captured, key: Key, fill: Callable[[], None], collect: Callable[[Any], Found]) -> Found:
     """One launch of a captured solve, which is kept for others then.
 
     Args:
@@ -131,12 +131,25 @@ class DeviceSolve(Outcome):
         self.evals_before_steps = 1 if given.first_step is not None else 2
         self.end: tuple[Tensor, Tensor] | None = None
 
-    def read(self, loop: CapturedLoop) -> None:
-        """How the solve went, copied; the one time that the host waits."""
+    def copy(self, loop: CapturedLoop) -> None:
+        """Takes a copy of how the solve goes, and of its last state, without waiting for its end."""
+        self.unread = True
         self.controller: Readings = loop.controller.readings()
         self._crossings = loop.crossings.clone()
+        self._last = loop.y.clone(), loop.k.clone()
+
+    def read(self, loop: CapturedLoop) -> None:
+        """The same; here the host waits, once."""
+        self.copy(loop)
+        self.look()
+
+    def look(self) -> None:
+        """See Outcome."""
+        super().look()
         if has_failed(self.controller):
-            self.end = loop.y.clone(), loop.k.clone()
+            self.times.check()
+            self.end = self._last
+            self.tell_apart(*self.end)
 
     @property
     def n_jumps(self) -> Tensor:

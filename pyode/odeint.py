@@ -133,5 +133,5 @@ def odeint(
         solved = solve(problem, otherwise=solve_by_tape)
     else:
         solved = solve_by_tape()
-    ys = problem.form.unpack(solved.ys, (len(problem.times.values),))
+    ys = problem.form.unpack(solved.ys, (len(problem.times),))
     return ys if event_fn is None else (problem.event_time(solved.end), ys)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import methods
+from ._ops import native
 from ._ops.contract import Grid, Policy, wide_dtype
 from .callbacks import callbacks_of
 from .compiled.arguments import WithArgs
@@ -102,7 +103,9 @@ def pose(
     check_options(options, found, strict)
     check_interp(options)
     form = Form(y0, per_sample=is_per_sample(options, found))
-    times = check_sample_times(t, form.samples) if getattr(t, "ndim", 1) == 2 and form.per_sample else check_times(t)
+    of_samples = getattr(t, "ndim", 1) == 2 and form.per_sample
+    check = partial(check_sample_times, samples=form.samples) if of_samples else check_times
+    times = check(t, late=bool(options.get("device_loop")) and isinstance(t, Tensor) and native.on_gpu(t.device))
     if event_fn is not None:
         if form.per_sample:
             raise InvalidValue("odeint has one event for all samples; solve_ivp(event_fn=) has one for each")

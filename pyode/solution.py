@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -81,7 +81,8 @@ class Solution:
     Attributes:
         ts: [T] or [T, B], the output times.
         ys: [T, *y0.shape], or y0's structure of such: the states; nan behind a sample's failure or event.
-        status: [B] int64, a `Status` each.
+        status: [B] int64, a `Status` each. After a solve by the device's loop with throw=False it is read, and waited
+            for, when it or stats are looked at for the first time.
         stats: counts of each sample.
         interpolant: of times, [m] or [m, B], the states there; None unless dense_output was asked for.
         event_t: [B] float64, the time of each sample's event; nan where there is none.
@@ -97,6 +98,26 @@ class Solution:
     event_t: Tensor
     event_index: Tensor
     event_y: Any
+
+    def read_later(self, read: Callable[[], tuple[Tensor, SampleStats]]) -> Solution:
+        """The same with status and stats to be read when one of them is looked at for the first time."""
+        del self.status, self.stats
+        self.__dict__["_read"] = read
+        return self
+
+    if not TYPE_CHECKING:  # for which any name would be an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            read = self.__dict__.get("_read") if name in ("status", "stats") else None
+            if read is None:
+                raise AttributeError(f"a Solution has no {name!r}")
+            self.status, self.stats = read()
+            self.__dict__.pop("_read", None)
+            return self.__dict__[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies; what has not been read is read."""
+        return {"status": self.status, "stats": self.stats, **self.__dict__}
 
     @property
     def success(self) -> bool:

@@ -168,10 +168,10 @@ def solve_ivp(
     if graph and gradient == "adjoint":
         adjoint = _adjoint_of(problem, controller, adjoint_options, params != (), compact)
         callbacks_of(func, adjoint.tableau, t, lambda z: z, "_adjoint", "in solve_ivp's backward solve")  # warns
-    samples = Samples(problem.form, problem.y0, t)
+    samples = Samples(problem.form, problem.y0, problem.grid.times)
     observers = observers_of(problem, samples, event_fn, args, dense_output, compact, progress)
     failures: list[SolveError] = []
-    run = _Run(observers, failures.append)
+    run = _Run(observers, failures.append, waits=throw or adjoint is not None)
     with on_device_of(problem.y0), torch.no_grad() if adjoint else nullcontext():
         if adjoint is not None:
             ys = run(replace(problem, y0=problem.y0.detach()))
@@ -241,6 +241,7 @@ class _Run:
     Args:
         observers: who is to look on.
         fail: called with a failure.
+        waits: see Hooks.
 
     Attributes:
         loop: what has carried it out.
@@ -248,8 +249,8 @@ class _Run:
 
     loop: Loop
 
-    def __init__(self, observers: Observers, fail: Callable[[SolveError], None]) -> None:
-        self.observers, self.fail = observers, fail
+    def __init__(self, observers: Observers, fail: Callable[[SolveError], None], waits: bool) -> None:
+        self.observers, self.fail, self.waits = observers, fail, waits
 
     def __call__(
         self, problem: Problem, tape: Tape | None = None, otherwise: Callable[[], Tensor] | None = None
@@ -265,7 +266,7 @@ class _Run:
             return otherwise()
         if loop is None:
             hooks = observers.hooks(self.fail)
-            loop = loop_of(replace(problem, func=observers.func), replace(hooks, tape=tape))
+            loop = loop_of(replace(problem, func=observers.func), replace(hooks, tape=tape, waits=self.waits))
         self.loop, bar, events = loop, observers.bar, observers.events
         try:
             ys = loop.solve(problem.y0, problem.first_step)

@@ -17,6 +17,7 @@ from ._ops.contract import RightHandSide
 from .again import keep
 from .compiled.samples import sample_loop
 from .compiled.solve import joint_loop
+from .control import Times
 from .errors import InvalidType, InvalidValue, SolveError, Status, warn
 from .methods import Tableau
 from .problem import Problem
@@ -38,15 +39,22 @@ class Solved:
 
     Attributes:
         ys: the packed states at the output times, [T, *y0.shape], with a graph behind them where gradients are enabled.
-        end: where the solve ended: at the last output time, at the event, or where it failed.
+        times: those of the outputs.
         n_reached: how many output times it reached; the states behind them, if any, are all that at the end.
         loop: what has done it, if there was something to do.
+        early: where the solve ended, at the event or where it failed; None at the last output time.
     """
 
     ys: Tensor
-    end: float
+    times: Times
     n_reached: int
     loop: Loop | None = None
+    early: float | None = None
+
+    @property
+    def end(self) -> float:
+        """Where the solve ended."""
+        return self.times.values[-1] if self.early is None else self.early
 
     @property
     def last_step(self) -> float | None:
@@ -67,6 +75,7 @@ def loop_of(problem: Problem, hooks: Hooks, ends: Tensor | None = None) -> Loop:
         on_device = device_loop(problem, hooks)
         if on_device is not None:
             return on_device
+    problem.times.check()
     y0, form, options = problem.y0, problem.form, problem.options
     ops = backend_for(y0)
     layout = ops.Layout(form.samples, form.segments[-1], form.segments, y0.dtype, y0.device)
@@ -174,17 +183,18 @@ def solve(
     """
     y0, times, options = problem.y0, problem.times, problem.options
     watched = problem.event is not None or watch is not None or tape is not None or bool(problem.callbacks)
-    if otherwise is not None and (watched or problem.compiled is None or len(times.values) == 1):
+    if otherwise is not None and (watched or problem.compiled is None or len(times) == 1):
         return otherwise()
     stats = options.get("stats")
-    if len(times.values) == 1:
-        return Solved(y0.unsqueeze(0).clone(), times.values[0], 1)
-    solved = Solved(y0, times.values[-1], len(times.values))
+    if len(times) == 1:
+        times.check()
+        return Solved(y0.unsqueeze(0).clone(), times, 1)
+    solved = Solved(y0, times, len(times))
     search = search_of(problem)
     if search is not None and search.found:
         if stats is not None:
             stats.n_events += 1
-        return Solved(torch.stack([y0, y0]), times.values[0], 1)
+        return Solved(torch.stack([y0, y0]), times, 1, early=times.values[0])
     failures: list[float] = []  # not put into `solved` by `fail`, which the loop knows: all would live on in a cycle
 
     def fail(error: SolveError) -> None:
@@ -212,7 +222,7 @@ def solve(
     if problem.kind is not None and problem.compiled is None:
         keep(problem.kind, problem.form, loop)
     if search is not None and search.found:
-        solved.end, solved.n_reached = float(search.time), 1
+        solved.early, solved.n_reached = float(search.time), 1
         if stats is not None:
             stats.n_events += 1
         if tape is not None:
@@ -222,6 +232,6 @@ def solve(
         loop.add_to(counts)
         fail(SolveError(Status.NO_EVENT, solved.end, loop.last_step or math.nan, counts.n_steps))
     if failures:
-        solved.end = failures[-1]
+        solved.early = failures[-1]
         solved.n_reached = sum(times.sign * (t - solved.end) <= 0 for t in times.values)
     return solved

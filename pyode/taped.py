@@ -89,10 +89,10 @@ def solve_checkpointed(
             f"method; {method.name!r} is none. It has 'direct' and 'adjoint'"
         )
     most = choice.get("checkpoints")
-    quiet = replace(problem, y0=y0.detach(), times=replace(problem.times, tensor=t.detach()))
+    quiet = replace(problem, y0=y0.detach(), times=problem.times.in_tensor(t.detach()))
 
     def grid(t: Tensor) -> Tensor:
-        times = replace(problem.times, tensor=t)
+        times = problem.times.in_tensor(t)
         return grid_of(problem.options, times, problem.func, problem.form.unpack(quiet.y0))
 
     def retake(step: Step, y: Tensor, ends: Tensor, inside: Tensor) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,6 +68,27 @@ def times(n: int = 7, dtype=torch.float32) -> Tensor:
 
 def normal(*shape: int, dtype=torch.float32) -> Tensor:
     return torch.randn(*shape, dtype=dtype).to(DEVICE)
+
+
+@contextlib.contextmanager
+def nobody_waits() -> Iterator[None]:
+    """Within it what would make the host wait for the GPU fails; without one, what reads a number off any tensor."""
+    if DEVICE.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return
+
+    def wait(x: Tensor, *_: Any) -> None:
+        raise AssertionError("somebody waits")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(Tensor, name, wait)
+        patch.setattr(torch, "equal", wait)
+        yield
 
 
 class HostRead(nn.Module):

@@ -36,6 +36,31 @@ def test_the_adjoints_gradients_are_those_of_the_host_driven_loop(n, dtype, norm
     assert our_stats == their_stats
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("t_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [2, 6])
+@pytest.mark.parametrize("stops", [{}, {"jump_t": [0.35]}], ids=["", "jump_t"])
+def test_gradients_of_times_are_those_of_the_host_driven_loop(n, t_dtype, dtype, stops):
+    rate, y0, found = normal(3, dtype=dtype).requires_grad_(), normal(5, 3, dtype=dtype), []
+
+    def func(t, y):
+        return -rate * y * t + torch.sin(y) / 2
+
+    before = n_captures()
+    for more in ({}, ON):
+        stats, y, t = pyode.Stats(), y0.clone().requires_grad_(), times(n, t_dtype).requires_grad_()
+        with torch.enable_grad():
+            out = pyode.odeint_adjoint(
+                func, y, t, rtol=1e-5, atol=1e-7, options={**more, **stops}, adjoint_params=(rate,),
+                adjoint_options={**more, **stops, "stats": stats},
+            )  # fmt: skip
+            found.append((torch.autograd.grad(out.abs().square().sum(), (y, t, rate)), stats))
+    assert n_captures() == before + 2
+    (theirs, their_stats), (ours, our_stats) = found
+    assert all(map(torch.equal, theirs, ours))
+    assert our_stats == their_stats
+
+
 def test_training_captures_once_and_follows_the_host_driven_loop():
     finals = []
     y0, before = normal(8, 3), n_captures()

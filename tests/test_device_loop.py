@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
-from device_loops import DEVICE, MARKS, ON, Field, HostRead, both, check_same, n_captures, normal, on_gpu, times
+from device_loops import (
+    DEVICE,
+    MARKS,
+    ON,
+    Field,
+    HostRead,
+    both,
+    check_same,
+    n_captures,
+    nobody_waits,
+    normal,
+    on_gpu,
+    times,
+)
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import pyode
 from pyode.methods import TABLEAUS
@@ -15,12 +30,50 @@ from pyode.methods import TABLEAUS
 pytestmark = MARKS
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
+FIXED = [name for name, tableau in TABLEAUS.items() if not tableau.adaptive]
 
 
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_bits_and_counts_are_those_of_the_host_driven_loop(method, control):
     check_same(Field(), normal(20, 3), times(), method=method, options={"control": control})
+
+
+@pytest.mark.parametrize("options", [{}, {"step_size": 0.3}, {"step_size": 0.3, "interp": "cubic"}, {"perturb": True}])
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("method", FIXED)
+def test_steps_that_are_given(method, backwards, options):
+    t = times().flip(0) if backwards else times()
+    check_same(Field(), normal(6, 3), t, method=method, options=options)
+
+
+def test_given_steps_are_captured_for_their_times():
+    func, before = Field(), n_captures()
+    for t, n in ((times(), 1), (times(), 1), (times(8), 2), (times() * 1.1, 3), (times(8), 3)):
+        for _ in range(2):
+            (a, _), (b, _) = both(func, normal(6, 3), t, method="rk4")
+            assert torch.equal(a, b)
+        assert n_captures() == before + n
+
+
+def test_given_steps_of_a_structure_with_args():
+    def func(t, y, rate):
+        return {"a": -rate * y["a"] * t, "b": y["b"] * rate[0]}
+
+    y0, before = {"a": normal(3), "b": normal(2, 2)}, n_captures()
+    for rate in (0.5, 1.5):
+        args = (torch.full((3,), rate, device=DEVICE),)
+        (a, _), (b, _) = both(func, y0, times(), method="heun3", args=args)
+        assert all(map(torch.equal, tree_leaves(a), tree_leaves(b)))
+    assert n_captures() == before + 1
+
+
+def test_a_grid_of_the_users_and_more_steps_than_a_graph_takes():
+    func, y0 = Field(), normal(6, 3)
+    options = {"grid_constructor": lambda func, y0, t: torch.cat([t[:1], t[-1:] * 0.3, t[-1:]])}
+    check_same(func, y0, times(), method="midpoint", options=options)
+    with torch.no_grad(), pytest.warns(UserWarning, match="3000 steps are too many"):
+        pyode.odeint(lambda t, y: -y, y0, times(2), method="euler", options={"step_size": 2 / 3000, **ON})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128, torch.bfloat16, torch.float16])
@@ -128,6 +181,59 @@ def test_a_failure_that_is_returned():
     assert not solutions[0].success
 
 
+@pytest.mark.parametrize(
+    "t",
+    [
+        [0.0, 1.0, 0.5], [0.0, 1.0, 1.0], [0.0, float("nan"), 1.0], [float("nan"), 1.0, 2.0], [0.0, float("inf")],
+        [[0.0, 0.0], [1.0, 1.0], [0.5, 2.0]], [[0.0, 0.0], [0.0, 1.0], [1.0, 1.0]],
+    ],
+)  # fmt: skip
+def test_times_that_are_wrong(t):
+    t, kwargs = torch.tensor(t, device=DEVICE), {"control": "per_sample"} if isinstance(t[0], list) else {}
+    errors, func, y0 = [], Field(), normal(2, 3)
+    for more in ({}, ON):
+        for _ in range(2):
+            with pytest.raises(pyode.errors.InvalidValue, match=r"t must be|column of t must be") as caught:
+                pyode.odeint(func, y0, t, options={**more, **kwargs})
+            errors.append(str(caught.value))
+    assert len(set(errors)) == 1
+    solution = pyode.solve_ivp(func, y0, t, throw=False, options=ON)
+    with pytest.raises(pyode.errors.InvalidValue, match=r"t must be|column of t must be"):
+        solution.status  # noqa: B018
+    check_same(func, y0, times())  # and the next one is right
+
+
+@pytest.mark.parametrize("of_samples", [False, True])
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize(
+    ("func", "change"),
+    [
+        (lambda t, y: -y, {}),
+        (lambda t, y: 2 * y * y.abs(), {}),  # blows up
+        (lambda t, y: -y, {"max_num_steps": 2}),
+        (lambda t, y: -y * torch.where(y.mean() > 0, torch.nan, 1.0), {}),
+        (lambda t, y: y.abs() + 1, {"rtol": 1e9, "atol": 0.0}),  # beyond all tolerance where y0 is 0
+    ],
+)
+def test_nobody_waits_for_a_solve_that_may_fail_until_somebody_looks(func, change, control, of_samples):
+    y0, t = torch.tensor([[1.0], [-1.0], [0.0]], device=DEVICE), times()
+    if of_samples and control == "per_sample":
+        t = t[:, None] * torch.tensor([1.0, 0.5, 0.7], device=DEVICE)
+    kwargs = {"throw": False, "control": control, "rtol": 1e-4, "atol": 1e-6, **change}
+    expected = pyode.solve_ivp(func, y0, t, **kwargs)
+    pyode.solve_ivp(func, y0, t, **kwargs, options=ON)
+    with nobody_waits():
+        solution = pyode.solve_ivp(func, y0, t, **kwargs, options=ON)
+        assert not {"status", "stats"} & vars(solution).keys()
+    for found in (copy.deepcopy(solution), solution, solution.detach()):
+        assert torch.equal(found.status, expected.status)
+        for name in ("n_f_evals", "n_accepted", "n_rejected", "last_dt"):
+            assert torch.equal(getattr(found.stats, name), getattr(expected.stats, name))
+        assert torch.equal(found.ys.nan_to_num(7.0), expected.ys.nan_to_num(7.0))
+    with pytest.raises(AttributeError, match="no 'statuses'"):
+        solution.statuses  # noqa: B018
+
+
 class Random(nn.Module):
     def forward(self, t, y):
         return y * torch.rand_like(y)
@@ -147,8 +253,9 @@ class WithCallback(nn.Module):
         (Random(), {}, "random numbers"),
         pytest.param(HostRead(), {}, "can't be captured", marks=on_gpu),
         (WithCallback(), {}, "callbacks"),
-        (lambda t, y: -y, {"method": "rk4"}, "not an explicit method that chooses its steps"),
-        (lambda t, y: -y, {"method": "adams"}, "not an explicit method that chooses its steps"),
+        (Random(), {"method": "rk4"}, "random numbers"),
+        (lambda t, y: -y, {"method": "explicit_adams"}, "not an explicit Runge-Kutta method"),
+        (lambda t, y: -y, {"method": "adams"}, "not an explicit Runge-Kutta method"),
         (lambda t, y: -y, {"options": {"norm": lambda y: y.abs().max()}}, "options\\['norm'\\]"),
     ],
 )

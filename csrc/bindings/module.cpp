@@ -96,29 +96,36 @@ void interpolate(const OwnedLayout& where, const Interpolant& interpolant, const
 }
 
 #if defined(PYODE_CUDA)
-void measure_and_judge(const OwnedLayout& where, const py::tuple& weights, py::handle y0, py::handle y1,
-                       const py::list& ks, py::handle rtol, py::handle atol, Controller& controller) {
-  ErrorNorm op;
-  Weights(weights).fill(op, [&](int j) { return derivative(ks, j); });
-  op.y0 = address(y0);
-  op.y1 = address(y1);
-  op.dt = controller.dt();
-  read_tolerances(rtol, atol, op);
-  op.means = controller.means();
-  op.parts = controller.op.parts;
-  check_launch(pyode::cuda::measure_and_judge(where.layout, op, controller.prepare(Phase::judge, 0)));
+FinishStep finish_of(const Interpolant& interpolant, const Controller& controller, py::handle y, const py::list& ks,
+                     py::handle y1, py::handle out, int64_t out_stride, py::handle stage, double w) {
+  return {outputs_of(interpolant, controller, y, ks, out, out_stride),
+          address(y),
+          address(ks[0]),
+          address(y1),
+          address(ks[ks.size() - 1]),
+          address(stage),
+          w};
 }
 
 void finish_step(const OwnedLayout& where, const Interpolant& interpolant, const Controller& controller, py::handle y,
                  const py::list& ks, py::handle y1, py::handle out, int64_t out_stride, py::handle stage, double w) {
-  const FinishStep op = {outputs_of(interpolant, controller, y, ks, out, out_stride),
-                         address(y),
-                         address(ks[0]),
-                         address(y1),
-                         address(ks[ks.size() - 1]),
-                         address(stage),
-                         w};
-  check_launch(pyode::cuda::finish_step(where.layout, op));
+  check_launch(
+      pyode::cuda::finish_step(where.layout, finish_of(interpolant, controller, y, ks, y1, out, out_stride, stage, w)));
+}
+
+void end_step(const OwnedLayout& where, const Table& table, const Interpolant& interpolant, Controller& controller,
+              py::handle rtol, py::handle atol, py::handle y, const py::list& ks, py::handle y1, py::handle out,
+              int64_t out_stride, py::handle stage, double w) {
+  ErrorNorm norm;
+  table.error.fill(norm, [&](int j) { return derivative(ks, j); });
+  norm.y0 = address(y);
+  norm.y1 = address(y1);
+  norm.dt = controller.dt();
+  read_tolerances(rtol, atol, norm);
+  norm.means = controller.means();
+  norm.parts = controller.op.parts;
+  check_launch(pyode::cuda::end_step(where.layout, norm, controller.prepare(Phase::judge, 0),
+                                     finish_of(interpolant, controller, y, ks, y1, out, out_stride, stage, w)));
 }
 #endif
 
@@ -248,8 +255,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_rows", &select_rows);
   m.def("call_compiled", &call_compiled);
 #if defined(PYODE_CUDA)
-  m.def("measure_and_judge", &measure_and_judge);
   m.def("finish_step", &finish_step);
+  m.def("end_step", &end_step);
   using pyode::cuda::GraphLoop;
   py::class_<GraphLoop>(m, "GraphLoop")
       .def(py::init([] {

@@ -11,6 +11,26 @@ PYODE_HD R magnitude(R x) {
   return math::abs(x);
 }
 
+/// As many numbers as R holds, side by side in memory. A double is read and written as one: of a memcpy whose alignment
+/// it does not see nvcc makes eight loads or stores.
+template <class R>
+PYODE_HD R read_lanes(const double* from) {
+  if constexpr (is_vector<R>) {
+    R numbers;
+    memcpy(&numbers, from, sizeof numbers);
+    return numbers;
+  } else {
+    return *from;
+  }
+}
+template <class R>
+PYODE_HD void write_lanes(double* to, R numbers) {
+  if constexpr (is_vector<R>)
+    memcpy(to, &numbers, sizeof numbers);
+  else
+    *to = numbers;
+}
+
 /// x to the power of y, for what takes no more than the controller's accuracy: within some ulp times |y log(x)|.
 template <class R>
 PYODE_HD R power(R x, R y) {

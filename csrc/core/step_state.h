@@ -98,7 +98,10 @@ PYODE_HD Samples<R> load_sample(const StepState& state, int64_t b) {
   Samples<R> sample;
   char* const words = reinterpret_cast<char*>(&sample);
   PYODE_UNROLL
-  for (int i = 0; i < kWords; ++i) memcpy(words + i * sizeof(R), &state.words[i * state.stride + b], sizeof(R));
+  for (int i = 0; i < kWords; ++i) {
+    const R word = read_lanes<R>(&state.words[i * state.stride + b]);
+    memcpy(words + i * sizeof word, &word, sizeof word);
+  }
   return sample;
 }
 
@@ -107,8 +110,12 @@ template <int64_t kBut = 0, class R>
 PYODE_HD void store_sample(const StepState& state, int64_t b, const Samples<R>& sample) {
   const char* const words = reinterpret_cast<const char*>(&sample);
   PYODE_UNROLL
-  for (int i = 0; i < kWords; ++i)
-    if (!(kBut >> i & 1)) memcpy(&state.words[i * state.stride + b], words + i * sizeof(R), sizeof(R));
+  for (int i = 0; i < kWords; ++i) {
+    if (kBut >> i & 1) continue;
+    R word;
+    memcpy(&word, words + i * sizeof word, sizeof word);
+    write_lanes(&state.words[i * state.stride + b], word);
+  }
 }
 
 /// 1 if sample b's last step has passed an output, else 0.

@@ -14,6 +14,21 @@ __global__ void control_kernel(const __grid_constant__ Control op) {
   if (threadIdx.x == 0 && is_last_block(op)) conclude(op);
 }
 
+// Judges the only sample's step.
+template <class T>
+__global__ void judge_kernel(const __grid_constant__ Control op) {
+  __shared__ SharedSample sample;
+  __shared__ double here[kThreads];
+  sample.fetch(op, 0);
+  const double* const means = gather_means(op, op.means, here);
+  __syncthreads();
+  const int64_t flags = judge_by_block<T>(op, 0, sample, [&](int64_t i) { return means[i]; });
+  if (threadIdx.x != 0) return;
+  if (op.condition != 0) return conclude(op, static_cast<unsigned long long>(flags));
+  op.flags[op.turn] = flags;
+  op.flags[1 - op.turn] = 0;
+}
+
 template <class T>
 __global__ void select_kernel(const __grid_constant__ SelectRows op, int64_t samples, int64_t size) {
   for (int64_t i = thread_index(); i < samples * size; i += thread_count())
@@ -24,7 +39,11 @@ __global__ void select_kernel(const __grid_constant__ SelectRows op, int64_t sam
 
 const char* control(const Layout& layout, const Control& op) {
   with_scalar(op.time_scalar, [&](auto kind) {
-    control_kernel<decltype(kind)><<<blocks_for(op.state.samples), kThreads, 0, stream_of(layout)>>>(op);
+    using T = decltype(kind);
+    if (op.phase == Phase::judge && op.state.samples == 1)
+      judge_kernel<T><<<1, kThreads, 0, stream_of(layout)>>>(op);
+    else
+      control_kernel<T><<<blocks_for(op.state.samples), kThreads, 0, stream_of(layout)>>>(op);
   });
   return launch_error();
 }

@@ -10,7 +10,8 @@ __global__ void thread_rows(const __grid_constant__ Layout layout, const __grid_
 }
 
 template <class T, bool kComplex>
-__global__ void block_rows(const __grid_constant__ Layout layout, const __grid_constant__ ErrorNorm op) {
+__global__ void __launch_bounds__(kThreads, 2)
+    block_rows(const __grid_constant__ Layout layout, const __grid_constant__ ErrorNorm op) {
   for (int64_t task = blockIdx.x; task < layout.samples * op.parts; task += gridDim.x) {
     block_mean<T, kComplex>(layout, op, blockIdx.y, task / op.parts, task % op.parts);
     __syncthreads();

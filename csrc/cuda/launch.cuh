@@ -16,6 +16,7 @@
 namespace pyode::cuda {
 
 constexpr int kThreads = 256;
+constexpr int kWarp = 32;
 constexpr int64_t kMaxBlocks = 1 << 16;  // beyond, a thread takes several turns
 
 inline unsigned blocks_for(int64_t work, int64_t per_block = kThreads) {

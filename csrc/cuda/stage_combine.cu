@@ -3,20 +3,21 @@
 namespace pyode::cuda {
 namespace {
 
-// A thread loads all terms of its V numbers before it adds the first: that many loads are in flight at once.
+// A thread loads all terms of its V numbers, and the step's size, before it adds the first: that many loads are in
+// flight at once.
 template <class T, int V>
 __global__ void stage_combine_kernel(const __grid_constant__ StageCombine op, int64_t samples,
                                      int64_t packs_per_sample) {
   using A = arithmetic_t<T>;
   using P = Pack<T, V>;
   for (int64_t i = thread_index(); i < samples * packs_per_sample; i += thread_count()) {
-    const A dt = op.terms == 0 ? A(0) : static_cast<A>(op.dt[samples == 1 ? 0 : i / packs_per_sample]);
     P out = static_cast<const P*>(op.y)[i];
-    if (dt != 0 && op.terms > 0) {
-      P k[kMaxStages];
+    P k[kMaxStages];
 #pragma unroll
-      for (int j = 0; j < kMaxStages; ++j)
-        if (j < op.terms) k[j] = static_cast<const P*>(op.k[j])[i];
+    for (int j = 0; j < kMaxStages; ++j)
+      if (j < op.terms) k[j] = static_cast<const P*>(op.k[j])[i];
+    const A dt = op.terms == 0 ? A(0) : static_cast<A>(op.dt[samples == 1 ? 0 : i / packs_per_sample]);
+    if (dt != 0 && op.terms > 0) {
       A w[kMaxStages];
 #pragma unroll
       for (int j = 0; j < kMaxStages; ++j) w[j] = static_cast<A>(op.w[j]);

@@ -13,25 +13,15 @@ from torch import Tensor
 from . import native
 
 
-class GraphLoop:
-    """Work on a GPU that is captured once and launched as one: an opening, and a body that the device repeats.
+class Graph:
+    """Work on a GPU that is captured once and launched as one.
 
     Args:
         device: the GPU.
-
-    Attributes:
-        condition: what a kernel sets to have the body repeated, or not.
-
-    Raises:
-        RuntimeError: there is no such thing here.
     """
 
     def __init__(self, device: torch.device) -> None:
-        if not hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph"):
-            raise RuntimeError(f"torch {torch.__version__} does not give out the graphs that it captures")
         self.device = device
-        self.handle = native.graph_loop()
-        self.condition = self.handle.condition
         self._graphs: list[torch.cuda.CUDAGraph] = []  # they own the memory that was allocated while capturing
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._used: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -47,8 +37,8 @@ class GraphLoop:
         finally:
             outside.wait_stream(self._stream)
 
-    def capture(self, opening: Callable[[], None], body: Callable[[], None]) -> None:
-        """Captures both, without running them; to be called aside. The memory they work on is used ever after.
+    def capture(self, *works: Callable[[], None]) -> None:
+        """Captures work, without doing it; to be called aside. The memory that it works on is used ever after.
 
         Raises:
             RuntimeError: something can't be captured.
@@ -59,15 +49,17 @@ class GraphLoop:
         # The memory in which cuBLAS works is then allocated with the rest: two loops may run side by side.
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            self._graphs = [self._captured(work, pool) for work in (opening, body)]
+            self._graphs = [self._captured(work, pool) for work in works]
         finally:
             torch._C._cuda_clearCublasWorkspaces()
             if collects:
                 gc.enable()
-        self.handle.assemble(*(graph.raw_cuda_graph() for graph in self._graphs))
+
+    def _new(self) -> torch.cuda.CUDAGraph:
+        return torch.cuda.CUDAGraph()
 
     def _captured(self, work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        graph = self._new()
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             work()
@@ -95,11 +87,44 @@ class GraphLoop:
 
     def launch(self) -> None:
         """On the current stream, in use."""
-        self.handle.launch(native.current_stream(self.device))
+        self._graphs[0].replay()
 
     def wait(self) -> None:
         """Until the last use is over, on the device too."""
         self._used.synchronize()
+
+
+class GraphLoop(Graph):
+    """An opening, and a body that the device repeats: the two works that are captured.
+
+    Args:
+        device: the GPU.
+
+    Attributes:
+        condition: what a kernel sets to have the body repeated, or not.
+
+    Raises:
+        RuntimeError: there is no such thing here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if not hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph"):
+            raise RuntimeError(f"torch {torch.__version__} does not give out the graphs that it captures")
+        super().__init__(device)
+        self.handle = native.graph_loop()
+        self.condition = self.handle.condition
+
+    def capture(self, *works: Callable[[], None]) -> None:
+        """See Graph."""
+        super().capture(*works)
+        self.handle.assemble(*(graph.raw_cuda_graph() for graph in self._graphs))
+
+    def _new(self) -> torch.cuda.CUDAGraph:
+        return torch.cuda.CUDAGraph(keep_graph=True)
+
+    def launch(self) -> None:
+        """See Graph."""
+        self.handle.launch(native.current_stream(self.device))
 
 
 def random_state(device: torch.device) -> Tensor:

@@ -446,20 +446,6 @@ def interpolate(
     _C.interpolate(layout.handle, interpolant, controller.handle, y, ks, out, layout.stride)
 
 
-def measure_and_judge(
-    layout: Layout,
-    weights: tuple[float, ...],
-    controller: Controller,
-    y0: Tensor,
-    y1: Tensor,
-    ks: list[Tensor],
-    rtol: float | Tensor,
-    atol: float | Tensor,
-) -> None:
-    """Controller.error_norm of the step just tried and Phase.JUDGE, in one launch if that can be. On CUDA alone."""
-    _C.measure_and_judge(layout.handle, weights, y0, y1, ks, rtol, atol, controller.handle)
-
-
 def finish_step(
     layout: Layout,
     interpolant: Interpolant,
@@ -476,6 +462,28 @@ def finish_step(
     With a stage, y + dt weight ks[0] of the next step is written there. On CUDA alone.
     """
     _C.finish_step(layout.handle, interpolant, controller.handle, y, ks, y1, out, layout.stride, stage, weight)
+
+
+def end_step(
+    layout: Layout,
+    table: Table,
+    interpolant: Interpolant,
+    controller: Controller,
+    tolerances: tuple[float | Tensor, float | Tensor],
+    y: Tensor,
+    ks: list[Tensor],
+    y1: Tensor,
+    out: Tensor,
+    stage: Tensor | None = None,
+    weight: float = 0.0,
+) -> None:
+    """Controller.error_norm of the step just tried, Phase.JUDGE, and finish_step, in as few launches as can be.
+
+    On CUDA alone.
+    """
+    _C.end_step(
+        layout.handle, table, interpolant, controller.handle, *tolerances, y, ks, y1, out, layout.stride, stage, weight
+    )
 
 
 def graph_loop() -> Any:

@@ -90,6 +90,13 @@ def stack_for(ops: ModuleType, form: Form, y: Tensor) -> Stack:
     return stack
 
 
+def effect_of_time(forward: Dynamics, t: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of an output's time: moving it moves the output along f."""
+    real = y.real.dtype if y.is_complex() else y.dtype
+    f = forward(t.detach().to(device=y.device, dtype=real), y)
+    return torch.sum((f.conj() * gradient).real if f.is_complex() else f * gradient)
+
+
 class AdjointDynamics:
     """d/dt of (y, b), stacked; notes the integrands of time and the parameters."""
 
@@ -232,10 +239,7 @@ class Backsolve:
     def _arrive(self, i: int, a: Tensor, quadrature: Quadrature | None) -> Tensor:
         """The state behind output i, of the forward solve's y and a."""
         if self.time and i > 0:
-            # Moving the output time moves the output along f.
-            t = self.times.tensor[i].detach().to(device=a.device, dtype=self.layout.real_dtype)
-            f, gradient = self.forward(t, self.ys[i]), self.gradients[i]
-            effect = torch.sum((f.conj() * gradient).real if f.is_complex() else f * gradient)
+            effect = effect_of_time(self.forward, self.times.tensor[i], self.ys[i], self.gradients[i])
             self.time_gradients[i] = effect.to(self.time_gradients[i])
             if quadrature is not None:
                 quadrature.values[0] = quadrature.values[0] - effect

@@ -27,8 +27,8 @@ class Samples:
     def __init__(self, form: Form, y0: Tensor, times: Tensor) -> None:
         self.form, self.shape, self.count = form, y0.shape, form.samples
         self.y0 = self.flat(y0)
-        ends = times.detach()[[0, -1]].to(self.clock, torch.float64)
-        self.t0, self.t1 = (end.expand(self.count) if end.dim() == 0 else end for end in ends)
+        times = times.detach().to(self.clock, torch.float64)
+        self.t0, self.t1 = (end.expand(self.count) if end.dim() == 0 else end for end in (times[0], times[-1]))
 
     @property
     def clock(self) -> torch.device:

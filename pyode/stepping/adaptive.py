@@ -111,7 +111,7 @@ class AdaptiveLoop(Outcome):
 
     def keep_times(self) -> None:
         """Makes the times this loop's own, for another solve with the same ones: the user's may change."""
-        self.times = Times(self.times.tensor.detach().clone(), self.times.values)
+        self.times = self.times.in_tensor(self.times.tensor.detach().clone())
         self._kept_times = self._seen_times()
 
     def _seen_times(self) -> Tensor:

@@ -7,15 +7,23 @@ the same ops', in the same order, so the bits are the host-driven loop's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._ops.contract import Phase, neighbour
+from ..control import in_order
 from ..errors import Status
 from .adaptive import AdaptiveLoop
 from .outputs import column
+
+# How many steps a turn of the device's loop takes, in solves of up to so many steps; in longer ones, MOST_A_TURN. A
+# turn itself takes as long as a few small kernels, but what of the last one lies behind the end is in vain.
+STEPS_A_TURN = ((8, 1), (24, 2), (96, 4))
+MOST_A_TURN = 8
 
 
 class CapturedLoop(AdaptiveLoop):
@@ -24,6 +32,7 @@ class CapturedLoop(AdaptiveLoop):
     Args:
         y0: what states are like.
         first_step: whether the first step is given.
+        checks: whether the output times have to be checked; wrong ones end the solve at its start.
         further: as AdaptiveLoop's. at_jump is called after every step, with the samples that are at a discontinuity.
 
     Attributes:
@@ -36,17 +45,37 @@ class CapturedLoop(AdaptiveLoop):
             has.
     """
 
-    def __init__(self, *further: Any, y0: Tensor, first_step: bool, **more: Any) -> None:
-        super().__init__(*further, **more)
+    def __init__(self, *further: Any, y0: Tensor, first_step: bool, checks: bool = False) -> None:
+        super().__init__(*further)
+        self.checks = checks
         B, clock = self.layout.samples, self.grid.times.device
         self.y, self.k = torch.empty_like(y0), torch.empty_like(y0)
         self.stage = torch.empty_like(y0) if len(self.table.rows) > 1 else None
-        self.out = y0.new_empty((len(self.times.values), *y0.shape))
+        self.out = y0.new_empty((len(self.times), *y0.shape))
         self.first_step = torch.zeros(B, dtype=torch.float64, device=clock) if first_step else None
         self.crossings = torch.zeros(2, B, dtype=torch.int64, device=clock)
         self.controller.stay_on_device()
         if self.quadrature is not None:
             self.quadrature.stay_on_device()
+
+    def trial(self) -> Iterator[None]:
+        """Solves, driven by the host, and stops after each step; of a long solve it takes the first."""
+        self.open()
+        for self.n_tried in range(1, STEPS_A_TURN[-1][0] + 2):
+            self.step()
+            yield
+            if not bool((self.controller.field("status") == int(Status.RUNNING)).any()):
+                return
+
+    def capture(self, graph: Any) -> None:
+        """Has a GraphLoop capture the solve, after a trial; RuntimeError if something can't be."""
+        a_turn = next((steps for most, steps in STEPS_A_TURN if self.n_tried <= most), MOST_A_TURN)
+        self.controller.stay_on_device(graph.condition)
+        graph.capture(self.open, partial(self._take, a_turn))
+
+    def _take(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
 
     @torch.no_grad()
     def open(self) -> None:
@@ -60,6 +89,9 @@ class CapturedLoop(AdaptiveLoop):
         self.measure.start(self.dynamics, self.y, self.k, self.first_step)
         if self.quadrature is not None:
             self.quadrature.keep_integrands()
+        if self.checks:
+            wrong = ~in_order(self.grid.times)
+            self.controller.finish(wrong.expand(self.layout.samples), int(Status.NON_FINITE))
         self._begin_step()
 
     def _begin_step(self) -> None:
@@ -75,14 +107,13 @@ class CapturedLoop(AdaptiveLoop):
         ks: list[Any] = [self.k, *[None] * len(self.table.rows)]
         times = controller.stage_times.unbind()
         y1 = self.ops.stages(layout, self.table, y, ks, controller.dt, times, self.dynamics, self.stage)
+        tail = y, ks, y1, self.out, self.stage, self.table.rows[0][0]
         if self.quadrature is None:
-            self.ops.measure_and_judge(layout, self.table.error_weights, controller, y, y1, ks, self.rtol, self.atol)
+            self.ops.end_step(layout, self.table, self.interpolant, controller, (self.rtol, self.atol), *tail)
         else:
             self.measure.step(y, y1, ks)
             controller.run(Phase.JUDGE)
-        weight = self.table.rows[0][0]
-        self.ops.finish_step(layout, self.interpolant, controller, y, ks, y1, self.out, self.stage, weight)
-        if self.quadrature is not None:
+            self.ops.finish_step(layout, self.interpolant, controller, *tail)
             self.quadrature.finish_on_device(controller, self.interpolant)
         if self.grid.jump_t is not None:
             self._cross(self.grid.jump_t)

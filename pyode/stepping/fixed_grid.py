@@ -13,11 +13,14 @@ from .._ops import backend_of
 from .._ops.contract import Layout, RightHandSide, clock_device
 from ..control import ENDLESS, Times, number_from
 from ..errors import InvalidType, InvalidValue
-from ..methods import Method
+from ..methods import ImplicitTableau, Method, Tableau
+from ..methods.multistep import FixedAdams
 from ..solution import Stats
-from .course import MOST_STEPS, Course
+from .course import MOST_STEPS, Course, ExplicitSteps, Steps
 from .grid_march import GridMarch
 from .hooks import NO_HOOKS, Hooks
+from .implicit import ImplicitSteps
+from .multistep import AdamsSteps
 from .quadrature import Quadrature
 
 PART = 64  # steps of a grid that are prepared together where the solve may end at any
@@ -122,7 +125,7 @@ class FixedGridLoop:
 
     def keep_times(self) -> None:
         """Makes the times this loop's own, for another solve whose steps end there: the user's may change."""
-        self.times = Times(self.times.tensor.detach().clone(), self.times.values)
+        self.times = self.times.in_tensor(self.times.tensor.detach().clone())
         self.grid = self.times.tensor
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
@@ -136,6 +139,15 @@ class FixedGridLoop:
         n = max(len(self.grid) - 1, 1)
         size = n if self.hooks.watch is None else PART
         return (self.grid[begin : begin + size + 1] for begin in range(0, n, size))
+
+    def steps(self, course: Course) -> Steps:
+        """What takes the steps of a part of the grid."""
+        if isinstance(self.method, FixedAdams):
+            return AdamsSteps(self.method, course)
+        if isinstance(self.method, ImplicitTableau):
+            return ImplicitSteps(self.method, course)
+        assert isinstance(self.method, Tableau)
+        return ExplicitSteps(self.method, course)
 
     def course(self, grid: Tensor, moving: bool) -> Course:
         """A part of the grid, with a graph where times are `moving`."""

@@ -11,27 +11,14 @@ from torch import Tensor
 
 from .._ops import reference
 from ..errors import SolveError, Status
-from ..methods import ImplicitTableau, Method, Tableau
-from ..methods.multistep import FixedAdams
-from .course import Course, ExplicitSteps, Increment, Steps
+from .course import ExplicitSteps, Increment
 from .implicit import ImplicitSteps
-from .multistep import AdamsSteps
 from .outputs import Collected
 from .segment import RungeKuttaSegment, unmoved
 from .tape import Passed, Step
 
 if TYPE_CHECKING:
     from .fixed_grid import FixedGridLoop
-
-
-def steps_of(method: Method, course: Course) -> Steps:
-    """What takes a method's steps."""
-    if isinstance(method, FixedAdams):
-        return AdamsSteps(method, course)
-    if isinstance(method, ImplicitTableau):
-        return ImplicitSteps(method, course)
-    assert isinstance(method, Tableau)
-    return ExplicitSteps(method, course)
 
 
 class GridMarch:
@@ -53,7 +40,7 @@ class GridMarch:
         self._parts = loop.parts()
         self._enter(next(self._parts))
         self.on_grid = not self.one_by_one and self.ends == values
-        self.steps = steps_of(loop.method, self.course)
+        self.steps = loop.steps(self.course)
         self.failure: SolveError | None = None
         self._increment: Increment | None = None
         self._segment: RungeKuttaSegment | None = None

@@ -36,6 +36,8 @@ class Hooks:
         watch_batch: called with every step that some sample has accepted, as a BatchSegment; may finish samples.
         tape: notes every accepted step of an explicit Runge-Kutta method.
         fail: called with the error of a solve that can't go on; where it returns, the last state stands for the rest.
+        waits: whether a solve on a device is to wait for its end, so that a failure can be told. Else it is for whoever
+            looks at the loop's states then.
     """
 
     step: Callback | None = None
@@ -46,6 +48,7 @@ class Hooks:
     watch_batch: Callable[[BatchSegment], None] | None = None
     tape: Tape | None = None
     fail: Callable[[SolveError], None] = raise_it
+    waits: bool = True
 
     @cached_property
     def after_step(self) -> bool:

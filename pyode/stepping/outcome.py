@@ -23,6 +23,7 @@ class Outcome(ABC):
         layout, tableau, times: of the solve.
         evals_before_steps: evaluations of func for all samples together, before the first step.
         n_jumps: [B] discontinuities crossed, each with an evaluation behind it; 0 if there are none.
+        unread: whether nobody has waited for its end yet, on a device: `look` does.
     """
 
     controller: Any
@@ -31,6 +32,11 @@ class Outcome(ABC):
     times: Times
     evals_before_steps: int
     n_jumps: Any
+    unread = False
+
+    def look(self) -> None:
+        """Waits for the end of an unread solve, and finds out how it went."""
+        self.unread = False
 
     @property
     @abstractmethod
@@ -55,7 +61,7 @@ class Outcome(ABC):
     def left(self) -> Tensor:
         """Which outputs have not been reached: [T, B], or [T] of the only sample."""
         ends = self.controller.field("output_end")
-        left: Tensor = torch.arange(len(self.times.values))[:, None] >= ends.cpu()
+        left: Tensor = torch.arange(len(self.times), device=ends.device)[:, None] >= ends
         return (left[:, 0] if self.layout.samples == 1 else left).to(self.layout.device)
 
     @property
@@ -70,14 +76,20 @@ class Outcome(ABC):
             stats.n_accepted += int(self.controller.field("n_accepted").sum())
             stats.n_rejected += int(self.controller.field("n_rejected").sum())
 
-    def error(self, y: Tensor, k: Tensor) -> SolveError:
-        """Why it could not go on; by the last state and its derivative statuses are told apart that look alike."""
+    def tell_apart(self, y: Tensor, k: Tensor) -> None:
+        """Puts statuses right that look alike to the controller, by the last state and its derivative."""
         field = self.controller.field
         statuses, tried = field("status"), field("n_accepted") + field("n_rejected")
         no_start = (statuses == int(Status.NON_FINITE)) & (tried == 0)
         if bool(no_start.any()):
             finite = (y.isfinite() & k.isfinite()).reshape(self.layout.samples, -1).all(1).to(statuses.device)
             statuses.masked_fill_(no_start & finite, int(Status.STEP_TOO_SMALL))  # a tolerance is 0 where y0 is 0
+
+    def error(self, y: Tensor, k: Tensor) -> SolveError:
+        """Why it could not go on, from the last state and its derivative."""
+        self.tell_apart(y, k)
+        field = self.controller.field
+        statuses, tried = field("status"), field("n_accepted") + field("n_rejected")
         b = int((statuses > int(Status.RUNNING)).nonzero()[0])
         status, n, t, dt = (x[b].item() for x in (statuses, tried, field("t"), field("dt_prev")))
         return SolveError(Status(status), t, dt, n, None if len(statuses) == 1 else b)

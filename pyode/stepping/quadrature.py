@@ -26,7 +26,12 @@ class Quadrature:
         ops: the backend of the solve.
         rtol, atol: numbers, or with a loop on the device tensors of one: for the integrals' share of the norm.
         in_norm: for each integral whether it has such a share.
+
+    Attributes:
+        first: with a loop on the device, the first integral at the start; 0 if None, as the others are.
     """
+
+    first: Tensor | None = None
 
     def __init__(
         self,
@@ -156,17 +161,19 @@ class Quadrature:
         self._outputs = [value.new_empty((2, *value.shape)) for value in self.values]
 
     def start_on_device(self, trial: bool) -> None:
-        """The same as `start`; the values are 0."""
+        """The same as `start`; the values are 0, but for a first one that is given."""
         for value in self.values:
             value.zero_()
+        if self.first is not None:
+            self.values[0].copy_(self.first)
         self.start(trial)
 
     def keep_integrands(self, where: Tensor | None = None) -> None:
-        """Makes the evaluation noted last that at the start of the next step, at once or where a mask is set."""
+        """Makes the evaluation noted last that at the start of the next step, at once or if a mask, [1], is set."""
         (noted,) = self._evaluations[:1]
         assert noted is not None
         for start, integrand in zip(self._starts, noted):
-            start.copy_(integrand if where is None else torch.where(where, integrand, start))
+            start.copy_(integrand if where is None else torch.where(where[0], integrand, start))
         self._evaluations = [list(self._starts)]
 
     def finish_on_device(self, controller: Any, interpolant: Any) -> None:

@@ -41,31 +41,44 @@ def _load() -> None:
 
     Guards.replaced = noted
 
-    class GraphLoop:
-        """Repeats the body itself, as the kernels on the host set the condition."""
+    class Graph:
+        """Does its work itself."""
 
         def __init__(self, device):
-            self.handle = native._C.GraphLoop()
-            self.condition = self.handle.condition
             self.aside = self.in_use = contextlib.nullcontext
 
-        def capture(self, opening, body):
-            loop = opening.__self__
-            self.parts = loop, loop.dynamics, opening, body, stand_ins[-1]
+        def capture(self, *works):
+            loop = works[0].__self__
+            self.parts = loop, loop.dynamics, works, stand_ins[-1]
 
         def launch(self):
-            loop, dynamics, opening, body, (guards, others) = self.parts
-            goes_on = ctypes.c_uint.from_address(self.condition)
-            loop.dynamics, goes_on.value = dynamics, 1
+            loop, dynamics, works, (guards, others) = self.parts
+            loop.dynamics = dynamics
             with replaced(guards, others):
-                opening()
-                while goes_on.value:
-                    body()
+                self.do(*works)
+
+        def do(self, work):
+            work()
 
         def wait(self):
             pass
 
-    graph_loop.GraphLoop = GraphLoop
+    class GraphLoop(Graph):
+        """Repeats the body as the kernels on the host set the condition."""
+
+        def __init__(self, device):
+            super().__init__(device)
+            self.handle = native._C.GraphLoop()
+            self.condition = self.handle.condition
+
+        def do(self, opening, body):
+            goes_on = ctypes.c_uint.from_address(self.condition)
+            goes_on.value = 1
+            opening()
+            while goes_on.value:
+                body()
+
+    graph_loop.Graph, graph_loop.GraphLoop = Graph, GraphLoop
 
 
 _load()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 LAUNCH = re.compile(r"(\w+)(<(?:[^<>;]|<[^<>;]*>)*>)\s*<<<(.*?)>>>\(", re.DOTALL)
-KERNEL = re.compile(r"__global__ void (\w+)\(.*?^\}", re.DOTALL | re.MULTILINE)
+KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(.*?^\}", re.DOTALL | re.MULTILINE)
 
 
 def arguments(text: str) -> list[str]:

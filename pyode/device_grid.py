@@ -1,0 +1,78 @@
+"""options={"device_loop": True} for methods with given steps: all of them are one CUDA graph."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from ._ops import graph_loop, native
+from .captures import BoundFunc, Captured, CaptureError, Key, captured_for, surroundings
+from .device_solve import launch
+from .methods import Tableau
+from .problem import Problem
+from .solution import Stats
+from .state import Dynamics, Func
+from .stepping.captured_grid import CapturedGrid
+from .stepping.fixed_grid import grid_of
+
+MOST_STEPS = 2000  # of a graph, which has all their kernels
+
+
+class DeviceGrid:
+    """A solve of a problem with given steps as one launch; see `Loop`.
+
+    Raises:
+        CaptureError: func can't be captured, or there are too many steps.
+    """
+
+    last_step = None
+
+    def __init__(self, problem: Problem) -> None:
+        assert isinstance(problem.method, Tableau)
+        form, y0, options = problem.form, problem.y0, problem.options
+        self.problem, self.bound = problem, BoundFunc(problem.written, problem.args)
+        self.grid = grid_of(options, problem.times, problem.func, form.unpack(y0)).detach().cpu()
+        steps = tuple(self.grid.tolist())
+        if len(steps) > MOST_STEPS + 1:
+            raise CaptureError(f"{len(steps) - 1} steps are too many for one graph, which takes {MOST_STEPS}")
+        structure = tuple(form.shapes), form.tree and str(form.tree.spec)
+        within = options.get("interp", "linear"), bool(options.get("perturb", False))
+        self.key: Key = (
+            self.bound.key, y0.shape, y0.dtype, y0.device, structure, problem.method.name, within,
+            self.grid.dtype, steps, tuple(problem.times.values), surroundings(),
+        )  # fmt: skip
+        self.taken = Stats()
+        # Taken at once: whether func can be captured decides who drives the solve.
+        self._captured: Captured | None = captured_for(
+            self.key, self.bound, y0.device, self._make, self._fill, graph_loop.Graph
+        )
+
+    def _make(self, func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedGrid, list[Tensor]]:
+        problem, form, y0 = self.problem, self.problem.form, self.problem.y0
+        layout = native.Layout(form.samples, form.segments[-1], form.segments, y0.dtype, y0.device)
+        dynamics = Dynamics(func, form, y0, partial(native.copy, layout))
+        options = {name: problem.options[name] for name in ("interp", "perturb") if name in problem.options}
+        return CapturedGrid(
+            dynamics, problem.method, layout, problem.times, self.grid, options, problem.rtol, problem.atol, y0=y0
+        ), []
+
+    def _fill(self, captured: Captured) -> None:
+        captured.loop.y.copy_(self.problem.y0)
+        captured.fill_slots(self.bound)
+
+    def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
+        """Returns the states at the output times, [T, *y0.shape], from the problem's start."""
+        captured, self._captured = self._captured, None  # from now on it is anybody's
+        assert captured is not None
+        self.taken = captured.loop.taken
+
+        def collect(loop: CapturedGrid) -> Tensor:
+            return loop.out.clone()
+
+        return launch(captured, self.key, partial(self._fill, captured), collect)
+
+    def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
+        """Adds the solve's counts."""
+        if stats is not None:
+            stats.add(self.taken)
