@@ -10,19 +10,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._ops import backend_for, native
+from ._ops import compiled_here
+from ._ops.autograd import plain
 from .callbacks import has_callbacks
 from .compiled.dynamics import CompiledDynamics
 from .compiled.prepared import key_of
 from .compiled.samples import samples_again
 from .compiled.solve import joint_again
-from .state import Dynamics, Form, Func
+from .state import Dynamics, Func
 from .stepping.adaptive import AdaptiveLoop
 from .stepping.fixed_grid import FixedGridLoop
 from .stepping.hooks import NO_HOOKS, raise_it
@@ -54,8 +54,8 @@ def solve_again(
         The states at the output times, [T, *y0.shape], or None if there was no such solve; and the kind, by which a
         solve is to be kept for the next one, or None if none is kept.
     """
-    plain = type(y0) is Tensor and type(t) is Tensor and type(rtol) is float and type(atol) is float
-    if not (plain and type(args) is tuple and (options is None or type(options) is dict)):
+    simple = type(y0) is Tensor and type(t) is Tensor and type(rtol) is float and type(atol) is float
+    if not (simple and type(args) is tuple and (options is None or type(options) is dict)):
         return None, None
     if args and not isinstance(func, CompiledDynamics):
         return None, None
@@ -113,7 +113,7 @@ def _kind_of(func: Func, y0: Tensor, t: Tensor, rtol: float, atol: float, method
         and (method is None or type(method) is str)
         and not t.requires_grad
         and not has_callbacks(func)
-        and backend_for(y0) is native
+        and compiled_here()
         and not torch.is_inference_mode_enabled()
     ):
         grad = torch.is_grad_enabled()
@@ -123,16 +123,15 @@ def _kind_of(func: Func, y0: Tensor, t: Tensor, rtol: float, atol: float, method
 
 @dataclass
 class IdleLoop:
-    """A loop that has no func."""
+    """A loop whose dynamics have no func."""
 
-    form: Form
+    dynamics: Dynamics
     loop: AdaptiveLoop | FixedGridLoop
 
     def solve(self, func: Func, y0: Tensor) -> Tensor:
         """Solves for another func and start: [T, *y0.shape]."""
-        loop, y0 = self.loop, self.form.pack(y0)
-        loop.dynamics = Dynamics(func, self.form, y0, partial(loop.ops.copy, loop.layout))
-        return loop.solve(y0)
+        self.dynamics.set(func, y0)
+        return self.loop.solve(plain(y0))
 
 
 class IdleLoops(threading.local):
@@ -149,7 +148,7 @@ class IdleLoops(threading.local):
 
     def put(self, kind: Any, idle: IdleLoop) -> None:
         """Keeps a loop whose solve has succeeded, and nothing of what it solved."""
-        idle.loop.dynamics, idle.loop.hooks = None, NO_HOOKS  # type: ignore[assignment]
+        idle.dynamics.forget()
         self._loops[kind] = idle
         if len(self._loops) > self.MOST:
             self._loops.popitem(last=False)
@@ -162,11 +161,13 @@ class IdleLoops(threading.local):
 idle_loops = IdleLoops()
 
 
-def keep(kind: Kind, form: Form, loop: Any) -> None:
+def keep(kind: Kind, loop: Any) -> None:
     """Makes the loop of a solve that has succeeded idle, if it is one that can be."""
     if (
         isinstance(loop, (AdaptiveLoop, FixedGridLoop))
+        and isinstance(loop.dynamics, Dynamics)
         and loop.layout.samples * loop.layout.size * loop.layout.dtype.itemsize <= LARGEST
     ):
         loop.keep_times()
-        idle_loops.put(kind, IdleLoop(form, loop))
+        loop.hooks = NO_HOOKS
+        idle_loops.put(kind, IdleLoop(loop.dynamics, loop))

@@ -190,18 +190,31 @@ class Dynamics:
         form: of the user's state.
         y0: the packed state at the start; all others are of its shape, dtype and device.
         copy: how to copy a state.
+
+    Attributes:
+        fresh: whether func returns other memory at every evaluation; None until two of them have told.
     """
 
     def __init__(self, func: Func, form: Form, y0: Tensor, copy: Callable[[Tensor], Tensor] = torch.clone) -> None:
-        self.func, self.form, self.copy = func, form, copy
+        self.form, self.copy = form, copy
         self.shape, self.dtype, self.device = y0.shape, y0.dtype, y0.device
         self._names = form.names("func()")
-        self.n_evals = 0
-        self._watch = not y0.is_inference() and not torch.is_inference_mode_enabled()
         self._may_be_lazy = y0.is_complex() or y0.numel() == 1  # a conj() or neg view that is contiguous all the same
+        self.set(func, y0)
+
+    def set(self, func: Func, y0: Tensor) -> None:
+        """Makes it another func's, for another start of the same shape, dtype and device."""
+        self.func, self.n_evals = func, 0
+        self._watch = not (y0.is_inference() or torch.is_inference_mode_enabled())
         self._first: Tensor | None = None
-        self._copies = self._settled = False  # settled: it is known that it does not return the same memory again
+        self.fresh: bool | None = None
         self.direct: tuple[Any, ...] | None = None
+        if self.form.is_tensor and not self._may_be_lazy:
+            self.direct = (func, Tensor, self.dtype, self.shape, self.device, self._watch)
+
+    def forget(self) -> None:
+        """Lets go of func and all that it has returned."""
+        self.func = self._first = self.direct = None  # type: ignore[assignment]
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Returns func(t, y), packed."""
@@ -220,7 +233,7 @@ class Dynamics:
             ) or (self._may_be_lazy and (k.is_conj() or k.is_neg())):
                 k = self._pack(k)
         self._check_version(y, version)
-        return k if self._settled else self._own(k)
+        return k if self.fresh else self._own(k)
 
     trial = __call__  # notes nothing, and the graph is torch's own
 
@@ -241,16 +254,12 @@ class Dynamics:
         """A copy, if func returns the same memory again and again: the first evaluation's, and then as need be."""
         if k.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(k):
             return k
-        if self._first is None:
+        if self.fresh is None and self._first is None:
             self._first = k
             return self.copy(k)
-        if not self._copies:
-            self._copies = k.data_ptr() == self._first.data_ptr()
-            if not self._copies:
-                self._settled, self._first = True, None
-            if self.form.is_tensor and not (self._copies or self._may_be_lazy):
-                self.direct = (self.func, Tensor, self.dtype, self.shape, self.device, self._watch)
-        return self.copy(k) if self._copies else k
+        if self._first is not None:
+            self.fresh, self._first = k.data_ptr() != self._first.data_ptr(), None
+        return k if self.fresh else self.copy(k)
 
     def _pack(self, k: Any) -> Tensor:
         form = self.form

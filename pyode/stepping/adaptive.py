@@ -70,11 +70,13 @@ class AdaptiveLoop(Outcome):
         self.dynamics, self.tableau, self.layout = dynamics, tableau, layout
         self.rtol, self.atol, self.grid, self.times = rtol, atol, grid, times
         self.norm, self.quadrature, self.at_jump, self.hooks = norm, quadrature, at_jump, hooks
+        self.single = layout.samples == 1 and grid.times.dim() == 1
         self.ops = ops = backend_of(layout)
         layouts = [layout] if quadrature is None else [layout, *quadrature.layouts]
         self.controller = ops.Controller(layouts, policy, grid, tableau.abscissae)
         self.interpolant, self.table = interpolant_of(ops, tableau), table_of(ops, tableau)
         self.measure = Measure(ops, layout, tableau, rtol, atol, norm, quadrature, self.controller)
+        self.steps = ops.Steps(layout, self.table, self.interpolant, self.controller, rtol, atol)
         self._kept_times: Tensor | None = None
         self.evals_before_steps = 0  # of func: those of the start
         self.n_jumps: int | Tensor = 0  # of each sample: discontinuities behind which func was evaluated

@@ -66,42 +66,45 @@ class March:
 
     def __init__(self, loop: AdaptiveLoop, y0: Tensor, first_step: float | Tensor | None) -> None:
         self.loop, self.y, self.y1, self.flags = loop, y0, y0, RUNNING
-        hooks, quadrature, samples = loop.hooks, loop.quadrature, loop.layout.samples
         self.recording = recording = torch.is_grad_enabled()
-        self.plain = not (recording or hooks.tape or hooks.step or hooks.after_step or loop.norm or quadrature)
-        self.dt = loop.controller.dt
+        self.plain = plain = not (recording or loop.hooks.watching or loop.norm or loop.quadrature)
+        self.dt, self._n_steps = loop.controller.dt, 0
+        # The derivatives of the step under way. An old one is let go only when its successor is there: see _Ballast.
+        self.ks = _ballast.take(len(loop.table.rows) + 1, y0)
+        # The time of a first evaluation, if the step before has not made it.
+        self._opening: Tensor | None = loop.start()
+        self._shift: Tensor | None = None
+        loop.n_jumps = 0
+        # Where the backend's many steps begin with the first evaluations too.
+        if plain and first_step is None and loop.single:
+            self._every, self.output, self._begins = 1, Output(loop, y0, begun=False), self._opening
+        else:
+            self._begin(y0, first_step)
+
+    def _begin(self, y0: Tensor, first_step: float | Tensor | None) -> None:
+        """Makes the first evaluations, and what steps need that are taken one by one."""
+        loop, recording, self._begins = self.loop, self.recording, None
+        hooks, quadrature, samples = loop.hooks, loop.quadrature, loop.layout.samples
         self._lasting = recording or hooks.tape is not None or hooks.after_step  # dt is needed beside the next one's
         self._shift = self._moving() if recording else None
         self._stages = partial(autograd.stages, loop.ops) if recording else loop.ops.stages
         self._every = loop.check_every if self.plain and samples > 1 and loop.grid.jump_t is None else 1
-        self._n_steps = 0
-        # Where the backend's many steps begin with the first evaluations too, when these are.
-        begins = self.plain and first_step is None and loop.grid.times.dim() == 1 and samples == 1
         recorded = RecordedOutput if samples == 1 else RecordedBatchOutput
-        self.output = recorded(loop, y0) if recording else Output(loop, y0, begun=not begins)
-        start = loop.start()
-        self._begins = start if begins else None
-        self._opening: Tensor | None = start  # the time of a first evaluation, if the step before has not made it
-        # The derivatives of the step under way. An old one is let go only when its successor is there: see _Ballast.
-        self.ks = _ballast.take(len(loop.table.rows) + 1, y0)
+        self.output = recorded(loop, y0) if recording else Output(loop, y0)
         if quadrature is not None:
             quadrature.start(trial=first_step is None)
-        if not begins:
-            self.ks[0] = loop.dynamics(start, y0)
-            self.flags = loop.measure.start(loop.dynamics, y0, self.ks[0], first_step)
+        self.ks[0] = loop.dynamics(self._opening, y0)
+        self.flags = loop.measure.start(loop.dynamics, y0, self.ks[0], first_step)
         if hooks.tape is not None:
             hooks.tape.keep_first()
-        loop.evals_before_steps, loop.n_jumps = loop.dynamics.n_evals, 0
+        loop.evals_before_steps = loop.dynamics.n_evals
 
     def step(self) -> None:
         """Takes a step as the controller has planned it and lets it be judged; if plain, as many as follow alike."""
         loop, controller = self.loop, self.loop.controller
         if self.plain and self._every == 1:
-            assert isinstance(self.output, Output)
-            self.y, self.y1, self.flags = loop.ops.take_steps(
-                loop.layout, loop.table, loop.interpolant, self.y, self.ks, controller, loop.dynamics, loop.rtol,
-                loop.atol, self.output.out, self._begins,
-            )  # fmt: skip
+            out: Tensor = self.output.out  # type: ignore[union-attr]
+            self.y, self.y1, self.flags = loop.steps.take(self.y, self.ks, loop.dynamics, out, self._begins)
             self._begins = None
             return
         if loop.hooks.step is not None:
