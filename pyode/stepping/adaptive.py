@@ -19,10 +19,10 @@ from ..control import Times
 from ..methods import Tableau
 from .course import table_of
 from .hooks import NO_HOOKS, Hooks
-from .march import RUNNING, March
+from .march import ACCEPTED, FAILED, RUNNING, March, ballast
 from .measure import Measure, Norm
 from .outcome import Outcome
-from .outputs import interpolant_of
+from .outputs import column, interpolant_of
 from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment
 
@@ -87,6 +87,8 @@ class AdaptiveLoop(Outcome):
         Raises:
             SolveError: says why and where the solve could not go on.
         """
+        if first_step is None and self.single and self.unwatched:
+            return self._solve_at_once(y0)
         march = March(self, y0, first_step)
         while march.flags & RUNNING:
             march.step()
@@ -95,6 +97,29 @@ class AdaptiveLoop(Outcome):
                 return torch.stack([y0, end])
             march.settle()
         return march.finish(y0)
+
+    def _solve_at_once(self, y0: Tensor) -> Tensor:
+        """A joint solve at whose steps nobody looks, from discontinuity to discontinuity."""
+        self.n_jumps, y, t0, out = 0, y0, self.start(), self.ops.new_states(y0, len(self.times.values))
+        ks = ballast.take(len(self.table.rows) + 1, y0)
+        while True:
+            y, y1, flags = self.steps.take(y, ks, self.dynamics, out, t0)
+            if flags & ACCEPTED:
+                y, ks[0] = y1, ks[-1]
+            if not flags & RUNNING:
+                break
+            behind, y = self.pass_jump(y)
+            t0, ks[0] = None, self.dynamics(behind, y)
+        if flags & FAILED:
+            self.hooks.fail(self.error(y, ks[0]))
+            out = torch.where(column(self.left(), out), y, out)
+        ballast.put(ks)
+        return out
+
+    @property
+    def unwatched(self) -> bool:
+        """Whether nobody looks at single steps: no graph, no tape, no hook, no norm of the user's, no integrals."""
+        return not (torch.is_grad_enabled() or self.hooks.watching or self.norm or self.quadrature)
 
     @property
     def dense_output(self) -> reference.Interpolant:
@@ -140,6 +165,13 @@ class AdaptiveLoop(Outcome):
         # Views of two numbers or more, as times of stages are: torch.compile would compile func anew for others.
         ahead = neighbour(torch.cat([seen, seen[-1:]]), torch.full_like(seen[:1], self.times.sign))
         return dict(zip(jumps.tolist(), ahead.unbind()))
+
+    def pass_jump(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The time just behind the discontinuity at which the only sample has arrived, as func sees it; the state there."""
+        now = self.controller.field("t")
+        if self.at_jump is not None:
+            y = self.at_jump(now, _THE_ONLY, y)
+        return self.behind[float(now)], y
 
     def field(self, name: str) -> float:
         """A number of the only sample's step state."""
