@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,11 +67,12 @@ def solve_again(
     if options:
         return None, None
     kind = _kind_of(func, y0, t, rtol, atol, method)
-    idle = None if kind is None else idle_loops.take(kind)
-    if idle is None or not callable(func):
+    loop = None if kind is None else idle_loops.take(kind)
+    if loop is None or not callable(func):
         return None, kind
-    ys = idle.solve(func, y0)
-    idle_loops.put(kind, idle)
+    loop.dynamics.set(func, y0)
+    ys = loop.solve(plain(y0))
+    idle_loops.put(kind, loop)
     return ys, kind
 
 
@@ -121,35 +121,25 @@ def _kind_of(func: Func, y0: Tensor, t: Tensor, rtol: float, atol: float, method
     return None
 
 
-@dataclass
-class IdleLoop:
-    """A loop whose dynamics have no func."""
-
-    dynamics: Dynamics
-    loop: AdaptiveLoop | FixedGridLoop
-
-    def solve(self, func: Func, y0: Tensor) -> Tensor:
-        """Solves for another func and start: [T, *y0.shape]."""
-        self.dynamics.set(func, y0)
-        return self.loop.solve(plain(y0))
-
-
 class IdleLoops(threading.local):
-    """Those of a thread, the least recently used first. A loop at work is not among them: func may solve itself."""
+    """Those of a thread, the least recently used first. A loop at work is not among them: func may solve itself.
+
+    Their dynamics are `Dynamics` without a func.
+    """
 
     MOST = 16
 
     def __init__(self) -> None:
-        self._loops: OrderedDict[Any, IdleLoop] = OrderedDict()
+        self._loops: OrderedDict[Any, Any] = OrderedDict()
 
-    def take(self, kind: Kind) -> IdleLoop | None:
+    def take(self, kind: Kind) -> AdaptiveLoop | FixedGridLoop | None:
         """Returns the one for a kind, which is then no longer here."""
         return self._loops.pop(kind, None)
 
-    def put(self, kind: Any, idle: IdleLoop) -> None:
+    def put(self, kind: Any, loop: Any) -> None:
         """Keeps a loop whose solve has succeeded, and nothing of what it solved."""
-        idle.dynamics.forget()
-        self._loops[kind] = idle
+        loop.dynamics.forget()
+        self._loops[kind] = loop
         if len(self._loops) > self.MOST:
             self._loops.popitem(last=False)
 
@@ -170,4 +160,4 @@ def keep(kind: Kind, loop: Any) -> None:
     ):
         loop.keep_times()
         loop.hooks = NO_HOOKS
-        idle_loops.put(kind, IdleLoop(loop.dynamics, loop))
+        idle_loops.put(kind, loop)

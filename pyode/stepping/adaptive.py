@@ -77,7 +77,7 @@ class AdaptiveLoop(Outcome):
         self.interpolant, self.table = interpolant_of(ops, tableau), table_of(ops, tableau)
         self.measure = Measure(ops, layout, tableau, rtol, atol, norm, quadrature, self.controller)
         self.steps = ops.Steps(layout, self.table, self.interpolant, self.controller, rtol, atol)
-        self._kept_times: Tensor | None = None
+        self._kept_start: Tensor | None = None
         self.evals_before_steps = 0  # of func: those of the start
         self.n_jumps: int | Tensor = 0  # of each sample: discontinuities behind which func was evaluated
 
@@ -133,17 +133,16 @@ class AdaptiveLoop(Outcome):
 
     def start(self) -> Tensor:
         """The time of the first evaluations, as func sees it."""
-        start = (self._seen_times() if self._kept_times is None else self._kept_times)[0]
+        start = self._kept_start
+        if start is None or start._version or start.requires_grad:  # func may have done that
+            # Of two, so that it is a view, as times of stages are: torch.compile would compile func anew for another.
+            start = self.times.tensor[:2].to(device=self.layout.device, dtype=self.layout.real_dtype)[0]
         return start if self.layout.samples == 1 else start.expand(self.layout.samples).contiguous()
 
     def keep_times(self) -> None:
         """Makes the times this loop's own, for another solve with the same ones: the user's may change."""
         self.times = Times(self.times.tensor.detach().clone(), self.times.values)
-        self._kept_times = self._seen_times()
-
-    def _seen_times(self) -> Tensor:
-        # Two, so that the first is a view, as times of stages are: torch.compile would compile func anew for another.
-        return self.times.tensor[:2].to(device=self.layout.device, dtype=self.layout.real_dtype)
+        self._kept_start = self.start()
 
     def on_jump(self) -> Tensor:
         """Which samples have just arrived at a discontinuity, where one has: [B]."""
