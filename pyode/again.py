@@ -33,6 +33,52 @@ LARGEST = 1 << 18  # bytes of a state; a loop keeps the memory of a few
 
 
 def solve_again(
+    func: Func, y0: Any, t: Any, rtol: Any, atol: Any, method: Any, options: Any, args: Any
+) -> tuple[Tensor | None, Kind | None]:
+    """Solves as the last solve of the same kind did, where func is not compiled and there are no options.
+
+    Args:
+        func, y0, t, rtol, atol, method, options, args: as `odeint`'s.
+
+    Returns:
+        The states at the output times, [T, *y0.shape], or None if there was no such solve; and the kind, by which a
+        solve is to be kept for the next one, or None if none is kept.
+    """
+    if options or args or isinstance(func, CompiledDynamics) or not _is_plain(y0, t, rtol, atol, options, args):
+        return None, None
+    grad = torch.is_grad_enabled()
+    if (
+        not (y0.is_cpu and t.is_cpu and t.dim() == 1 and t.is_floating_point())
+        or not (method is None or type(method) is str)
+        or (grad and t.requires_grad)
+        or has_callbacks(func)
+        or torch.is_inference_mode_enabled()
+        or not compiled_here()
+    ):
+        return None, None
+    kind = y0.dtype, y0.shape, tuple(t.tolist()), rtol, atol, method, grad, torch.get_num_threads()
+    loop = idle_loops.take(kind)
+    if loop is None or not callable(func):
+        return None, kind
+    loop.dynamics.set(func, y0)
+    ys = loop.solve(plain(y0))
+    idle_loops.put(kind, loop)
+    return ys, kind
+
+
+def _is_plain(y0: Any, t: Any, rtol: Any, atol: Any, options: Any, args: Any) -> bool:
+    """Whether arguments are of the kinds that need no further look."""
+    return (
+        type(y0) is Tensor
+        and type(t) is Tensor
+        and type(rtol) is float
+        and type(atol) is float
+        and (options is None or type(options) is dict)
+        and type(args) is tuple
+    )
+
+
+def solve_natively_again(
     func: Func,
     y0: Any,
     t: Any,
@@ -43,52 +89,18 @@ def solve_again(
     args: Any,
     solver: Callable[..., Any],
 ) -> tuple[Tensor | None, Kind | None]:
-    """Solves as the last solve of the same kind did.
+    """The same for a solve that is one launch on a device, and for a compiled func, which keeps the last solve itself.
 
     Args:
-        func, y0, t, rtol, atol, method, options, args: as `odeint`'s.
         solver: `odeint` itself, for gradients of gradients of compiled solves.
-
-    Returns:
-        The states at the output times, [T, *y0.shape], or None if there was no such solve; and the kind, by which a
-        solve is to be kept for the next one, or None if none is kept.
     """
-    simple = type(y0) is Tensor and type(t) is Tensor and type(rtol) is float and type(atol) is float
-    if not (simple and type(args) is tuple and (options is None or type(options) is dict)):
-        return None, None
-    if args and not isinstance(func, CompiledDynamics):
+    if not _is_plain(y0, t, rtol, atol, options, args):
         return None, None
     if options == ON_DEVICE and not args:
         from .device_loop import solve_again as again_on_device  # only those who ask for it wait for its import
 
         return again_on_device(func, y0, t, rtol, atol, method), None
-    if isinstance(func, CompiledDynamics):
-        return _compiled_again(func, y0, t, rtol, atol, method, options, args, solver)
-    if options:
-        return None, None
-    kind = _kind_of(func, y0, t, rtol, atol, method)
-    loop = None if kind is None else idle_loops.take(kind)
-    if loop is None or not callable(func):
-        return None, kind
-    loop.dynamics.set(func, y0)
-    ys = loop.solve(plain(y0))
-    idle_loops.put(kind, loop)
-    return ys, kind
-
-
-def _compiled_again(
-    func: CompiledDynamics,
-    y0: Tensor,
-    t: Tensor,
-    rtol: float,
-    atol: float,
-    method: str | None,
-    options: Any,
-    args: tuple[Any, ...],
-    solver: Callable[..., Any],
-) -> tuple[Tensor | None, Kind | None]:
-    """The same where func is compiled, and keeps the last solve itself."""
-    if options and options != PER_SAMPLE:
+    if not isinstance(func, CompiledDynamics) or (options and options != PER_SAMPLE):
         return None, None
     compiled = func.with_args(args)
 
@@ -101,24 +113,6 @@ def _compiled_again(
     kind = key_of(y0, rtol, atol, "odeint", method)
     loop = samples_again(compiled, kind, y0, t, eagerly, raise_it)
     return None if loop is None else loop.solve(y0), kind
-
-
-def _kind_of(func: Func, y0: Tensor, t: Tensor, rtol: float, atol: float, method: str | None) -> Kind | None:
-    """What a solve without options has in common with others that the same loop can do; None if none is kept for it."""
-    if (
-        y0.is_cpu
-        and t.is_cpu
-        and t.dim() == 1
-        and t.is_floating_point()
-        and (method is None or type(method) is str)
-        and not t.requires_grad
-        and not has_callbacks(func)
-        and compiled_here()
-        and not torch.is_inference_mode_enabled()
-    ):
-        grad = torch.is_grad_enabled()
-        return y0.dtype, y0.shape, tuple(t.tolist()), rtol, atol, method, grad, torch.get_num_threads()
-    return None
 
 
 class IdleLoops(threading.local):

@@ -70,21 +70,21 @@ class Supply {
   /// One that nobody else holds on to: in Python, in C++, or to its memory through another tensor. Valid until the
   /// next.
   const Item& take(py::handle like) {
-    for (const Item& item : items_)
-      if (!storage_uses_.is_none() && is_free(item)) return item;
-    if (storage_uses_.is_none() || items_.size() == kMost)
-      items_.erase(items_.begin(), items_.begin() + !items_.empty());
+    const size_t n = items_.size();
+    for (size_t i = 0; i < n && !storage_uses_.is_none(); ++i) {
+      const size_t at = (last_ + i) % n;  // the last one has mostly served, and is in the cache
+      if (is_free(items_[at])) return items_[last_ = at];
+    }
+    if (storage_uses_.is_none() || n == kMost) items_.erase(items_.begin(), items_.begin() + (n > 0));
     items_.push_back(made(like));
-    return items_.back();
+    return items_[last_ = items_.size() - 1];
   }
 
   /// One that is not given out again.
   py::object make(py::handle like) const { return checked(PyObject_CallOneArg(make_.ptr(), like.ptr())); }
 
   /// The one taken last.
-  const Item& last() const { return items_.back(); }
-
-  void clear() { items_.clear(); }
+  const Item& last() const { return items_[last_]; }
 
  private:
   static constexpr size_t kMost = 4;  // a step's ends, and stages' states that a func has not let go of yet
@@ -123,6 +123,7 @@ class Supply {
 
   py::object make_, storage_uses_;
   std::vector<Item> items_;
+  size_t last_ = 0;
 };
 
 }  // namespace bindings

@@ -52,7 +52,9 @@ class Evaluator {
       return a.is(b) || PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) == 1;
     };
     return reinterpret_cast<PyObject*>(Py_TYPE(k.ptr())) == type_.ptr() && attribute(k, PYODE_NAME(dtype)).is(dtype_) &&
-           equal(attribute(k, PYODE_NAME(shape)), shape_) && equal(attribute(k, PYODE_NAME(device)), device_) &&
+           equal(attribute(k, PYODE_NAME(shape)), shape_) &&
+           (where_.cuda ? equal(attribute(k, PYODE_NAME(device)), device_)
+                        : attribute(k, PYODE_NAME(is_cpu)).ptr() == Py_True) &&
            call_method(k, PYODE_NAME(is_contiguous)).ptr() == Py_True && !is_written(y);
   }
 

@@ -77,6 +77,7 @@ class AdaptiveLoop(Outcome):
         self.interpolant, self.table = interpolant_of(ops, tableau), table_of(ops, tableau)
         self.measure = Measure(ops, layout, tableau, rtol, atol, norm, quadrature, self.controller)
         self.steps = ops.Steps(layout, self.table, self.interpolant, self.controller, rtol, atol)
+        self.with_ballast = ballast.serves(layout, len(self.table.rows) + 1)
         self._kept_start: Tensor | None = None
         self.evals_before_steps = 0  # of func: those of the start
         self.n_jumps: int | Tensor = 0  # of each sample: discontinuities behind which func was evaluated
@@ -101,7 +102,9 @@ class AdaptiveLoop(Outcome):
     def _solve_at_once(self, y0: Tensor) -> Tensor:
         """A joint solve at whose steps nobody looks, from discontinuity to discontinuity."""
         self.n_jumps, y, t0, out = 0, y0, self.start(), self.ops.new_states(y0, len(self.times.values))
-        ks = ballast.take(len(self.table.rows) + 1, y0)
+        ks: list[Any] = [None] * (len(self.table.rows) + 1)
+        if self.with_ballast:
+            ballast.take(ks)
         while True:
             y, y1, flags = self.steps.take(y, ks, self.dynamics, out, t0)
             if flags & ACCEPTED:
@@ -113,7 +116,8 @@ class AdaptiveLoop(Outcome):
         if flags & FAILED:
             self.hooks.fail(self.error(y, ks[0]))
             out = torch.where(column(self.left(), out), y, out)
-        ballast.put(ks)
+        if self.with_ballast:
+            ballast.put(ks)
         return out
 
     @property

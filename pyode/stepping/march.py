@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .._ops import autograd, reference
-from .._ops.contract import Flag, Phase, neighbour
+from .._ops.contract import Flag, Layout, Phase, neighbour
 from ..errors import Status
 from .outputs import Output, RecordedBatchOutput, RecordedOutput, column, interpolant_of
 from .segment import unmoved
@@ -37,16 +37,20 @@ class Ballast(threading.local):
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
 
-    def take(self, n: int, filler: Tensor) -> list[Tensor]:
-        """n tensors to be replaced, not read."""
-        tensors, self.tensors = self.tensors, []
-        return [*tensors[:n], *[filler] * (n - len(tensors))]
+    def serves(self, layout: Layout, n: int) -> bool:
+        """Whether the n derivatives of a solve are kept."""
+        size = layout.samples * layout.size * layout.dtype.itemsize
+        return layout.device.type == "cpu" and self.LEAST <= size <= self.MOST // n
 
-    def put(self, ks: list[Tensor]) -> None:
+    def take(self, ks: list[Any]) -> None:
+        """Fills places for derivatives with tensors that are to be replaced, not read."""
+        tensors, self.tensors = self.tensors, []
+        ks[: len(tensors)] = tensors[: len(ks)]
+
+    def put(self, ks: list[Any]) -> None:
         """Keeps those of a solve that has ended."""
-        last = ks[-1]
-        if self.LEAST <= last.nbytes <= self.MOST // len(ks) and last.device.type == "cpu":
-            self.tensors = [k for k in ks if not k.requires_grad and k.untyped_storage().nbytes() == k.nbytes]
+        found = (k for k in ks if k is not None and not k.requires_grad)
+        self.tensors = [k for k in found if k.untyped_storage().nbytes() == k.nbytes]
 
 
 ballast = Ballast()
@@ -80,7 +84,9 @@ class March:
         start = loop.start()
         self._opening: Tensor | None = start  # the time of a first evaluation, if the step before has not made it
         # The derivatives of the step under way. An old one is let go only when its successor is there: see Ballast.
-        self.ks = ballast.take(len(loop.table.rows) + 1, y0)
+        self.ks: list[Any] = [None] * (len(loop.table.rows) + 1)
+        if loop.with_ballast:
+            ballast.take(self.ks)
         if quadrature is not None:
             quadrature.start(trial=first_step is None)
         self.ks[0] = loop.dynamics(start, y0)
@@ -175,7 +181,7 @@ class March:
             self.output.repeat(unmoved(y, ks[0], shift))
         if loop.quadrature is not None:
             loop.quadrature.finish()
-        if not self.recording:
+        if loop.with_ballast and not self.recording:
             ballast.put(ks)
         return self.output.collect(y0)
 
