@@ -124,7 +124,7 @@ struct Interruption {
 /// Calls body(i) for all i below n, by several threads if each of them does enough operations on every row.
 template <class Body>
 void share(Interruption& interruption, int64_t n, int64_t operations, Body& body) {
-  constexpr int64_t worth_sharing = 1 << 20;  // operations: below, another thread wakes too late
+  constexpr int64_t worth_sharing = 1 << 23;  // operations: below, some 80 us of work, another thread wakes too late
   const CompiledSolve& solve = interruption.solve;
   if (n == 1 || solve.threads == 1 || operations * solve.rows <= worth_sharing) {
     for (int64_t i = 0; i < n; ++i) body(i);

@@ -25,7 +25,9 @@ class SampleSolve : SideBySide<F> {
   using typename Sides::T;
   using typename Sides::V;
   static constexpr int S = M::evaluations;  // the first stage and f(t1, y1) included
-  static constexpr int64_t kStepOperations = W * (S - 1) * (F::operations + 2 * S * D) + 1000;
+  // The last of them the controllers': as long as so many take that do not wait for one another.
+  static constexpr int64_t kStepOperations = W * (S - 1) * (F::operations + 2 * S * D) + 20000;
+  static constexpr int64_t kNeighbours = 16;  // rows taken at once: threads should not write into the same cache line
   static constexpr int kSpare = W / 8 > 1 ? W / 8 : 1;  // so many idle lanes are filled together
 
  public:
@@ -49,6 +51,7 @@ class SampleSolve : SideBySide<F> {
     V first_time;               // that f saw for k[0]
     Steps steps;
     Integers row, busy, chained, jumps, last;  // busy: 1; the last step's index on the tape
+    int64_t next, end;                         // rows that are this block's and wait
     int idle = W;
   };
 
@@ -56,7 +59,7 @@ class SampleSolve : SideBySide<F> {
   Interruption interruption_{solve};
   typename F::Fixed fixed_;
   typename F::Timed timed_;
-  int64_t next_ = 0;  // row that waits
+  int64_t next_ = 0;  // row that waits and is no block's yet
 
   T* output(int64_t i, int64_t row) const { return static_cast<T*>(solve.out) + (i * solve.rows + row) * D; }
 
@@ -86,9 +89,13 @@ class SampleSolve : SideBySide<F> {
     bool more = true;
     for (int l = 0; l < W && more; ++l) {
       if (x.busy[l]) continue;
-      const int64_t row = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED);
-      more = row < solve.rows;
+      if (x.next == x.end) {
+        x.next = __atomic_fetch_add(&next_, kNeighbours, __ATOMIC_RELAXED);
+        x.end = x.next + kNeighbours;
+      }
+      more = x.next < solve.rows;
       if (!more) break;
+      const int64_t row = x.next++;
       const T* const y0 = static_cast<const T*>(solve.y0) + row * D;
       this->set_row(x.y, l, y0);
       const Sample s = start_sample(solve.grid, row);

@@ -13,22 +13,22 @@ namespace pyode {
 inline namespace PYODE_LEVEL {
 namespace math {
 
-/// x = n log(2) / Scale + r with |r| <= log(2) / (2 Scale) (Cody and Waite 1980: log(2) as a sum of two numbers).
+/// x = n log(2) + r with |r| <= log(2) / 2 (Cody and Waite 1980: log(2) as a sum of two numbers).
 template <class R>
 struct ByLog2 {
   R r;
   integer_t<R> n;
 };
-template <int Scale = 1, class R>
+template <class R>
 PYODE_HD ByLog2<R> reduce_by_log2(R x) {
   using T = number_t<R>;
   constexpr T log2e = is_single<R> ? T(0x1.715476p+0) : T(0x1.71547652b82fep+0);
   constexpr T high = is_single<R> ? T(0x1.62e43p-1) : T(0x1.62e42fefa39efp-1);
   constexpr T low = is_single<R> ? T(-0x1.05c610p-29) : T(0x1.abc9e3b39803fp-56);
   const R round = broadcast<R>(Format<R>::round);
-  const R shifted = fused_multiply_add(x, broadcast<R>(Scale * log2e), round), n = shifted - round;
-  const R rest = fused_multiply_add(n, broadcast<R>(-high / Scale), x);
-  return {fused_multiply_add(n, broadcast<R>(-low / Scale), rest),
+  const R shifted = fused_multiply_add(x, broadcast<R>(log2e), round), n = shifted - round;
+  const R rest = fused_multiply_add(n, broadcast<R>(-high), x);
+  return {fused_multiply_add(n, broadcast<R>(-low), rest),
           bit_cast<integer_t<R>>(shifted) - bit_cast<integer_t<R>>(round)};
 }
 
@@ -81,20 +81,37 @@ PYODE_HD R expm1(R x) {
 
 template <class R>
 PYODE_HD R tanh(R x) {
+  using T = number_t<R>;
   const R size = abs(x), square = size * size;
-  R tail;  // of tanh(x) = x + x^3 tail(x^2); float 2^-29, double 2^-60
+  R tail;  // of tanh(x) = x + x^3 tail(x^2); float 2^-25, double 2^-60
   if constexpr (is_single<R>)
-    tail = polynomial(square, -3.3333316e-1f, 1.3332576e-1f, -5.3851172e-2f, 2.1066658e-2f, -6.2667e-3f);
+    tail = polynomial(square, -3.3332947e-1f, 1.3320725e-1f, -5.2671812e-2f, 1.6437581e-2f);
   else
     tail = polynomial(square, -0.333333333333333, 0.1333333333332639, -0.053968253963622675, 0.021869488381799588,
                       -0.008863232533202614, 0.0035920913231599887, -0.0014555381759198461, 0.0005884247990948585,
                       -0.00023333027421699703, 8.324122601114769e-05, -1.9447206189782416e-05);
   const R small = fused_multiply_add(square * size, tail, size);
-  // 1 - 2 / (exp(2 |x|) + 1), which loses no digit where tanh(x) > 1/2 (from x = 0.5494 on).
-  const auto [r, n] = reduce_by_log2<2>(between<R>(0, size, is_single<R> ? 10 : 20));
-  const R scale = power_of_two<R>(n);
-  const R large = 1 - 2 / (fused_multiply_add(scale, expm1_reduced(r + r), scale) + 1);
-  return copysign(select(size < number_t<R>(0.55), small, large), x);
+
+  // 1 - 2 / (exp(2 |x|) + 1), which loses no digit where tanh(x) > 1/2 (from x = 0.5494 on), and hides there most of
+  // what exp lacks: |x| = n log(2) / 2 + r needs one subtraction only.
+  constexpr T log2e = is_single<R> ? T(0x1.715476p+0) : T(0x1.71547652b82fep+0);
+  constexpr T log2 = is_single<R> ? T(0x1.62e43p-1) : T(0x1.62e42fefa39efp-1);
+  constexpr T most = is_single<R> ? 10 : 20;
+  const R round = broadcast<R>(Format<R>::round + Format<R>::bias);  // the low bits then are 2^n's exponent
+  const integer_t<R> bits = bit_cast<integer_t<R>>(size), top = bit_cast<integer_t<R>>(broadcast<R>(most));
+  const R bounded = bit_cast<R>(bits < top ? bits : top);  // nan is as large as can be
+  const R shifted = fused_multiply_add(bounded, broadcast<R>(2 * log2e), round);
+  const R scale = bit_cast<R>(shift_left<R>(bit_cast<integer_t<R>>(shifted), Format<R>::digits));
+  const R r = fused_multiply_add(shifted - round, broadcast<R>(-log2 / 2), bounded);
+  R power;  // exp(2 r); float 2^-29, double 2^-55
+  if constexpr (is_single<R>)
+    power = polynomial(r, 1.0f, 2.0f, 1.9999996f, 1.3333136f, 6.6669166e-1f, 2.6799446e-1f, 8.855549e-2f);
+  else
+    power = polynomial(r, 1.0, 2.0, 2.000000000000002, 1.3333333333333348, 0.6666666666651779, 0.26666666666606725,
+                       0.08888888916723191, 0.02539682547584713, 0.006349185137845746, 0.0014109300724823768,
+                       0.0002828935881599083, 5.143442412360707e-05);
+  const R large = 1 - 2 / fused_multiply_add(scale, power, broadcast<R>(1));
+  return copysign(select(size >= T(0.55), large, small), x);
 }
 
 /// The logistic function 1 / (1 + exp(-x)).
