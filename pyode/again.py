@@ -126,7 +126,7 @@ class IdleLoops(threading.local):
     def __init__(self) -> None:
         self._loops: OrderedDict[Any, Any] = OrderedDict()
 
-    def take(self, kind: Kind) -> AdaptiveLoop | FixedGridLoop | None:
+    def take(self, kind: Kind) -> Any:
         """Returns the one for a kind, which is then no longer here."""
         return self._loops.pop(kind, None)
 

@@ -26,11 +26,7 @@ def _names_in(func: Any, suffix: str = "") -> list[str]:
 
 def has_callbacks(func: Any) -> bool:
     """Whether a func carries any."""
-    own, kind = getattr(func, "__dict__", ()), type(func)
-    for name in NAMES:  # not any(): this is asked before every solve
-        if name in own or hasattr(kind, name):
-            return True
-    return False
+    return bool(_names_in(func))
 
 
 def callbacks_of(

@@ -190,9 +190,6 @@ class Dynamics:
         form: of the user's state.
         y0: the packed state at the start; all others are of its shape, dtype and device.
         copy: how to copy a state.
-
-    Attributes:
-        fresh: whether func returns other memory at every evaluation; None until two of them have told.
     """
 
     def __init__(self, func: Func, form: Form, y0: Tensor, copy: Callable[[Tensor], Tensor] = torch.clone) -> None:
@@ -207,10 +204,10 @@ class Dynamics:
         self.func, self.n_evals = func, 0
         self._watch = not (y0.is_inference() or torch.is_inference_mode_enabled())
         self._first: Tensor | None = None
-        self.fresh: bool | None = None
+        self._fresh: list[bool] = []  # see RightHandSide.direct
         self.direct: tuple[Any, ...] | None = None
         if self.form.is_tensor and not self._may_be_lazy:
-            self.direct = (func, Tensor, self.dtype, self.shape, self.device, self._watch)
+            self.direct = (func, Tensor, self.dtype, self.shape, self.device, self._watch, self._fresh)
 
     def forget(self) -> None:
         """Lets go of func and all that it has returned."""
@@ -233,7 +230,7 @@ class Dynamics:
             ) or (self._may_be_lazy and (k.is_conj() or k.is_neg())):
                 k = self._pack(k)
         self._check_version(y, version)
-        return k if self.fresh else self._own(k)
+        return k if self._fresh and self._fresh[0] else self._own(k)
 
     trial = __call__  # notes nothing, and the graph is torch's own
 
@@ -254,12 +251,13 @@ class Dynamics:
         """A copy, if func returns the same memory again and again: the first evaluation's, and then as need be."""
         if k.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(k):
             return k
-        if self.fresh is None and self._first is None:
-            self._first = k
-            return self.copy(k)
-        if self._first is not None:
-            self.fresh, self._first = k.data_ptr() != self._first.data_ptr(), None
-        return k if self.fresh else self.copy(k)
+        if not self._fresh:
+            if self._first is None:
+                self._first = k
+                return self.copy(k)
+            self._fresh.append(k.data_ptr() != self._first.data_ptr())
+            self._first = None
+        return k if self._fresh[0] else self.copy(k)
 
     def _pack(self, k: Any) -> Tensor:
         form = self.form

@@ -29,7 +29,7 @@ class Evaluator {
     const auto parts = py::reinterpret_borrow<py::tuple>(direct);
     func_ = parts[0], type_ = parts[1], dtype_ = parts[2], shape_ = parts[3], device_ = parts[4];
     watch_ = parts[5].cast<bool>();
-    fresh_ = attribute(dynamics_, PYODE_NAME(fresh));
+    fresh_ = parts[6];
   }
 
   py::object operator()(py::handle t, py::handle y) {
@@ -41,7 +41,7 @@ class Evaluator {
     py::object k = checked(PyObject_Vectorcall(func_.ptr(), arguments, 2, nullptr));
     if (!fits(k, y))
       k = checked(PyObject_CallMethodObjArgs(dynamics_.ptr(), PYODE_NAME(accept), k.ptr(), y.ptr(), nullptr));
-    return fresh_.ptr() == Py_True ? k : own(std::move(k));
+    return is_known() && is_fresh() ? k : own(std::move(k));
   }
 
  private:
@@ -58,15 +58,17 @@ class Evaluator {
            call_method(k, PYODE_NAME(is_contiguous)).ptr() == Py_True && !is_written(y);
   }
 
+  bool is_known() const { return PyList_GET_SIZE(fresh_.ptr()) != 0; }
+  bool is_fresh() const { return PyList_GET_ITEM(fresh_.ptr(), 0) == Py_True; }
+
   /// A copy, if func returns the same memory again and again; which its second evaluation tells.
   py::object own(py::object k) {
-    if (fresh_.is_none() && !first_) return copy(first_ = std::move(k));
-    if (fresh_.is_none()) {
-      fresh_ = py::bool_(address(k) != address(first_));
+    if (!is_known()) {
+      if (!first_) return copy(first_ = std::move(k));
+      fresh_.append(address(k) != address(first_));
       first_ = py::object();
-      if (PyObject_SetAttr(dynamics_.ptr(), PYODE_NAME(fresh), fresh_.ptr()) != 0) throw py::error_already_set();
     }
-    return fresh_.ptr() == Py_True ? k : copy(k);
+    return is_fresh() ? k : copy(k);
   }
 
   py::object copy(const py::object& k) const {
@@ -82,7 +84,8 @@ class Evaluator {
 
   const OwnedLayout& where_;
   py::handle dynamics_;
-  py::object func_, type_, dtype_, shape_, device_, fresh_, first_;
+  py::object func_, type_, dtype_, shape_, device_, first_;
+  py::list fresh_;
   bool watch_ = false;
   Py_ssize_t n_direct_ = 0;
 };

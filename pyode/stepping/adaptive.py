@@ -101,7 +101,9 @@ class AdaptiveLoop(Outcome):
 
     def _solve_at_once(self, y0: Tensor) -> Tensor:
         """A joint solve at whose steps nobody looks, from discontinuity to discontinuity."""
-        self.n_jumps, y, t0, out = 0, y0, self.start(), self.ops.new_states(y0, len(self.times.values))
+        self.n_jumps, y = 0, y0
+        t0: Tensor | None = self.start()
+        out: Tensor = self.ops.new_states(y0, len(self.times.values))
         ks: list[Any] = [None] * (len(self.table.rows) + 1)
         if self.with_ballast:
             ballast.take(ks)
@@ -170,7 +172,7 @@ class AdaptiveLoop(Outcome):
         return dict(zip(jumps.tolist(), ahead.unbind()))
 
     def pass_jump(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The time just behind the discontinuity at which the only sample has arrived, as func sees it; the state there."""
+        """The time just behind the discontinuity that the only sample is at, as func sees it, and the state there."""
         now = self.controller.field("t")
         if self.at_jump is not None:
             y = self.at_jump(now, _THE_ONLY, y)

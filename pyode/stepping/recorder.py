@@ -79,15 +79,6 @@ class Recorder:
         """See RightHandSide."""
         return None if self._recording else self.dynamics.direct
 
-    @property
-    def fresh(self) -> bool | None:
-        """See RightHandSide.direct."""
-        return self.dynamics.fresh
-
-    @fresh.setter
-    def fresh(self, value: bool) -> None:
-        self.dynamics.fresh = value
-
     def count(self, n: int) -> None:
         """See RightHandSide."""
         self.dynamics.count(n)
