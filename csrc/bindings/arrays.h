@@ -106,11 +106,11 @@ class Supply {
   bool is_free(const Item& item) const {
     size_t i = 0;
     for (py::handle tensor : item.tensors)
-      if (uses_of(tensor) != item.uses[i++]) return false;
+      if (uses_of(tensor) != item.uses[i++] || attribute(tensor, PYODE_NAME(requires_grad)).ptr() != Py_False)
+        return false;
     const py::handle whole = item.whole();
     return uses_of_storage(item) == item.uses[i] && address(whole) == item.data &&
-           integer(attribute(whole, PYODE_NAME(_version))) == 0 &&
-           attribute(whole, PYODE_NAME(requires_grad)).ptr() == Py_False;
+           integer(attribute(whole, PYODE_NAME(_version))) == 0;
   }
 
   /// By Python and by C++.

@@ -139,16 +139,22 @@ class AdaptiveLoop(Outcome):
 
     def start(self) -> Tensor:
         """The time of the first evaluations, as func sees it."""
-        start = self._kept_start
-        if start is None or start._version or start.requires_grad:  # func may have done that
-            # Of two, so that it is a view, as times of stages are: torch.compile would compile func anew for another.
-            start = self.times.tensor[:2].to(device=self.layout.device, dtype=self.layout.real_dtype)[0]
+        if self._kept_start is None:
+            start = self._seen_times()[0]
+        else:
+            if self._kept_start._version or self._kept_start.requires_grad:  # func has done something to it
+                self._kept_start = self._seen_times().clone()[0]
+            start = self._kept_start
         return start if self.layout.samples == 1 else start.expand(self.layout.samples).contiguous()
 
     def keep_times(self) -> None:
         """Makes the times this loop's own, for another solve with the same ones: the user's may change."""
-        self.times = Times(self.times.tensor.detach().clone(), self.times.values)
-        self._kept_start = self.start()
+        self.times = Times(self.times.tensor.new_tensor(self.times.values), self.times.values)
+        self._kept_start = self._seen_times().clone()[0]
+
+    def _seen_times(self) -> Tensor:
+        # Two, so that the first is a view, as times of stages are: torch.compile would compile func anew for another.
+        return self.times.tensor[:2].to(device=self.layout.device, dtype=self.layout.real_dtype)
 
     def on_jump(self) -> Tensor:
         """Which samples have just arrived at a discontinuity, where one has: [B]."""
