@@ -1,10 +1,8 @@
 """The compiled module (csrc/bindings). An array is an address or an object with a data_ptr() method."""
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
-RUN_PARALLEL: int
-INTERRUPTED: int
 MAX_STAGES: int
 MAX_DEGREE: int
 STATE_WORDS: int
@@ -193,7 +191,9 @@ def interpolate(
 ) -> None: ...
 def opposites(layout: Layout, f: Any, g: Any, one: Any, out: Any, offset: int, /) -> None: ...
 def select_rows(layout: Layout, moved: Any, stayed: Any, accepted: Any, out: Any, /) -> None: ...
-def raise_interruption() -> NoReturn: ...
+def call_compiled(
+    function: int, arguments: int, workspace: int, threads: int, inputs: list[Any], dtype: Any, /
+) -> bool: ...
 
 # Where it is built with CUDA.
 def measure_and_judge(

@@ -37,8 +37,7 @@ _SCALARS = {
 }
 
 
-# For code that is compiled at run time: the addresses of functions, and what raises what the second has caught.
-RUN_PARALLEL, INTERRUPTED, raise_interruption = _C.RUN_PARALLEL, _C.INTERRUPTED, _C.raise_interruption
+call_compiled = _C.call_compiled  # csrc/bindings/module.cpp describes it
 
 
 def supports(y: Tensor) -> bool:
@@ -49,7 +48,7 @@ def supports(y: Tensor) -> bool:
     """
     return (
         type(y) in (Tensor, torch.nn.Parameter)
-        and (y.device.type == "cpu" or (y.device.type == "cuda" and _C.CUDA is not None))
+        and (y.is_cpu or (y.is_cuda and _C.CUDA is not None))
         and y.dtype in _SCALARS
         and not transforming()
     )

@@ -34,8 +34,10 @@ class Guards:
         self._cells: list[tuple[types.CellType, Any]] = []
         self._seen: set[int] = set()
         self._visit(func, _DEEPEST)
-        # In two rows, which are compared in one go: that is half of what looking costs.
-        self._containers, self._copies = [now for now, _ in self._attributes], [copy for _, copy in self._attributes]
+        # In rows that are looked at in one go: most containers are modules' hooks, and empty.
+        self._empty = [now for now, copy in self._attributes if not copy]
+        filled = [(now, copy) for now, copy in self._attributes if copy]
+        self._containers, self._copies = [now for now, _ in filled], [copy for _, copy in filled]
         if before is not None:
             self._find_counters(before)
 
@@ -87,7 +89,7 @@ class Guards:
             for cell, value in self._cells:
                 if cell.cell_contents is not value:
                     return False
-            if self._containers != self._copies:
+            if any(self._empty) or self._containers != self._copies:
                 for now, before in self._attributes:
                     if now != before and not self._only_counted(now, before):
                         return False

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import threading
-from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from ctypes import POINTER, Structure, addressof, byref, c_double, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-from .._ops import native as ops
 from .._ops.contract import INTEGER_FIELDS, REAL_FIELDS
+from .._ops.native import call_compiled
 from .build import build
 
 TIME = -1  # stands for time where gradients to inputs are named by their numbers
-
-_MOST_KEPT = 1 << 24  # bytes of workspace that a thread keeps for its next solve
 
 
 class GridForm(Structure):
@@ -53,7 +50,7 @@ class TapeStep(Structure):
 
 
 class Solve(Structure):
-    """A native call's arguments and results: CompiledSolve of csrc/compiled/blocks.h."""
+    """A native call's arguments and results: CompiledSolve of csrc/compiled/solve.h."""
 
     _fields_ = (
         ("y0", c_void_p), ("out", c_void_p), ("workspace", c_void_p), ("inputs", c_void_p), ("rows", c_int64),
@@ -70,26 +67,6 @@ class Solve(Structure):
         ("states", c_void_p), ("n_failed", c_int64), ("sample", _Sample), ("evaluations", c_int64),
         ("finite_start", c_int64),
     )  # fmt: skip
-
-
-class _Workspace(threading.local):
-    """A thread's memory for solves, kept if it is not big: its size, its address, and itself."""
-
-    kept: tuple[int, int, Tensor] | None = None
-
-    def take(self, size: int) -> tuple[int, int, Tensor]:
-        kept, self.kept = self.kept, None
-        if kept is None or kept[0] < size:
-            memory = torch.empty(size, dtype=torch.uint8)
-            kept = size, memory.data_ptr(), memory
-        return kept
-
-    def put(self, memory: tuple[int, int, Tensor]) -> None:
-        if memory[0] <= _MOST_KEPT:
-            self.kept = memory
-
-
-_workspace = _Workspace()
 
 
 class Library:
@@ -117,21 +94,22 @@ class Library:
         for prefix in prefixes:
             getattr(library, prefix + "workspace").restype = c_int64
             getattr(library, prefix + "workspace").argtypes = (POINTER(Solve),)
-            getattr(library, prefix + "solve").restype = None
-            getattr(library, prefix + "solve").argtypes = (POINTER(Solve),)
         self._library = library
-        self._functions = {prefix: getattr(library, prefix + "solve") for prefix in prefixes}
+        self._functions = {
+            prefix: int(ctypes.cast(getattr(library, prefix + "solve"), c_void_p).value or 0) for prefix in prefixes
+        }
         self.capacity = 32  # steps that a tape has room for; as many as the last solve took, and some
 
     def workspace(self, name: str, solve: Solve) -> int:
         """Bytes of workspace that a native function wants for a solve of so many rows, output times and steps."""
         return int(getattr(self._library, f"{name}workspace")(byref(solve)))
 
-    def call(self, name: str, solve: Solve, workspace: int) -> None:
-        """Calls a native function, with workspace; raises what a signal's handler has raised meanwhile."""
-        memory = _workspace.take(workspace)
-        solve.workspace, solve.threads = memory[1], torch.get_num_threads()
-        self._functions[name](byref(solve))
-        _workspace.put(memory)
-        if solve.sample.status < 0:
-            ops.raise_interruption()
+    def call(self, name: str, solve: Solve, workspace: int, inputs: list[Tensor], dtype: torch.dtype) -> None:
+        """Calls a native function, with workspace and the tensors that func has closed over, as ones of a dtype.
+
+        Raises what a signal's handler has raised meanwhile.
+        """
+        function, arguments, threads = self._functions[name], addressof(solve), torch.get_num_threads()
+        if not call_compiled(function, arguments, workspace, threads, inputs, dtype):
+            plain = [x.detach().to(dtype).contiguous() for x in inputs]
+            call_compiled(function, arguments, workspace, threads, plain, dtype)

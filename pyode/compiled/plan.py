@@ -12,7 +12,6 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from .._ops import native as ops
 from .._ops.contract import INTEGER_FIELDS, REAL_FIELDS, Grid, Policy
 from ..gradients.time import through_grid
 from ..solution import SampleStats
@@ -26,7 +25,7 @@ _COUNTS = tuple(map(_ROW_FIELDS.index, ("status", "n_f_evals", "n_accepted", "n_
 
 
 class RowStates:
-    """How the solve of every row has ended, where each has steps of its own: kRowWords of csrc/compiled/blocks.h."""
+    """How the solve of every row has ended, where each has steps of its own: kRowWords of csrc/compiled/solve.h."""
 
     def __init__(self, rows: int) -> None:
         self.words = torch.empty(len(_ROW_FIELDS), rows, dtype=torch.float64)
@@ -153,8 +152,6 @@ class Plan:
             n_ends=0 if steps is None else len(steps[0]),
             stage_times=None if steps is None else steps[1].data_ptr(),
             cubic=cubic,
-            run_parallel=ops.RUN_PARALLEL,
-            interrupted=ops.INTERRUPTED,
         )  # fmt: skip
         self._n_steps = 0 if steps is None else len(steps[0]) - 1
         self.ends_of: Callable[[Tensor], Tensor] | None = None  # of a fixed grid, as a function of the output times
@@ -180,13 +177,11 @@ class Plan:
         out = torch.empty_like(self._like, memory_format=torch.contiguous_format)
         solve = Solve.from_buffer_copy(self._form)
         solve.y0, solve.out = y0.data_ptr(), out.data_ptr()
-        kept = self._point_to(inputs, solve)
         if tape is not None:
             tape.attach(solve)
         if states is not None:
             solve.states = states.words.data_ptr()
-        self._call("", solve)
-        del kept
+        self._call("", solve, inputs)
         return out, solve
 
     def run_noting(
@@ -252,9 +247,7 @@ class Plan:
         solve.arriving_states, solve.gradient = ys.data_ptr(), gradient.data_ptr()
         solve.arrival_times, solve.n_arrivals = times.data_ptr(), len(times)
         (solve.integral_rtol, solve.integral_atol), solve.seminorm = tolerances, seminorm
-        kept = self._point_to(inputs, solve)
-        self._call("", solve)
-        del kept
+        self._call("", solve, inputs)
         if self.library.timed:
             of_times[0] = found.pop()
         return out[1], of_times, found, solve
@@ -277,9 +270,7 @@ class Plan:
             solve.output_time_gradient, solve.end_gradient = outputs.data_ptr(), ends.data_ptr()
         solve.gradient, solve.y0_gradient = gradient.data_ptr(), start.data_ptr()
         solve.gradients = places.buffer_info()[0]
-        kept = self._point_to(inputs, solve)
-        self._call("reversal_", solve)
-        del kept
+        self._call("reversal_", solve, inputs)
         if timed:
             found[-1] = self._of_times(wanted[-1], outputs, ends, solved)
         return start, [g if g.dtype is x.dtype else g.to(x.dtype) for g, x in zip(found, wanted)]
@@ -295,18 +286,10 @@ class Plan:
             outputs[0] += ends[: first + 1].sum()  # what ends at a discontinuity, and is behind it, does not move
         return (outputs if t.dim() == 2 else outputs.sum(1)).to(t)
 
-    def _call(self, name: str, solve: Solve) -> None:
+    def _call(self, name: str, solve: Solve, inputs: list[Tensor]) -> None:
         size = self._workspaces.get(name)
         if size is None:
             size = self.library.workspace(name, solve)
             if not self.library.timed:  # else it depends on the number of steps
                 self._workspaces[name] = size
-        self.library.call(name, solve, size)
-
-    def _point_to(self, inputs: list[Tensor], solve: Solve) -> object:
-        """Sets the inputs' addresses; returns what has to live until the call is over."""
-        dtype = self.dtype
-        kept = [x if x.dtype is dtype and x.is_contiguous() else x.detach().to(dtype).contiguous() for x in inputs]
-        addresses = _addresses_of(kept)
-        solve.inputs = addresses.buffer_info()[0]
-        return kept, addresses
+        self.library.call(name, solve, size, inputs, self.dtype)
