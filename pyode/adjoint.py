@@ -193,7 +193,8 @@ def _configure_samples(
 def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: SampleBacksolveConfig) -> State:
     """The same for samples with steps of their own."""
     samples = Samples(problem.form, problem.y0, t)
-    quiet = replace(problem, y0=problem.y0.detach(), times=replace(problem.times, tensor=t.detach()))
+    times = replace(problem.times, tensor=t.detach())
+    quiet = replace(problem, y0=problem.y0.detach(), times=times, compiled=None)  # the loop tells where samples ended
     with torch.no_grad():
         solved = solve(quiet)
     loop, flat = solved.loop, solved.ys.reshape(len(solved.ys), *samples.y0.shape)

@@ -158,11 +158,17 @@ def _inside(name: str, value: Any, hops: int) -> Iterator[tuple[str, Any, int]]:
             yield from ((f"{name}.{key}", member, hops) for key, member in own)
             yield name, type(value).forward, hops
     elif not isinstance(value, type) and not _of_library(type(value)) and hops < _MAX_HOPS:
-        slots = [slot for kind in type(value).__mro__ for slot in getattr(kind, "__slots__", ())]
-        attributes = {**getattr(value, "__dict__", {}), **{slot: getattr(value, slot, None) for slot in slots}}
+        slots = {slot: getattr(value, slot, None) for slot in slots_of(value)}
+        attributes = {**getattr(value, "__dict__", {}), **slots}
         yield from ((f"{name}.{key}", member, hops + 1) for key, member in attributes.items())
         if callable(value):
             yield name, type(value).__call__, hops
+
+
+def slots_of(value: Any) -> list[str]:
+    """The names of an object's slots."""
+    several = (getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
+    return [slot for slots in several for slot in ((slots,) if isinstance(slots, str) else slots)]
 
 
 def _held_by(function: FunctionType) -> Iterator[tuple[str, Any]]:

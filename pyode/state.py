@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._ops.autograd import plain
 from .errors import DynamicsError, InvalidType, InvalidValue
@@ -203,11 +204,9 @@ class Dynamics:
         """Makes it another func's, for another start of the same shape, dtype and device."""
         self.func, self.n_evals = func, 0
         self._watch = not (y0.is_inference() or torch.is_inference_mode_enabled())
-        self._first: Tensor | None = None
-        self._fresh: list[bool] = []  # see RightHandSide.direct
+        self._first: StorageWeakRef | None = None  # the memory of the first evaluation
+        self._copies = self._settled = False  # settled: it is known that func does not hold what it returns
         self.direct: tuple[Any, ...] | None = None
-        if self.form.is_tensor and not self._may_be_lazy:
-            self.direct = (func, Tensor, self.dtype, self.shape, self.device, self._watch, self._fresh)
 
     def forget(self) -> None:
         """Lets go of func and all that it has returned."""
@@ -230,7 +229,7 @@ class Dynamics:
             ) or (self._may_be_lazy and (k.is_conj() or k.is_neg())):
                 k = self._pack(k)
         self._check_version(y, version)
-        return k if self._fresh and self._fresh[0] else self._own(k)
+        return k if self._settled else self._own(k)
 
     trial = __call__  # notes nothing, and the graph is torch's own
 
@@ -248,16 +247,26 @@ class Dynamics:
             raise DynamicsError("func wrote into its input y; it must leave y as it is and return a new tensor")
 
     def _own(self, k: Tensor) -> Tensor:
-        """A copy, if func returns the same memory again and again: the first evaluation's, and then as need be."""
-        if k.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(k):
+        """A copy, if func holds on to what it returns, and may write there again: the first one's, and then as need be.
+
+        Of a tensor with a graph that is to be feared only if it has been written to; the graph itself may hold it.
+        """
+        graph = k.requires_grad
+        if (graph and k._version == 0) or torch._C._functorch.is_functorch_wrapped_tensor(k):
             return k
-        if not self._fresh:
-            if self._first is None:
-                self._first = k
-                return self.copy(k)
-            self._fresh.append(k.data_ptr() != self._first.data_ptr())
-            self._first = None
-        return k if self._fresh[0] else self.copy(k)
+        copy = torch.clone if graph else self.copy
+        if self._first is None:
+            storage = k.untyped_storage()
+            self._first = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            self._copies = not storage.resizable()  # the memory is not torch's, as NumPy's
+            return copy(k)
+        if not self._copies:
+            self._copies = not self._first.expired()  # type: ignore[no-untyped-call]
+            if not self._copies:
+                self._settled = True
+            if self.form.is_tensor and not (self._copies or self._may_be_lazy):
+                self.direct = (self.func, Tensor, self.dtype, self.shape, self.device, self._watch)
+        return copy(k) if self._copies else k
 
     def _pack(self, k: Any) -> Tensor:
         form = self.form

@@ -351,3 +351,46 @@ def test_two_processes_under_torchrun_have_the_gradients_of_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+SHORT_OF_THREADS = """
+import os
+import resource
+
+import torch
+
+from pyode._ops import native
+
+torch.set_num_threads(3)  # which makes some
+n = 1 << 17
+y, k, dt = torch.rand(n, dtype=torch.float64), torch.rand(n, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+layout = native.Layout(1, n, (0, n), y.dtype, y.device)
+before = len(os.listdir("/proc/self/task"))
+with open("/proc/self/statm") as file:
+    now = int(file.read().split()[0]) * resource.getpagesize()
+# There is room for the result and for one thread's stack of 8 MB, not for a second one's.
+resource.setrlimit(resource.RLIMIT_AS, (now + 3 * 2**22, resource.RLIM_INFINITY))
+found = native.stage_combine(layout, (1.0,), y, [k], dt)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert len(os.listdir("/proc/self/task")) == before + 1
+assert torch.equal(found, y + k)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and counts of threads as Linux has them")
+def test_where_the_system_refuses_threads_those_that_there_are_do_the_work():
+    def small_stacks():
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_STACK, (1 << 23, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_THREADS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=small_stacks,
+    )
+    assert done.returncode == 0, done.stderr

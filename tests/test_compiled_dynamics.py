@@ -10,6 +10,8 @@ import threading
 import time
 import warnings
 import weakref
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -281,6 +283,35 @@ class TestWhatIsReadAnew:
         tensors[0].mul_(3)
         self.check(g)
 
+    def test_slots_keyword_defaults_and_queues(self):
+        @dataclass(slots=True)
+        class Scaled:
+            scale: float
+            factor: torch.Tensor
+
+            def __call__(self, t, y):
+                return self.scale * self.factor * y
+
+        scaled = Scaled(1.0, torch.ones(2, dtype=torch.float64))
+        f = strict(scaled)
+        self.check(f, scaled)
+        scaled.scale = 0.5
+        self.check(f, scaled)
+        scaled.factor = -scaled.factor
+        self.check(f, scaled)
+
+        queue, linear = deque([1.0]), Linear()
+
+        def with_default(t, y, *, module=linear):
+            return module(t, y) * queue[0]
+
+        g = strict(with_default)
+        self.check(g)
+        queue[0] = 2.0
+        self.check(g)
+        linear.net.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+        self.check(g)
+
     def test_global_variables_are_not(self, monkeypatch):
         f = strict(lambda t, y: FACTOR * y)
         before = pyode.odeint(f, self.y0, self.t, method="euler")
@@ -292,6 +323,18 @@ class TestWhatIsReadAnew:
         first = pyode.odeint(f, self.y0, t)
         t[1] = 2.0
         assert not torch.equal(first, pyode.odeint(f, self.y0, t))
+
+
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_inference_mode(control):
+    f, y0 = Linear(), torch.rand(5, 2, dtype=torch.float64)
+    compiled = strict(f)
+    with torch.inference_mode():
+        for t in (tensor(0.0, 1.0), tensor(0.0, 0.3)):
+            for _ in range(2):
+                t *= 0.5
+                found = [pyode.solve_ivp(g, y0, t, control=control).ys for g in (compiled, f)]
+                torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
 class TestRefusals:
@@ -354,6 +397,18 @@ class TestRefusals:
         with pytest.warns(UserWarning, match="mixes rows"):
             ours = pyode.solve_ivp(f, self.y0, self.t, control="per_sample")
         assert torch.equal(ours.ys, pyode.solve_ivp(f.func, self.y0, self.t, control="per_sample").ys)
+
+    def test_what_depends_on_whether_gradients_are_wanted(self):
+        w = torch.tensor(0.5, requires_grad=True)
+
+        def f(t, y):
+            z = y * w
+            if z.requires_grad:
+                z.register_hook(lambda g: 2 * g)
+            return -z
+
+        with torch.no_grad():
+            self.check(f, r"requires_grad is read at .*test_compiled_dynamics.py:\d+")
 
     def test_an_unknown_operator(self):
         self.check(lambda t, y: torch.special.i0(y) * -1, "i0 at .*is not known")

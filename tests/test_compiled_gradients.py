@@ -73,6 +73,15 @@ def test_gradients_of_gradients():
     assert_close(*found, 1e-8)
 
 
+def test_many_gradients_at_once():
+    f = strict(Field())
+    at_once, apart = (
+        torch.autograd.functional.jacobian(lambda y0: pyode.odeint(f, y0, T), Y0, vectorize=way)
+        for way in (True, False)
+    )
+    assert_close([at_once], [apart], 1e-11)
+
+
 def networks() -> list[nn.Module]:
     """With layers of every kind, wide enough for sums over rows of either form."""
     torch.manual_seed(0)
@@ -101,6 +110,25 @@ def test_parameters_used_before_the_rows_come_in():
     for f in (strict(lambda t, y: y @ (a - a.T) * a.sum()), lambda t, y: y @ (a - a.T) * a.sum()):
         found.append(torch.autograd.grad(loss_of(pyode.odeint(f, y0, t)), a))
     assert_close(*found, 1e-10)
+
+
+@pytest.mark.parametrize("solve", [pyode.odeint, pyode.odeint_adjoint])
+def test_what_func_computes_without_gradients_is_a_constant(solve):
+    a = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    y0, t = torch.randn(9, 3, dtype=torch.float64), tensor(0.0, 1.0)
+
+    def scaled(t, y):
+        with torch.no_grad():
+            size = (y @ a).square().mean(1, keepdim=True)
+        with torch.set_grad_enabled(False):
+            shift = t * a.sum()
+        return y @ (a - a.T) / (1 + size) + shift
+
+    found = []
+    for f in (strict(scaled), scaled):
+        start = y0.clone().requires_grad_()
+        found.append(torch.autograd.grad(loss_of(solve(f, start, t, **TIGHT)), [start, a]))
+    assert_close(*found, 1e-9)
 
 
 def test_matrices_bigger_than_a_threads_stack():
@@ -181,3 +209,30 @@ def test_checkpoints_asked_for_by_name_are_a_compiled_solves_own(solver):
     assert calls[1] > 0  # fewer states than steps are kept: by the eager loop
     for gradients in found[:2]:
         assert_close(gradients, found[2], 1e-9)
+
+
+def test_under_autocast_a_solve_is_the_eager_one():
+    net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
+    y0, t = torch.randn(5, 2), torch.linspace(0, 1, 3)
+    f = strict(lambda t, y: net(y).to(y.dtype))
+
+    def solve(g):
+        return pyode.odeint(g, y0, t, rtol=1e-4, atol=1e-5)
+
+    plain = solve(f)
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(solve(f), solve(f.func))
+            assert not torch.equal(solve(f), plain)
+    assert torch.equal(solve(f), plain)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_written_to_before_the_backward_pass_is_noticed(frozen):
+    weight = torch.randn(2, 2, dtype=torch.float64, requires_grad=not frozen)
+    y0 = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    ys = pyode.odeint(strict(lambda t, y: torch.sin(y @ weight)), y0, torch.linspace(0, 1, 3))
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace"):
+        ys.sum().backward()

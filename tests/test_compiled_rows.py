@@ -57,3 +57,12 @@ def test_samples_with_steps_of_their_own_can_not_be_one_row():
     with pytest.warns(UserWarning, match=r"div at .*test_compiled_rows.py:\d+: computes with the number of rows"):
         ours = pyode.solve_ivp(f, torch.ones(3, 2), T, control="per_sample")
     assert torch.equal(ours.ys, pyode.solve_ivp(f.func, torch.ones(3, 2), T, control="per_sample").ys)
+
+
+def test_a_single_sample_with_steps_of_its_own_is_a_row_like_others():
+    f = pyode.compile(lambda t, y: y[:, :1] * torch.cos(t)[:, None] - y, strict=True)
+    for rows in (1, 7, 17, 1000, 1):
+        y0 = torch.randn(rows, 3, dtype=torch.float64)
+        ours, theirs = (pyode.solve_ivp(g, y0, T, control="per_sample") for g in (f, f.func))
+        torch.testing.assert_close(ours.ys, theirs.ys, rtol=1e-10, atol=1e-12)
+    assert str(f).count("tensors read") == 1

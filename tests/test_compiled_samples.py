@@ -307,3 +307,16 @@ class TestGradients:
             (g,) = torch.autograd.grad(loss_of(ys), y0, create_graph=True)
             found.append(torch.autograd.grad(g.square().sum(), y0))
         assert_close(*found, 1e-8)
+
+
+def test_the_adjoint_of_samples_is_the_eager_one():
+    w = (torch.arange(9.0, dtype=torch.float64).reshape(3, 3).sin() / 2).requires_grad_()
+
+    def f(t, y):
+        return torch.tanh(y @ w) * torch.cos(t)[:, None]
+
+    y0, found = torch.rand(7, 3, dtype=torch.float64, requires_grad=True), []
+    for func in (pyode.compile(f), f):
+        y = pyode.odeint_adjoint(func, y0, tensor(0.0, 0.4, 1.0), options={"control": "per_sample"})
+        found.append([y.detach(), *torch.autograd.grad(loss_of(y), [y0, w])])
+    assert_close(*found, 1e-12)

@@ -284,6 +284,16 @@ class Cubic(nn.Module):
         self.steps.append(float(dt.detach()))
 
 
+@METHODS
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_many_gradients_at_once(method, control):
+    def solve(y0):
+        return pyode.odeint(lambda t, y: torch.tanh(y @ A), y0, T, method=method, options={"control": control})
+
+    jacobians = [torch.autograd.functional.jacobian(solve, Y0, vectorize=at_once) for at_once in (True, False)]
+    torch.testing.assert_close(*jacobians, rtol=1e-12, atol=1e-14)
+
+
 def first_step_and_gradients(odeint, method: str, options: dict) -> tuple[float, list[Tensor]]:
     func, y0 = Cubic(), tensor(1.2, 0.3).requires_grad_()
     y = odeint(func, y0, tensor(0.0, 0.4, 1.0), rtol=1e-4, atol=1e-4, method=method, options=options)

@@ -53,7 +53,7 @@ class CallableObject:
 
 
 class Slotted:
-    __slots__ = ("net",)
+    __slots__ = "net"
 
     def __init__(self, net):
         self.net = net

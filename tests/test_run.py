@@ -112,3 +112,11 @@ def test_help_says_what_it_does(capsys):
     text = capsys.readouterr().out
     assert "SCRIPT | -m MODULE" in text
     assert "torchdiffeq's place" in text
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "-m"]])
+def test_nothing_to_run_is_all_that_is_missing(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith("the following arguments are required: SCRIPT | MODULE\n")

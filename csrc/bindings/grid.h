@@ -66,7 +66,7 @@ inline void go_on(Step& step, Evaluator& evaluator, int64_t n, char* out, int64_
 inline py::tuple take_grid_steps(GridTimes& grid, const Table& table, py::object y, const py::list& ks,
                                  py::handle dynamics, int64_t begin, int64_t end, py::handle out, int64_t out_bytes) {
   Step step(grid.where, std::move(y), ks);
-  Evaluator evaluator(grid.where, dynamics);
+  Evaluator evaluator(dynamics);
   for (int64_t n = begin; n < end; ++n) {
     if (n > begin) go_on(step, evaluator, n - 1, address<char>(out), out_bytes);
     const py::tuple times = grid.times_of(n);
@@ -184,7 +184,7 @@ inline py::tuple take_adams_steps(GridTimes& grid, const AdamsTable& table, py::
                                   py::handle dynamics, int64_t begin, int64_t end, py::handle zero, py::handle rtol,
                                   py::handle atol, py::handle out, int64_t out_bytes) {
   Step step(grid.where, std::move(y), ks);
-  Evaluator evaluator(grid.where, dynamics);
+  Evaluator evaluator(dynamics);
   AdamsCorrector equation(grid.where, zero, rtol, atol);
   const size_t most = table.predictor.size();
   bool solved = true;

@@ -159,8 +159,8 @@ struct Workspace {
   }
 };
 
-/// Calls a solve that was compiled at run time, without the GIL. Its CompiledSolve lies at `arguments`, complete but for
-/// the workspace, of so many bytes, and the inputs. Raises what a signal's handler has raised meanwhile.
+/// Calls a solve that was compiled at run time, without the GIL. Its CompiledSolve lies at `arguments`, complete but
+/// for the workspace, of so many bytes, and the inputs. Raises what a signal's handler has raised meanwhile.
 ///
 /// Returns whether it was done. If not, some inputs are not contiguous or of another dtype than the solve.
 bool call_compiled(uintptr_t function, uintptr_t arguments, size_t workspace, int threads, const py::list& inputs,

@@ -12,7 +12,7 @@ namespace bindings {
 /// `dynamics`, a RightHandSide (pyode/_ops/contract.py). Evaluations made directly are counted at the end.
 class Evaluator {
  public:
-  Evaluator(const OwnedLayout& where, py::handle dynamics) : where_(where), dynamics_(dynamics) { look_for_direct(); }
+  explicit Evaluator(py::handle dynamics) : dynamics_(dynamics) { look_for_direct(); }
   Evaluator(const Evaluator&) = delete;
   ~Evaluator() {
     if (n_direct_ == 0) return;
@@ -21,7 +21,7 @@ class Evaluator {
     Py_XDECREF(count);
   }
 
-  /// Asks again whether func may be called directly.
+  /// Asks again whether func may be called directly: after two evaluations it may.
   void look_for_direct() {
     if (func_) return;
     const py::object direct = attribute(dynamics_, PYODE_NAME(direct));
@@ -29,63 +29,30 @@ class Evaluator {
     const auto parts = py::reinterpret_borrow<py::tuple>(direct);
     func_ = parts[0], type_ = parts[1], dtype_ = parts[2], shape_ = parts[3], device_ = parts[4];
     watch_ = parts[5].cast<bool>();
-    fresh_ = parts[6];
   }
 
   py::object operator()(py::handle t, py::handle y) {
     PyObject* arguments[] = {t.ptr(), y.ptr()};
-    // A start of the user's may have been written to; other states are new.
-    if (!func_ || (n_direct_ == 0 && is_written(y)))
-      return checked(PyObject_Vectorcall(dynamics_.ptr(), arguments, 2, nullptr));
+    if (!func_) return checked(PyObject_Vectorcall(dynamics_.ptr(), arguments, 2, nullptr));
     ++n_direct_;
     py::object k = checked(PyObject_Vectorcall(func_.ptr(), arguments, 2, nullptr));
-    if (!fits(k, y))
-      k = checked(PyObject_CallMethodObjArgs(dynamics_.ptr(), PYODE_NAME(accept), k.ptr(), y.ptr(), nullptr));
-    return is_known() && is_fresh() ? k : own(std::move(k));
+    if (fits(k, y)) return k;
+    return checked(PyObject_CallMethodObjArgs(dynamics_.ptr(), PYODE_NAME(accept), k.ptr(), y.ptr(), nullptr));
   }
 
  private:
-  bool is_written(py::handle y) const { return watch_ && integer(attribute(y, PYODE_NAME(_version))) != 0; }
-
   bool fits(py::handle k, py::handle y) const {
     const auto equal = [](const py::object& a, const py::object& b) {
       return a.is(b) || PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) == 1;
     };
     return reinterpret_cast<PyObject*>(Py_TYPE(k.ptr())) == type_.ptr() && attribute(k, PYODE_NAME(dtype)).is(dtype_) &&
-           equal(attribute(k, PYODE_NAME(shape)), shape_) &&
-           (where_.cuda ? equal(attribute(k, PYODE_NAME(device)), device_)
-                        : attribute(k, PYODE_NAME(is_cpu)).ptr() == Py_True) &&
-           call_method(k, PYODE_NAME(is_contiguous)).ptr() == Py_True && !is_written(y);
+           equal(attribute(k, PYODE_NAME(shape)), shape_) && equal(attribute(k, PYODE_NAME(device)), device_) &&
+           call_method(k, PYODE_NAME(is_contiguous)).ptr() == Py_True &&
+           (!watch_ || integer(attribute(y, PYODE_NAME(_version))) == 0);
   }
 
-  bool is_known() const { return PyList_GET_SIZE(fresh_.ptr()) != 0; }
-  bool is_fresh() const { return PyList_GET_ITEM(fresh_.ptr(), 0) == Py_True; }
-
-  /// A copy, if func returns the same memory again and again; which its second evaluation tells.
-  py::object own(py::object k) {
-    if (!is_known()) {
-      if (!first_) return copy(first_ = std::move(k));
-      fresh_.append(address(k) != address(first_));
-      first_ = py::object();
-    }
-    return is_fresh() ? k : copy(k);
-  }
-
-  py::object copy(const py::object& k) const {
-    py::object lasting = where_.states.make(k);
-    StageCombine op;
-    op.terms = 0;
-    op.y = address(k);
-    op.dt = nullptr;
-    op.out = address(lasting);
-    PYODE_DISPATCH(where_, stage_combine, op);
-    return lasting;
-  }
-
-  const OwnedLayout& where_;
   py::handle dynamics_;
-  py::object func_, type_, dtype_, shape_, device_, first_;
-  py::list fresh_;
+  py::object func_, type_, dtype_, shape_, device_;
   bool watch_ = false;
   Py_ssize_t n_direct_ = 0;
 };
@@ -232,7 +199,7 @@ class Step {
 inline py::object stages(const OwnedLayout& where, const Table& table, py::object y, const py::list& ks, py::handle dt,
                          const py::tuple& times, py::handle dynamics, py::handle given) {
   Step step(where, std::move(y), ks);
-  Evaluator evaluator(where, dynamics);
+  Evaluator evaluator(dynamics);
   step.evaluate(
       table, times.size(), address<double>(dt), evaluator,
       [&](size_t j) { return py::handle(PyTuple_GET_ITEM(times.ptr(), static_cast<Py_ssize_t>(j))); }, given);
@@ -264,7 +231,7 @@ class Steps {
   /// their rows of `out`. Where t0 is given, the solve begins: the first output is the start, see `begin`.
   py::tuple take(py::object y, const py::list& ks, py::handle dynamics, py::handle out, py::handle t0) {
     Step step(where_, std::move(y), ks);
-    Evaluator evaluator(where_, dynamics);
+    Evaluator evaluator(dynamics);
     void* const outputs = address(out);
     if (!t0.is_none()) {
       step.copy_start(outputs);

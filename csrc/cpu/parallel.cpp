@@ -4,6 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -45,8 +46,12 @@ struct KeepOff {
 
 class Pool {
  public:
-  explicit Pool(int helpers) {
-    for (int i = 0; i < helpers; ++i) threads_.emplace_back([this] { serve(); });
+  explicit Pool(int helpers) : wanted_(helpers) {
+    threads_.reserve(static_cast<size_t>(helpers));
+    try {
+      for (int i = 0; i < helpers; ++i) threads_.emplace_back([this] { serve(); });
+    } catch (const std::system_error&) {  // there may be no more threads: those that there are do the work
+    }
   }
 
   ~Pool() {
@@ -58,7 +63,8 @@ class Pool {
     for (std::thread& thread : threads_) thread.join();
   }
 
-  int helpers() const { return static_cast<int>(threads_.size()); }
+  /// How many helpers were asked for.
+  int wanted() const { return wanted_; }
 
   // The caller never waits for a helper that has not begun: on a busy machine one may wake late, and finds the job
   // closed.
@@ -102,6 +108,7 @@ class Pool {
     }
   }
 
+  const int wanted_;
   std::vector<std::thread> threads_;
   KeepOff place_;
   std::mutex mutex_;
@@ -135,7 +142,7 @@ void run_parallel(int64_t n, int threads, void (*body)(int64_t, void*), void* co
     for (int64_t i = 0; i < n; ++i) body(i, context);
     return;
   }
-  if (shared->pool == nullptr || shared->pool->helpers() != threads - 1) {
+  if (shared->pool == nullptr || shared->pool->wanted() != threads - 1) {
     delete shared->pool;
     shared->pool = nullptr;
     shared->pool = new Pool(threads - 1);

@@ -25,12 +25,10 @@ class RightHandSide(Protocol):
 
     @property
     def direct(self) -> tuple[Any, ...] | None:
-        """(func, type, dtype, shape, device, watch, fresh) if func itself may be called, and what it returns used.
+        """(func, type, dtype, shape, device, watch) if func itself may be called for a stage, and what it returns used.
 
         That is where it is of that type, dtype, shape and device, and contiguous; where not, `accept` has to look at
-        it. `watch` says whether the version of func's input is to stay 0. `fresh` is a list that tells whether func
-        returns other memory at every evaluation, so that no copy is needed; it is empty until two of them have told,
-        and then put into it. The evaluations are to be counted.
+        it. `watch` says whether the version of func's input is to stay 0. The evaluations are to be counted.
         """
 
     def count(self, n: int) -> None:

@@ -24,7 +24,10 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("-m", dest="as_module", action="store_true", help="run a module by its name, as python -m does")
     parser.add_argument("target", metavar="SCRIPT | MODULE", help="what to run")
-    parser.add_argument("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="passed on to it, all of them")
+    rest = parser.add_argument(
+        "arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="passed on to it, all of them"
+    )
+    rest.required = False  # before Python 3.12 its absence would be complained of
     parser.set_defaults(run=run)
 
 

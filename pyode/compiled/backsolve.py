@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ops import backend_for, native
 from ..control import Times, grid_from
 from ..errors import Status
 from ..gradients.backsolve import BacksolveConfig, backwards
@@ -16,6 +15,7 @@ from .arguments import WithArgs
 from .dynamics import CompiledDynamics
 from .native import TIME
 from .plan import Plan
+from .prepared import solved_natively
 from .solve import error_of
 
 
@@ -50,10 +50,7 @@ def backsolve_compiled(
         or config.callbacks
         or not config.fused
         or len(times.values) < 2
-        or ys.device.type != "cpu"
-        or ys[0].numel() == 0
-        or backend_for(ys) is not native
-        or torch.is_autocast_enabled("cpu")
+        or not solved_natively(ys)
     ):
         return None
     entry = compiled.entry(form.shapes, form.is_tuple, ys.dtype, method)

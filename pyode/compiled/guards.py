@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..parameters import slots_of
+
 _DEEPEST = 8  # of closures within closures
-_CONTAINERS = (list, dict, set, tuple)
+_CONTAINERS = (list, dict, set, tuple, deque)
+
+
+class _Slots(Mapping[str, Any]):
+    """What an object holds in its slots."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner, self._names = owner, slots_of(owner)
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._owner, name, None)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self._owner, name, value)  # a frozen dataclass's, too
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self)
 
 
 class Guards:
@@ -118,15 +143,19 @@ class Guards:
                 self._cells.append((cell, cell.cell_contents))
                 self._visit(cell.cell_contents, depth - 1)
             self._visit(value.__defaults__, depth - 1)
+            self._visit(value.__kwdefaults__, depth - 1)
         elif isinstance(value, _CONTAINERS):
             self._visit_container(value, depth)
         elif isinstance(value, nn.Module) or type(value).__module__.partition(".")[0] not in ("builtins", "torch"):
             self._visit_container(getattr(value, "__dict__", {}), depth)
+            slots = _Slots(value)
+            if slots:
+                self._visit_container(slots, depth)
 
     def _visit_container(self, value: Any, depth: int) -> None:
         items = (
             list(value.items())
-            if isinstance(value, dict)
+            if isinstance(value, Mapping)
             else list(enumerate(value))
             if not isinstance(value, set)
             else []
@@ -139,11 +168,11 @@ class Guards:
             self._visit(item, depth - 1)
 
 
-def _entries(container: Any) -> dict[Any, Any]:
+def _entries(container: Any) -> Mapping[Any, Any]:
     """What a dict or list holds, by key or place."""
-    return (
-        container if isinstance(container, dict) else dict(enumerate(container)) if isinstance(container, list) else {}
-    )
+    if isinstance(container, list):
+        return dict(enumerate(container))
+    return container if isinstance(container, Mapping) else {}
 
 
 def _is_counted(then: Any, now: Any) -> bool:

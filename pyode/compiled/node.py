@@ -40,18 +40,24 @@ class _Recorded(torch.autograd.Function):
                 "y0 or a tensor that func uses, needed for gradient computation, has been modified by an inplace "
                 "operation since the solve"
             )
-        if torch.is_grad_enabled():  # this gradient is to have one itself
+        recorded = torch.is_grad_enabled()  # this gradient is to have one itself
+        if recorded or torch._C._functorch.is_legacy_batchedtensor(gradients[0]):  # or many are wanted at once
             needed = ctx.needs_input_grad[2:]
             asked = [x for x, need in zip([y0, *wanted], needed) if need]
-            found = iter(torch.autograd.grad(eagerly(y0), asked, gradients, create_graph=True, allow_unused=True))
+            with torch.enable_grad():
+                ys = eagerly(y0)
+            found = iter(torch.autograd.grad(ys, asked, gradients, create_graph=recorded, allow_unused=True))
             return None, None, *(next(found) if need else None for need in needed)
         start, of_wanted = plan.undo(ctx.solve, plain(gradients[0]), y0, inputs, wanted)
         return None, None, start, *of_wanted
 
 
-def _versions(y0: Tensor, inputs: list[Tensor]) -> list[int]:
-    """How often each has been written to."""
-    return [y0._version, *[x._version for x in inputs]]
+def _versions(y0: Tensor, inputs: list[Tensor]) -> list[int] | None:
+    """How often each has been written to; None if one is from inference mode, and does not tell."""
+    try:
+        return [y0._version, *[x._version for x in inputs]]
+    except RuntimeError:
+        return None
 
 
 # What `apply` comes to where no functorch transform is active, which `native.supports` has seen to: it takes 2 us less.

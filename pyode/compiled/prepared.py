@@ -49,8 +49,7 @@ class Prepared:
             and key == self.key
             and t._version == self.version
             and y0.is_contiguous()
-            and y0.is_cpu
-            and backend_for(y0) is native
+            and solved_natively(y0)
             and compiled.unchanged()
         ):
             return None
@@ -59,6 +58,11 @@ class Prepared:
         if wanted is None:
             return inputs, False
         return (inputs, True) if wanted == self.wanted else None
+
+
+def solved_natively(y0: Tensor) -> bool:
+    """Whether compiled code may solve from a state: on the CPU, not empty, and no transform or autocast is at work."""
+    return y0.is_cpu and y0.numel() > 0 and backend_for(y0) is native and not torch.is_autocast_enabled("cpu")
 
 
 def key_of(y0: Any, rtol: Any, atol: Any, *others: Any) -> tuple[Any, ...] | None:

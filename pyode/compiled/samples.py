@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._ops import backend_for, native
 from .._ops.contract import Grid, Policy
 from ..control import Times
 from ..errors import SolveError, Status
@@ -20,7 +19,7 @@ from .dynamics import CompiledDynamics
 from .native import Solve
 from .node import solve_recorded
 from .plan import Plan, RowStates
-from .prepared import Prepared, wanted_of
+from .prepared import Prepared, solved_natively, wanted_of
 
 
 def samples_again(
@@ -64,9 +63,7 @@ def sample_loop(
         not isinstance(method, Tableau)
         or not (form.is_tensor or form.is_tuple)
         or options.get("norm") is not None
-        or y0.device.type != "cpu"
-        or y0.numel() == 0
-        or backend_for(y0) is not native
+        or not solved_natively(y0)
     ):
         return None
     entry = compiled.entry(form.shapes, form.is_tuple, y0.dtype, method, per_sample=True)
@@ -78,7 +75,7 @@ def sample_loop(
     if library is None:
         return None
     plan = Plan(library, y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, per_sample=True)
-    if key is not None:
+    if key is not None and not t.is_inference():  # which does not tell when it is written to
         compiled.last_samples = Prepared(key, t, t._version, entry.origin, plan, wanted)
     return CompiledSamples(plan, entry.inputs, wanted is not None, t, eagerly, fail)
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._ops import backend_for, native
 from .._ops.contract import Grid, Policy
 from ..control import Times
 from ..errors import SolveError, Status
@@ -23,7 +22,7 @@ from .dynamics import CompiledDynamics
 from .native import Solve
 from .node import solve_recorded
 from .plan import Plan
-from .prepared import Prepared, key_of, wanted_of
+from .prepared import Prepared, key_of, solved_natively, wanted_of
 
 if TYPE_CHECKING:
     from .entry import Entry
@@ -68,16 +67,14 @@ def joint_loop(
     """The solve, about to be done; None if a loop has to do it.
 
     That is where a norm is the user's, a method is not an explicit Runge-Kutta method, the state is not on the CPU or
-    empty, or func can't be compiled. Where gradients are wanted, the states are one node of autograd's graph; `eagerly`
-    does the same solve by a loop, for gradients of gradients.
+    empty, autocast is at work, or func can't be compiled. Where gradients are wanted, the states are one node of
+    autograd's graph; `eagerly` does the same solve by a loop, for gradients of gradients.
     """
     if (
         not isinstance(method, Tableau)
         or not (form.is_tensor or form.is_tuple)
         or options.get("norm") is not None
-        or y0.device.type != "cpu"
-        or y0.numel() == 0
-        or backend_for(y0) is not native
+        or not solved_natively(y0)
     ):
         return None
     entry = compiled.entry(form.shapes, form.is_tuple, y0.dtype, method)
@@ -145,7 +142,7 @@ class CompiledLoop:
             ys, self._solve = solve_recorded(plan, entry.inputs, self._eagerly, y0, self._t)
         else:
             ys, self._solve = plan.run(y0, entry.inputs)
-        if self._key is not None:
+        if self._key is not None and not self._t.is_inference():  # which does not tell when it is written to
             self._compiled.last = Prepared(self._key, self._t, self._t._version, entry.origin, plan, self._wanted)
         sample = self._solve.sample
         self.last_step = abs(sample.dt_prev) if self._method.adaptive else None

@@ -20,11 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ..errors import CompileError
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _READS = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage)
+_ASKS = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 # Operators that only move numbers are kept, where torch would compute with indices or masks.
 _KEPT = ("select_scatter", "slice_scatter", "roll", "flip", "stack", "unbind", "split", "repeat")
 # And some are taken apart that torch keeps.
@@ -96,6 +98,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if argument.alias_info is not None and argument.alias_info.is_write and not isinstance(value, FakeTensor):
                 raise CompileError(f"{name} writes into a tensor that func has closed over at {line}")
         out = func(*args, **(kwargs or {}))
+        if not torch.is_grad_enabled():  # func has switched it off: what it computes here is a constant to derivatives
+            out = tree_map_only(Tensor, torch.Tensor.detach, out)
         _note_line(line)
         return out
 
@@ -121,11 +125,16 @@ class _Again(Interpreter):
 
 
 class _Reads(TorchFunctionMode):
-    """Refuses to hand out the memory of a tensor, whose values may change."""
+    """Refuses to hand out the memory of a tensor, whose values may change, and to tell whether a gradient is wanted.
+
+    Solves with and without gradients have one graph; and who asks may have hooks to set, which it does not call.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS:
             raise CompileError(f"Tensor.{func.__name__} is called at {user_line()}")
+        if func == _ASKS and not sys._getframe(1).f_code.co_filename.startswith(_LIBRARIES):
+            raise CompileError(f"a tensor's requires_grad is read at {user_line()}")
         return func(*args, **(kwargs or {}))
 
 
@@ -153,7 +162,7 @@ def trace(
     """
 
     def call(t: Tensor, *parts: Tensor) -> list[Tensor]:
-        with _Watch(), _Reads():  # type: ignore[no-untyped-call]
+        with torch.enable_grad(), _Watch(), _Reads():  # type: ignore[no-untyped-call]
             out = func(t, parts if is_tuple else parts[0])
             return [torch.clone(part) for part in (out if is_tuple else (out,))]
 
@@ -278,8 +287,16 @@ def holds(condition: Any, rows: int) -> bool:
 
 
 def same_operators(graph: GraphModule, other: GraphModule) -> bool:
-    """Whether two graphs call the same operators."""
-    return [node.target for node in graph.graph.nodes] == [node.target for node in other.graph.nodes]
+    """Whether two graphs call the same operators, but for slices of all there is: of a single row torch makes none."""
+    mine, theirs = ([n.target for n in x.graph.nodes if not _takes_all(n)] for x in (graph, other))
+    return mine == theirs
+
+
+def _takes_all(node: Node) -> bool:
+    if node.target is not torch.ops.aten.slice.Tensor:
+        return False
+    sliced, whole = (tuple(map(str, x.meta["val"].shape)) for x in (node, node.args[0]))  # type: ignore[union-attr]
+    return sliced == whole
 
 
 def _line_of(error: BaseException) -> str:
