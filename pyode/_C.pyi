@@ -98,6 +98,21 @@ class Interpolant:
     def __init__(self, coefficients: tuple[tuple[float, ...], ...], end: tuple[float, ...], /) -> None: ...
     def weights_at(self, x: float, /) -> tuple[float, ...]: ...
 
+class Steps:
+    def __init__(
+        self,
+        layout: Layout,
+        table: Table,
+        interpolant: Interpolant,
+        controller: Controller,
+        rtol: Any,
+        atol: Any,
+        read_flags: Callable[[int], int],
+        one: Any,
+        /,
+    ) -> None: ...
+    def take(self, y: Any, ks: list[Any], dynamics: Any, out: Any, t0: Any, /) -> tuple[Any, Any, int]: ...
+
 class GridTimes:
     def __init__(
         self,
@@ -122,22 +137,6 @@ def stage_combine(layout: Layout, weights: tuple[float, ...], y: Any, ks: list[A
 def stages(
     layout: Layout, table: Table, y: Any, ks: list[Any], dt: Any, times: tuple[Any, ...], dynamics: Any, given: Any, /
 ) -> Any: ...
-def take_steps(
-    layout: Layout,
-    table: Table,
-    interpolant: Interpolant,
-    y: Any,
-    ks: list[Any],
-    controller: Controller,
-    dynamics: Any,
-    rtol: Any,
-    atol: Any,
-    out: Any,
-    out_stride: int,
-    t0: Any,
-    one: Any,
-    /,
-) -> tuple[Any, Any, int]: ...
 def take_grid_steps(
     grid: GridTimes,
     table: Table,

@@ -9,20 +9,19 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._ops import backend_for, native
+from ._ops import compiled_here
+from ._ops.autograd import plain
 from .callbacks import has_callbacks
 from .compiled.dynamics import CompiledDynamics
 from .compiled.prepared import key_of
 from .compiled.samples import samples_again
 from .compiled.solve import joint_again
-from .state import Dynamics, Form, Func
+from .state import Dynamics, Func
 from .stepping.adaptive import AdaptiveLoop
 from .stepping.fixed_grid import FixedGridLoop
 from .stepping.hooks import NO_HOOKS, raise_it
@@ -34,6 +33,52 @@ LARGEST = 1 << 18  # bytes of a state; a loop keeps the memory of a few
 
 
 def solve_again(
+    func: Func, y0: Any, t: Any, rtol: Any, atol: Any, method: Any, options: Any, args: Any
+) -> tuple[Tensor | None, Kind | None]:
+    """Solves as the last solve of the same kind did, where func is not compiled and there are no options.
+
+    Args:
+        func, y0, t, rtol, atol, method, options, args: as `odeint`'s.
+
+    Returns:
+        The states at the output times, [T, *y0.shape], or None if there was no such solve; and the kind, by which a
+        solve is to be kept for the next one, or None if none is kept.
+    """
+    if options or args or isinstance(func, CompiledDynamics) or not _is_plain(y0, t, rtol, atol, options, args):
+        return None, None
+    grad = torch.is_grad_enabled()
+    if (
+        not (y0.is_cpu and t.is_cpu and t.dim() == 1 and t.is_floating_point())
+        or not (method is None or type(method) is str)
+        or (grad and t.requires_grad)
+        or has_callbacks(func)
+        or torch.is_inference_mode_enabled()
+        or not compiled_here()
+    ):
+        return None, None
+    kind = y0.dtype, y0.shape, tuple(t.tolist()), rtol, atol, method, grad, torch.get_num_threads()
+    loop = idle_loops.take(kind)
+    if loop is None or not callable(func):
+        return None, kind
+    loop.dynamics.set(func, y0)
+    ys = loop.solve(plain(y0))
+    idle_loops.put(kind, loop)
+    return ys, kind
+
+
+def _is_plain(y0: Any, t: Any, rtol: Any, atol: Any, options: Any, args: Any) -> bool:
+    """Whether arguments are of the kinds that need no further look."""
+    return (
+        type(y0) is Tensor
+        and type(t) is Tensor
+        and type(rtol) is float
+        and type(atol) is float
+        and (options is None or type(options) is dict)
+        and type(args) is tuple
+    )
+
+
+def solve_natively_again(
     func: Func,
     y0: Any,
     t: Any,
@@ -44,51 +89,18 @@ def solve_again(
     args: Any,
     solver: Callable[..., Any],
 ) -> tuple[Tensor | None, Kind | None]:
-    """Solves as the last solve of the same kind did.
+    """The same for a solve that is one launch on a device, and for a compiled func, which keeps the last solve itself.
 
     Args:
-        func, y0, t, rtol, atol, method, options, args: as `odeint`'s.
         solver: `odeint` itself, for gradients of gradients of compiled solves.
-
-    Returns:
-        The states at the output times, [T, *y0.shape], or None if there was no such solve; and the kind, by which a
-        solve is to be kept for the next one, or None if none is kept.
     """
-    plain = type(y0) is Tensor and type(t) is Tensor and type(rtol) is float and type(atol) is float
-    if not (plain and type(args) is tuple and (options is None or type(options) is dict)):
-        return None, None
-    if args and not isinstance(func, CompiledDynamics):
+    if not _is_plain(y0, t, rtol, atol, options, args):
         return None, None
     if options == ON_DEVICE and not args:
         from .device_loop import solve_again as again_on_device  # only those who ask for it wait for its import
 
         return again_on_device(func, y0, t, rtol, atol, method), None
-    if isinstance(func, CompiledDynamics):
-        return _compiled_again(func, y0, t, rtol, atol, method, options, args, solver)
-    if options:
-        return None, None
-    kind = _kind_of(func, y0, t, rtol, atol, method)
-    idle = None if kind is None else idle_loops.take(kind)
-    if idle is None or not callable(func):
-        return None, kind
-    ys = idle.solve(func, y0)
-    idle_loops.put(kind, idle)
-    return ys, kind
-
-
-def _compiled_again(
-    func: CompiledDynamics,
-    y0: Tensor,
-    t: Tensor,
-    rtol: float,
-    atol: float,
-    method: str | None,
-    options: Any,
-    args: tuple[Any, ...],
-    solver: Callable[..., Any],
-) -> tuple[Tensor | None, Kind | None]:
-    """The same where func is compiled, and keeps the last solve itself."""
-    if options and options != PER_SAMPLE:
+    if not isinstance(func, CompiledDynamics) or (options and options != PER_SAMPLE):
         return None, None
     compiled = func.with_args(args)
 
@@ -103,54 +115,25 @@ def _compiled_again(
     return None if loop is None else loop.solve(y0), kind
 
 
-def _kind_of(func: Func, y0: Tensor, t: Tensor, rtol: float, atol: float, method: str | None) -> Kind | None:
-    """What a solve without options has in common with others that the same loop can do; None if none is kept for it."""
-    if (
-        y0.is_cpu
-        and t.is_cpu
-        and t.dim() == 1
-        and t.is_floating_point()
-        and (method is None or type(method) is str)
-        and not t.requires_grad
-        and not has_callbacks(func)
-        and backend_for(y0) is native
-        and not torch.is_inference_mode_enabled()
-    ):
-        grad = torch.is_grad_enabled()
-        return y0.dtype, y0.shape, tuple(t.tolist()), rtol, atol, method, grad, torch.get_num_threads()
-    return None
-
-
-@dataclass
-class IdleLoop:
-    """A loop that has no func."""
-
-    form: Form
-    loop: AdaptiveLoop | FixedGridLoop
-
-    def solve(self, func: Func, y0: Tensor) -> Tensor:
-        """Solves for another func and start: [T, *y0.shape]."""
-        loop, y0 = self.loop, self.form.pack(y0)
-        loop.dynamics = Dynamics(func, self.form, y0, partial(loop.ops.copy, loop.layout))
-        return loop.solve(y0)
-
-
 class IdleLoops(threading.local):
-    """Those of a thread, the least recently used first. A loop at work is not among them: func may solve itself."""
+    """Those of a thread, the least recently used first. A loop at work is not among them: func may solve itself.
+
+    Their dynamics are `Dynamics` without a func.
+    """
 
     MOST = 16
 
     def __init__(self) -> None:
-        self._loops: OrderedDict[Any, IdleLoop] = OrderedDict()
+        self._loops: OrderedDict[Any, Any] = OrderedDict()
 
-    def take(self, kind: Kind) -> IdleLoop | None:
+    def take(self, kind: Kind) -> Any:
         """Returns the one for a kind, which is then no longer here."""
         return self._loops.pop(kind, None)
 
-    def put(self, kind: Any, idle: IdleLoop) -> None:
+    def put(self, kind: Any, loop: Any) -> None:
         """Keeps a loop whose solve has succeeded, and nothing of what it solved."""
-        idle.loop.dynamics, idle.loop.hooks = None, NO_HOOKS  # type: ignore[assignment]
-        self._loops[kind] = idle
+        loop.dynamics.forget()
+        self._loops[kind] = loop
         if len(self._loops) > self.MOST:
             self._loops.popitem(last=False)
 
@@ -162,11 +145,13 @@ class IdleLoops(threading.local):
 idle_loops = IdleLoops()
 
 
-def keep(kind: Kind, form: Form, loop: Any) -> None:
+def keep(kind: Kind, loop: Any) -> None:
     """Makes the loop of a solve that has succeeded idle, if it is one that can be."""
     if (
         isinstance(loop, (AdaptiveLoop, FixedGridLoop))
+        and isinstance(loop.dynamics, Dynamics)
         and loop.layout.samples * loop.layout.size * loop.layout.dtype.itemsize <= LARGEST
     ):
         loop.keep_times()
-        idle_loops.put(kind, IdleLoop(form, loop))
+        loop.hooks = NO_HOOKS
+        idle_loops.put(kind, loop)

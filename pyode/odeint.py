@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .again import solve_again
+from .again import solve_again, solve_natively_again
 from .compiled.dynamics import compiled_by
 from .compiling import not_compiled
 from .control import check_dict
@@ -93,6 +93,11 @@ def odeint(
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, sections II.1 to II.6; the interface is
         torchdiffeq's.
     """
+    kind = None
+    if event_fn is None:
+        again, kind = solve_again(func, y0, t, rtol, atol, method, options, args)
+        if again is not None:
+            return again
     if under_vmap(method):
         found = odeint_vmapped(
             odeint, take_steps, func, y0, t, options, args, event_fn, rtol=rtol, atol=atol, method=method
@@ -101,9 +106,8 @@ def odeint(
             return found
     if type(options) is dict and len(options) == 1 and "compile" in options:
         func, options = compiled_by(options["compile"], func) or func, None
-    kind = None
-    if event_fn is None:
-        again, kind = solve_again(func, y0, t, rtol, atol, method, options, args, odeint)
+    if event_fn is None and kind is None:
+        again, kind = solve_natively_again(func, y0, t, rtol, atol, method, options, args, odeint)
         if again is not None:
             return again
     options = {} if options is None else check_dict(options, "options")

@@ -220,7 +220,7 @@ def solve(
         finally:
             loop.add_to(stats)
     if problem.kind is not None and problem.compiled is None:
-        keep(problem.kind, problem.form, loop)
+        keep(problem.kind, loop)
     if search is not None and search.found:
         solved.early, solved.n_reached = float(search.time), 1
         if stats is not None:

@@ -194,15 +194,23 @@ class Dynamics:
     """
 
     def __init__(self, func: Func, form: Form, y0: Tensor, copy: Callable[[Tensor], Tensor] = torch.clone) -> None:
-        self.func, self.form, self.copy = func, form, copy
+        self.form, self.copy = form, copy
         self.shape, self.dtype, self.device = y0.shape, y0.dtype, y0.device
         self._names = form.names("func()")
-        self.n_evals = 0
-        self._watch = not y0.is_inference() and not torch.is_inference_mode_enabled()
         self._may_be_lazy = y0.is_complex() or y0.numel() == 1  # a conj() or neg view that is contiguous all the same
+        self.set(func, y0)
+
+    def set(self, func: Func, y0: Tensor) -> None:
+        """Makes it another func's, for another start of the same shape, dtype and device."""
+        self.func, self.n_evals = func, 0
+        self._watch = not (y0.is_inference() or torch.is_inference_mode_enabled())
         self._first: StorageWeakRef | None = None  # the memory of the first evaluation
         self._copies = self._settled = False  # settled: it is known that func does not hold what it returns
         self.direct: tuple[Any, ...] | None = None
+
+    def forget(self) -> None:
+        """Lets go of func and all that it has returned."""
+        self.func = self._first = self.direct = None  # type: ignore[assignment]
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Returns func(t, y), packed."""

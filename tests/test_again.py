@@ -78,6 +78,60 @@ def test_wrong_arguments_are_still_errors():
     assert torch.equal(pyode.odeint(decay, Y0, T), afresh(decay, Y0, T))
 
 
+@pytest.mark.parametrize(
+    "meddle", [lambda t: t.requires_grad_(), lambda t: t.add_(0.25)], ids=["requires_grad_", "add_"]
+)
+def test_what_func_does_to_its_times_is_forgotten(meddle):
+    def meddling(t, y):
+        meddle(t)
+        return -y
+
+    seen = []
+
+    def seeing(t, y):
+        seen.append((float(t), t.requires_grad))
+        return -y
+
+    with torch.no_grad():
+        pyode.odeint(meddling, Y0, T.clone())
+        for _ in range(3):
+            pyode.odeint(meddling, Y0, T)
+            pyode.odeint(seeing, Y0, T)
+            assert seen[0] == (0.0, False)
+            assert not any(requires_grad for _, requires_grad in seen)
+            seen.clear()
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["new", "written"])
+def test_a_func_that_returns_one_buffer_or_writes_into_its_start_is_noticed_again(written):
+    y0 = Y0.clone()
+    if written:
+        y0.mul_(1)
+    buffer = torch.empty_like(Y0)
+    with torch.no_grad():
+        expected = afresh(lambda t, y: 0.5 * y, Y0, T)
+        pyode.odeint(decay, y0, T)
+        assert torch.equal(pyode.odeint(lambda t, y: torch.mul(y, 0.5, out=buffer), y0, T), expected)
+        with pytest.raises(pyode.DynamicsError, match="wrote into"):
+            pyode.odeint(lambda t, y: y.mul_(-1), y0, T)
+
+
+def test_evaluations_are_counted_each_solve():
+    counts = []
+    for options in (None, {}, {"stats": pyode.Stats()}):
+        n = 0
+
+        def f(t, y):
+            nonlocal n
+            n += 1
+            return -y
+
+        with torch.no_grad():
+            pyode.odeint(f, Y0, T, options=options)
+        counts.append(n if not options else options["stats"].n_f_evals)
+    assert len(set(counts)) == 1
+
+
 def test_callbacks_are_called():
     def f(t, y):
         return -y

@@ -26,7 +26,7 @@ def forced(n: int) -> dict[str, float]:
 
 @pytest.fixture
 def calls(monkeypatch) -> Counter:
-    """How often each compiled function is called, and each phase of the controller."""
+    """How often each compiled function is called, each phase of the controller, and an adaptive loop to take steps."""
     counter: Counter = Counter()
     compiled = native._C
 
@@ -34,6 +34,11 @@ def calls(monkeypatch) -> Counter:
         def run(self, *args):
             counter["control"] += 1
             return super().run(*args)
+
+    class Steps(native.Steps):
+        def take(self, *args):
+            counter["take"] += 1
+            return super().take(*args)
 
     class Counting:
         def __getattr__(self, name):
@@ -48,6 +53,7 @@ def calls(monkeypatch) -> Counter:
             return counted
 
     monkeypatch.setattr(native, "_C", Counting())
+    monkeypatch.setattr(native, "Steps", Steps)
     return counter
 
 
@@ -74,8 +80,8 @@ def of_one_step(counter: Counter, method: str, **kwargs) -> dict[str, int]:
 
 @ADAPTIVE
 def test_steps_are_one_native_call_together(method, calls, device):
-    # It calls func for every stage. On a GPU the flags of every step are read.
-    assert of_one_step(calls, method, device=device) == ({} if device.type == "cpu" else {"take_steps": 1})
+    # It calls func for every stage.
+    assert of_one_step(calls, method, device=device) == {}
 
 
 @ADAPTIVE
@@ -92,11 +98,14 @@ def test_steps_of_fixed_size_are_one_native_call_together(method, calls):
     assert of_one_step(calls, method) == {}
 
 
-def test_outputs_on_the_way_are_written_by_the_call_that_takes_the_steps(calls):
-    t = torch.linspace(0, 1, 100)
+def test_outputs_are_written_by_the_call_that_takes_the_steps(calls):
+    options = {"first_step": 0.25}
     with torch.no_grad():
-        solve(4, t=t)
-    assert (calls["take_steps"], calls["interpolate"]) == (1, 1)  # the last step's outputs
+        for options in (None, {"first_step": 0.25}):
+            calls.clear()
+            pyode.odeint(lambda t, y: -y, torch.ones(5), torch.linspace(0, 1, 100), 1e-3, 1e-3, options=options)
+            assert calls.pop("take") == 1
+            assert set(calls) <= {"stage_combine", "error_norm", "control"}  # of the start
 
 
 class Allocations(TorchDispatchMode):

@@ -70,25 +70,28 @@ class Supply {
   /// One that nobody else holds on to: in Python, in C++, or to its memory through another tensor. Valid until the
   /// next.
   const Item& take(py::handle like) {
-    for (const Item& item : items_)
-      if (!storage_uses_.is_none() && is_free(item)) return item;
-    if (storage_uses_.is_none() || items_.size() == kMost)
-      items_.erase(items_.begin(), items_.begin() + !items_.empty());
+    const size_t n = items_.size();
+    for (size_t i = 0; i < n && !storage_uses_.is_none(); ++i) {
+      const size_t at = (last_ + i) % n;  // the last one has mostly served, and is in the cache
+      if (is_free(items_[at])) return items_[last_ = at];
+    }
+    if (storage_uses_.is_none() || n == kMost) items_.erase(items_.begin(), items_.begin() + (n > 0));
     items_.push_back(made(like));
-    return items_.back();
+    return items_[last_ = items_.size() - 1];
   }
 
-  /// The one taken last.
-  const Item& last() const { return items_.back(); }
+  /// One that is not given out again.
+  py::object make(py::handle like) const { return checked(PyObject_CallOneArg(make_.ptr(), like.ptr())); }
 
-  void clear() { items_.clear(); }
+  /// The one taken last.
+  const Item& last() const { return items_[last_]; }
 
  private:
   static constexpr size_t kMost = 4;  // a step's ends, and stages' states that a func has not let go of yet
 
   Item made(py::handle like) const {
     Item item;
-    py::object found = checked(PyObject_CallOneArg(make_.ptr(), like.ptr()));
+    py::object found = make(like);
     item.tensors = PyTuple_Check(found.ptr()) ? py::reinterpret_borrow<py::tuple>(found) : py::make_tuple(found);
     found = py::object();
     item.data = address(item.whole());
@@ -103,11 +106,11 @@ class Supply {
   bool is_free(const Item& item) const {
     size_t i = 0;
     for (py::handle tensor : item.tensors)
-      if (uses_of(tensor) != item.uses[i++]) return false;
+      if (uses_of(tensor) != item.uses[i++] || attribute(tensor, PYODE_NAME(requires_grad)).ptr() != Py_False)
+        return false;
     const py::handle whole = item.whole();
     return uses_of_storage(item) == item.uses[i] && address(whole) == item.data &&
-           integer(attribute(whole, PYODE_NAME(_version))) == 0 &&
-           attribute(whole, PYODE_NAME(requires_grad)).ptr() == Py_False;
+           integer(attribute(whole, PYODE_NAME(_version))) == 0;
   }
 
   /// By Python and by C++.
@@ -120,6 +123,7 @@ class Supply {
 
   py::object make_, storage_uses_;
   std::vector<Item> items_;
+  size_t last_ = 0;
 };
 
 }  // namespace bindings

@@ -238,6 +238,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Interpolant>(m, "Interpolant")
       .def(py::init<const py::tuple&, const py::tuple&>())
       .def("weights_at", &Interpolant::weights_at);
+  py::class_<Steps>(m, "Steps")
+      .def(py::init<const OwnedLayout&, const Table&, const Interpolant&, Controller&, py::object, py::object,
+                    py::object, py::object>(),
+           py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::keep_alive<1, 5>())
+      .def("take", &Steps::take);
   py::class_<GridTimes>(m, "GridTimes")
       .def(py::init<const OwnedLayout&, py::object, py::object, int64_t, py::object, py::object, py::object>(),
            py::keep_alive<1, 2>())
@@ -245,7 +250,6 @@ PYBIND11_MODULE(_C, m) {
   py::class_<AdamsTable>(m, "AdamsTable").def(py::init<const py::tuple&, const py::tuple&, int64_t>());
   m.def("stage_combine", &stage_combine);
   m.def("stages", &stages);
-  m.def("take_steps", &take_steps);
   m.def("take_grid_steps", &take_grid_steps);
   m.def("take_adams_steps", &take_adams_steps);
   m.def("stage_vjp", &stage_vjp);

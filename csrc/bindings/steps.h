@@ -141,14 +141,14 @@ class Step {
   }
 
   /// Writes all outputs that the step has passed to their rows of `out`.
-  void put_out(const Controller& controller, const Interpolant& interpolant, void* out, int64_t out_stride) const {
+  void put_out(const Controller& controller, const Interpolant& interpolant, void* out) const {
     Interpolate op = interpolant.op;
     for (int j = 0; j < op.terms; ++j) op.k[j] = k_data_[interpolant.stages[static_cast<size_t>(j)]];
     op.y = y_.data;
     op.state = controller.op.state;
     op.grid = controller.op.grid;
     op.out = out;
-    op.out_stride = out_stride;
+    op.out_stride = where.layout.samples * where.layout.size;
     PYODE_DISPATCH(where, interpolate, op);
   }
 
@@ -206,65 +206,92 @@ inline py::object stages(const OwnedLayout& where, const Table& table, py::objec
   return (times.empty() ? step.start() : step.end()).tensor;
 }
 
-/// Evaluates func at the start, chooses the first step, and returns the flags (Hairer, Norsett, Wanner I, II.4).
-inline int64_t begin(Step& step, Controller& controller, Evaluator& evaluator, py::handle t0, const double* one,
-                     const ErrorNorm& tolerances) {
-  const void* const y = step.start().data;
-  step.put(0, evaluator(t0, step.start().tensor));
-  step.measure_first({{1, y}}, one, controller, tolerances, false);
-  step.measure_first({{1, step.derivative(0)}}, one, controller, tolerances, true);
-  controller.run(Phase::try_first, 0);
-  StageCombine euler;
-  euler.terms = 1;
-  euler.w[0] = 1;
-  euler.k[0] = step.derivative(0);
-  State trial;
-  step.combine(euler, y, controller.dt(), trial);
-  const py::object k = evaluator(controller.planned().whole(), trial.tensor);
-  step.measure_first({{1, address(k)}, {-1, step.derivative(0)}}, controller.dt(), controller, tolerances, false);
-  evaluator.look_for_direct();
-  return controller.run(Phase::choose_first, 0);
-}
+/// The steps of an adaptive loop, with all that stays the same through its solves.
+class Steps {
+ public:
+  /// Args:
+  ///   read_flags: tells the flags where the controller has left them on the device.
+  ///   one: a step size of 1 for each sample.
+  Steps(const OwnedLayout& layout, const Table& table, const Interpolant& interpolant, Controller& controller,
+        py::object rtol, py::object atol, py::object read_flags, py::object one)
+      : where_(layout),
+        table_(table),
+        interpolant_(interpolant),
+        controller_(controller),
+        rtol_(std::move(rtol)),
+        atol_(std::move(atol)),
+        read_flags_(std::move(read_flags)),
+        one_(std::move(one)) {
+    read_tolerances(rtol_, atol_, tolerances_);
+  }
+  Steps(const Steps&) = delete;
 
-/// Takes steps until there is something for Python to do: a discontinuity, some samples moving and others not, the end.
-/// Returns the start and the end of the last one, and its flags; on CUDA, where they have to be read from the device,
-/// of the first. Outputs passed before the last step are written. Where t0 is given, the solve begins: see `begin`; the
-/// first output is the start. `one` is a step size of 1 for each sample.
-inline py::tuple take_steps(const OwnedLayout& where, const Table& table, const Interpolant& interpolant, py::object y,
-                            const py::list& ks, Controller& controller, py::handle dynamics, py::handle rtol,
-                            py::handle atol, py::handle out, int64_t out_stride, py::handle t0, py::handle one) {
-  Step step(where, std::move(y), ks);
-  Evaluator evaluator(dynamics);
-  ErrorNorm tolerances;
-  read_tolerances(rtol, atol, tolerances);
-  void* const outputs = address(out);
-  if (!t0.is_none()) {
-    step.copy_start(outputs);
-    const int64_t flags = begin(step, controller, evaluator, t0, address<const double>(one), tolerances);
-    if (flags < 0 || !(flags & kAnyRunning)) return py::make_tuple(step.start().tensor, step.start().tensor, flags);
-  }
-  for (;;) {
-    step.evaluate(table, table.rows.size(), controller.dt(), evaluator,
-                  [&](size_t j) { return controller.planned().view(j); });
-    step.measure(table, controller, tolerances);
-    const int64_t flags = controller.run(Phase::judge, 0);
-    switch (flags) {
-      case kAnyRunning | kAnyAccepted | kAnyOutput:
-        step.put_out(controller, interpolant, outputs, out_stride);
-        [[fallthrough]];
-      case kAnyRunning | kAnyAccepted:
-        step.move_on();
-        step.repeat(table.rows.size(), 0);
-        break;
-      case kAnyRunning | kAnyStayed:
-        break;
-      default:
-        return py::make_tuple(step.start().tensor, step.end().tensor, flags);
+  /// Takes steps from y until there is something for Python to do: a discontinuity, some samples moving and others not,
+  /// the end. Returns the start and the end of the last one, and its flags. All outputs that were passed are written to
+  /// their rows of `out`. Where t0 is given, the solve begins: the first output is the start, see `begin`.
+  py::tuple take(py::object y, const py::list& ks, py::handle dynamics, py::handle out, py::handle t0) {
+    Step step(where_, std::move(y), ks);
+    Evaluator evaluator(dynamics);
+    void* const outputs = address(out);
+    if (!t0.is_none()) {
+      step.copy_start(outputs);
+      const int64_t flags = begin(step, evaluator, t0);
+      if (!(flags & kAnyRunning)) return py::make_tuple(step.start().tensor, step.start().tensor, flags);
     }
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    evaluator.look_for_direct();
+    for (;;) {
+      step.evaluate(table_, table_.rows.size(), controller_.dt(), evaluator,
+                    [&](size_t j) { return controller_.planned().view(j); });
+      step.measure(table_, controller_, tolerances_);
+      const int64_t flags = run(Phase::judge);
+      if (flags & kAnyOutput) step.put_out(controller_, interpolant_, outputs);
+      switch (flags & ~kAnyOutput) {
+        case kAnyRunning | kAnyAccepted:
+          step.move_on();
+          step.repeat(table_.rows.size(), 0);
+          break;
+        case kAnyRunning | kAnyStayed:
+          break;
+        default:
+          return py::make_tuple(step.start().tensor, step.end().tensor, flags & ~kAnyOutput);
+      }
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      evaluator.look_for_direct();
+    }
   }
-}
+
+ private:
+  /// Evaluates func at the start, chooses the first step, and returns the flags (Hairer, Norsett, Wanner I, II.4).
+  int64_t begin(Step& step, Evaluator& evaluator, py::handle t0) {
+    const void* const y = step.start().data;
+    const double* const one = address<const double>(one_);
+    step.put(0, evaluator(t0, step.start().tensor));
+    step.measure_first({{1, y}}, one, controller_, tolerances_, false);
+    step.measure_first({{1, step.derivative(0)}}, one, controller_, tolerances_, true);
+    controller_.run(Phase::try_first, 0);
+    StageCombine euler;
+    euler.terms = 1;
+    euler.w[0] = 1;
+    euler.k[0] = step.derivative(0);
+    State trial;
+    step.combine(euler, y, controller_.dt(), trial);
+    const py::object k = evaluator(controller_.planned().whole(), trial.tensor);
+    step.measure_first({{1, address(k)}, {-1, step.derivative(0)}}, controller_.dt(), controller_, tolerances_, false);
+    evaluator.look_for_direct();
+    return run(Phase::choose_first);
+  }
+
+  int64_t run(Phase phase) {
+    const int64_t flags = controller_.run(phase, 0);
+    return flags < 0 ? integer(read_flags_(flags)) : flags;
+  }
+
+  const OwnedLayout& where_;
+  const Table& table_;
+  const Interpolant& interpolant_;
+  Controller& controller_;
+  py::object rtol_, atol_, read_flags_, one_;
+  ErrorNorm tolerances_ = {};
+};
 
 }  // namespace bindings
 }  // namespace pyode

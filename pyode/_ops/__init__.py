@@ -21,6 +21,11 @@ def backend_for(y: Tensor) -> ModuleType:
     return native if _forced.get() != "reference" and native.supports(y) else reference
 
 
+def compiled_here() -> bool:
+    """Whether the compiled ops work here on states that they can work on."""
+    return _forced.get() != "reference" and not native.transforming()
+
+
 def backend_of(layout: Layout) -> ModuleType:
     """The module that made a layout."""
     return native if isinstance(layout, native.Layout) else reference

@@ -50,9 +50,13 @@ def supports(y: Tensor) -> bool:
         type(y) in (Tensor, torch.nn.Parameter)
         and (y.is_cpu or (y.is_cuda and _C.CUDA is not None))
         and y.dtype in _SCALARS
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and not transforming()
     )
+
+
+def transforming() -> bool:
+    """Whether one of torch.func's transforms or forward-mode differentiation is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def build_info() -> dict[str, str | None]:
@@ -163,35 +167,35 @@ def stages(
     return _C.stages(layout.handle, table, y, ks, dt, times, dynamics, given)  # type: ignore[no-any-return]
 
 
-def take_steps(
-    layout: Layout,
-    table: Table,
-    interpolant: Interpolant,
-    y: Tensor,
-    ks: list[Tensor],
-    controller: Controller,
-    dynamics: RightHandSide,
-    rtol: float | Tensor,
-    atol: float | Tensor,
-    out: Tensor,
-    t0: Tensor | None = None,
-) -> tuple[Tensor, Tensor, int]:
-    """Takes steps from y, whose derivative is ks[0], as the controller plans them, until there is something to decide.
+class Steps(_C.Steps):
+    """The steps of an adaptive loop, with all that stays the same through its solves.
 
-    Where t0 is given, the solve begins: y is the first output, ks[0] is evaluated there, and the first step is chosen,
-    with a further evaluation.
+    `take(y, ks, dynamics, out, t0)` takes steps from y, whose derivative is ks[0], as the controller plans them, until
+    there is something to decide. It goes on as long as all samples accept a step, or all reject it, and none is done,
+    has failed, or has come to a discontinuity. Where t0 is given, not None, the solve begins: y is the first output,
+    ks[0] is evaluated there, and the first step is chosen, with a further evaluation.
 
-    It goes on as long as all samples accept a step, or all reject it, and none is done, has failed, or has come to a
-    discontinuity. Outputs that steps before the last have passed are written to their rows of `out`.
+    It returns the state at the start of the last step taken, that at its end, and the controller's flags without
+    OUTPUT: the outputs that the steps have passed are written to their rows of `out`. The last step's derivatives are
+    in ks.
 
-    Returns the state at the start of the last step taken, that at its end, and the controller's flags. Its derivatives
-    are in ks.
+    Args:
+        layout, controller, rtol, atol: of the loop.
+        table, interpolant: of its method.
     """
-    y, y1, flags = _C.take_steps(
-        layout.handle, table, interpolant, y, ks, controller.handle, dynamics, rtol, atol, out, layout.stride,
-        t0, controller.one,
-    )  # fmt: skip
-    return y, y1, controller.read(flags)
+
+    def __init__(
+        self,
+        layout: Layout,
+        table: Table,
+        interpolant: Interpolant,
+        controller: Controller,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+    ) -> None:
+        super().__init__(
+            layout.handle, table, interpolant, controller.handle, rtol, atol, controller.read, controller.one
+        )
 
 
 class AdamsTable(_C.AdamsTable):

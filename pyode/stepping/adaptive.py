@@ -19,10 +19,10 @@ from ..control import Times
 from ..methods import Tableau
 from .course import table_of
 from .hooks import NO_HOOKS, Hooks
-from .march import RUNNING, March
+from .march import ACCEPTED, FAILED, RUNNING, March, ballast
 from .measure import Measure, Norm
 from .outcome import Outcome
-from .outputs import interpolant_of
+from .outputs import column, interpolant_of
 from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment
 
@@ -70,12 +70,15 @@ class AdaptiveLoop(Outcome):
         self.dynamics, self.tableau, self.layout = dynamics, tableau, layout
         self.rtol, self.atol, self.grid, self.times = rtol, atol, grid, times
         self.norm, self.quadrature, self.at_jump, self.hooks = norm, quadrature, at_jump, hooks
+        self.single = layout.samples == 1 and grid.times.dim() == 1
         self.ops = ops = backend_of(layout)
         layouts = [layout] if quadrature is None else [layout, *quadrature.layouts]
         self.controller = ops.Controller(layouts, policy, grid, tableau.abscissae)
         self.interpolant, self.table = interpolant_of(ops, tableau), table_of(ops, tableau)
         self.measure = Measure(ops, layout, tableau, rtol, atol, norm, quadrature, self.controller)
-        self._kept_times: Tensor | None = None
+        self.steps = ops.Steps(layout, self.table, self.interpolant, self.controller, rtol, atol)
+        self.with_ballast = ballast.serves(layout, len(self.table.rows) + 1)
+        self._kept_start: Tensor | None = None
         self.evals_before_steps = 0  # of func: those of the start
         self.n_jumps: int | Tensor = 0  # of each sample: discontinuities behind which func was evaluated
 
@@ -85,6 +88,8 @@ class AdaptiveLoop(Outcome):
         Raises:
             SolveError: says why and where the solve could not go on.
         """
+        if first_step is None and self.single and self.unwatched:
+            return self._solve_at_once(y0)
         march = March(self, y0, first_step)
         while march.flags & RUNNING:
             march.step()
@@ -93,6 +98,34 @@ class AdaptiveLoop(Outcome):
                 return torch.stack([y0, end])
             march.settle()
         return march.finish(y0)
+
+    def _solve_at_once(self, y0: Tensor) -> Tensor:
+        """A joint solve at whose steps nobody looks, from discontinuity to discontinuity."""
+        self.n_jumps, y = 0, y0
+        t0: Tensor | None = self.start()
+        out: Tensor = self.ops.new_states(y0, len(self.times.values))
+        ks: list[Any] = [None] * (len(self.table.rows) + 1)
+        if self.with_ballast:
+            ballast.take(ks)
+        while True:
+            y, y1, flags = self.steps.take(y, ks, self.dynamics, out, t0)
+            if flags & ACCEPTED:
+                y, ks[0] = y1, ks[-1]
+            if not flags & RUNNING:
+                break
+            behind, y = self.pass_jump(y)
+            t0, ks[0] = None, self.dynamics(behind, y)
+        if flags & FAILED:
+            self.hooks.fail(self.error(y, ks[0]))
+            out = torch.where(column(self.left(), out), y, out)
+        if self.with_ballast:
+            ballast.put(ks)
+        return out
+
+    @property
+    def unwatched(self) -> bool:
+        """Whether nobody looks at single steps: no graph, no tape, no hook, no norm of the user's, no integrals."""
+        return not (torch.is_grad_enabled() or self.hooks.watching or self.norm or self.quadrature)
 
     @property
     def dense_output(self) -> reference.Interpolant:
@@ -106,13 +139,18 @@ class AdaptiveLoop(Outcome):
 
     def start(self) -> Tensor:
         """The time of the first evaluations, as func sees it."""
-        start = (self._seen_times() if self._kept_times is None else self._kept_times)[0]
+        if self._kept_start is None:
+            start = self._seen_times()[0]
+        else:
+            if self._kept_start._version or self._kept_start.requires_grad:  # func has done something to it
+                self._kept_start = self._seen_times().clone()[0]
+            start = self._kept_start
         return start if self.layout.samples == 1 else start.expand(self.layout.samples).contiguous()
 
     def keep_times(self) -> None:
         """Makes the times this loop's own, for another solve with the same ones: the user's may change."""
-        self.times = self.times.in_tensor(self.times.tensor.detach().clone())
-        self._kept_times = self._seen_times()
+        self.times = self.times.in_tensor(self.times.tensor.new_tensor(self.times.values))
+        self._kept_start = self._seen_times().clone()[0]
 
     def _seen_times(self) -> Tensor:
         # Two, so that the first is a view, as times of stages are: torch.compile would compile func anew for another.
@@ -138,6 +176,13 @@ class AdaptiveLoop(Outcome):
         # Views of two numbers or more, as times of stages are: torch.compile would compile func anew for others.
         ahead = neighbour(torch.cat([seen, seen[-1:]]), torch.full_like(seen[:1], self.times.sign))
         return dict(zip(jumps.tolist(), ahead.unbind()))
+
+    def pass_jump(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The time just behind the discontinuity that the only sample is at, as func sees it, and the state there."""
+        now = self.controller.field("t")
+        if self.at_jump is not None:
+            y = self.at_jump(now, _THE_ONLY, y)
+        return self.behind[float(now)], y
 
     def field(self, name: str) -> float:
         """A number of the only sample's step state."""

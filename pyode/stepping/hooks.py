@@ -55,5 +55,10 @@ class Hooks:
         """Whether there is something to be called after a step."""
         return any(hook is not None for hook in (self.accept, self.reject, self.judged, self.watch, self.watch_batch))
 
+    @cached_property
+    def watching(self) -> bool:
+        """Whether single steps are to be looked at."""
+        return self.step is not None or self.tape is not None or self.after_step
+
 
 NO_HOOKS = Hooks()

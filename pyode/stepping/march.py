@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .._ops import autograd, reference
-from .._ops.contract import Flag, Phase, neighbour
+from .._ops.contract import Flag, Layout, Phase, neighbour
 from ..errors import Status
 from .outputs import Output, RecordedBatchOutput, RecordedOutput, column, interpolant_of
 from .segment import unmoved
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from .adaptive import AdaptiveLoop
 
 RUNNING = int(Flag.RUNNING)
-_ACCEPTED, _STAYED, _OUTPUT = int(Flag.ACCEPTED), int(Flag.STAYED), int(Flag.OUTPUT)
-_JUMP, _FAILED = int(Flag.JUMP), int(Flag.FAILED)
-_NOT_READ = RUNNING | _ACCEPTED | _STAYED | _OUTPUT  # of a step whose flags are not read: as if anything had happened
+ACCEPTED, _STAYED, _OUTPUT = int(Flag.ACCEPTED), int(Flag.STAYED), int(Flag.OUTPUT)
+_JUMP, FAILED = int(Flag.JUMP), int(Flag.FAILED)
+_NOT_READ = RUNNING | ACCEPTED | _STAYED | _OUTPUT  # of a step whose flags are not read: as if anything had happened
 
 
-class _Ballast(threading.local):
+class Ballast(threading.local):
     """The derivatives of a thread's last solve, kept until the next one's take their places.
 
     Freeing all of them at once would make malloc return the memory to the system, and the next solve fetch it page by
@@ -37,19 +37,23 @@ class _Ballast(threading.local):
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
 
-    def take(self, n: int, filler: Tensor) -> list[Tensor]:
-        """n tensors to be replaced, not read."""
+    def serves(self, layout: Layout, n: int) -> bool:
+        """Whether the n derivatives of a solve are kept."""
+        size = layout.samples * layout.size * layout.dtype.itemsize
+        return layout.device.type == "cpu" and self.LEAST <= size <= self.MOST // n
+
+    def take(self, ks: list[Any]) -> None:
+        """Fills places for derivatives with tensors that are to be replaced, not read."""
         tensors, self.tensors = self.tensors, []
-        return [*tensors[:n], *[filler] * (n - len(tensors))]
+        ks[: len(tensors)] = tensors[: len(ks)]
 
-    def put(self, ks: list[Tensor]) -> None:
+    def put(self, ks: list[Any]) -> None:
         """Keeps those of a solve that has ended."""
-        last = ks[-1]
-        if self.LEAST <= last.nbytes <= self.MOST // len(ks) and last.device.type == "cpu":
-            self.tensors = [k for k in ks if not k.requires_grad and k.untyped_storage().nbytes() == k.nbytes]
+        found = (k for k in ks if k is not None and not k.requires_grad)
+        self.tensors = [k for k in found if k.untyped_storage().nbytes() == k.nbytes]
 
 
-_ballast = _Ballast()
+ballast = Ballast()
 
 
 class March:
@@ -61,34 +65,32 @@ class March:
 
     Attributes:
         flags: what the controller has said of the last step; RUNNING as long as there is a next one.
-        plain: whether nobody looks at single steps: no graph, no tape, no hook, no norm of the user's, no integrals.
+        plain: whether nobody looks at single steps.
     """
 
     def __init__(self, loop: AdaptiveLoop, y0: Tensor, first_step: float | Tensor | None) -> None:
         self.loop, self.y, self.y1, self.flags = loop, y0, y0, RUNNING
         hooks, quadrature, samples = loop.hooks, loop.quadrature, loop.layout.samples
         self.recording = recording = torch.is_grad_enabled()
-        self.plain = not (recording or hooks.tape or hooks.step or hooks.after_step or loop.norm or quadrature)
+        self.plain = loop.unwatched
         self.dt = loop.controller.dt
         self._lasting = recording or hooks.tape is not None or hooks.after_step  # dt is needed beside the next one's
         self._shift = self._moving() if recording else None
         self._stages = partial(autograd.stages, loop.ops) if recording else loop.ops.stages
         self._every = loop.check_every if self.plain and samples > 1 and loop.grid.jump_t is None else 1
         self._n_steps = 0
-        # Where the backend's many steps begin with the first evaluations too, when these are.
-        begins = self.plain and first_step is None and loop.grid.times.dim() == 1 and samples == 1
         recorded = RecordedOutput if samples == 1 else RecordedBatchOutput
-        self.output = recorded(loop, y0) if recording else Output(loop, y0, begun=not begins)
+        self.output = recorded(loop, y0) if recording else Output(loop, y0)
         start = loop.start()
-        self._begins = start if begins else None
         self._opening: Tensor | None = start  # the time of a first evaluation, if the step before has not made it
-        # The derivatives of the step under way. An old one is let go only when its successor is there: see _Ballast.
-        self.ks = _ballast.take(len(loop.table.rows) + 1, y0)
+        # The derivatives of the step under way. An old one is let go only when its successor is there: see Ballast.
+        self.ks: list[Any] = [None] * (len(loop.table.rows) + 1)
+        if loop.with_ballast:
+            ballast.take(self.ks)
         if quadrature is not None:
             quadrature.start(trial=first_step is None)
-        if not begins:
-            self.ks[0] = loop.dynamics(start, y0)
-            self.flags = loop.measure.start(loop.dynamics, y0, self.ks[0], first_step)
+        self.ks[0] = loop.dynamics(start, y0)
+        self.flags = loop.measure.start(loop.dynamics, y0, self.ks[0], first_step)
         if hooks.tape is not None:
             hooks.tape.keep_first()
         loop.evals_before_steps, loop.n_jumps = loop.dynamics.n_evals, 0
@@ -98,11 +100,7 @@ class March:
         loop, controller = self.loop, self.loop.controller
         if self.plain and self._every == 1:
             assert isinstance(self.output, Output)
-            self.y, self.y1, self.flags = loop.ops.take_steps(
-                loop.layout, loop.table, loop.interpolant, self.y, self.ks, controller, loop.dynamics, loop.rtol,
-                loop.atol, self.output.out, self._begins,
-            )  # fmt: skip
-            self._begins = None
+            self.y, self.y1, self.flags = loop.steps.take(self.y, self.ks, loop.dynamics, self.output.out, None)
             return
         if loop.hooks.step is not None:
             loop.hooks.step(loop.field("t"), self.y, abs(loop.field("dt_whole")))
@@ -121,7 +119,7 @@ class March:
         Samples that became inf or nan in it now stand still, so it is made anew where it has a graph.
         """
         loop, hooks = self.loop, self.loop.hooks
-        accepted = bool(self.flags & _ACCEPTED)
+        accepted = bool(self.flags & ACCEPTED)
         if self.recording and self.flags & _STAYED and accepted:
             self._spare()
         if hooks.tape is not None and accepted:
@@ -136,7 +134,7 @@ class March:
         if hooks.watch_batch is not None:  # which may finish samples, failed ones too
             if accepted:
                 hooks.watch_batch(loop.batch_segment(loop.dense_output, self.y, self.ks, self.dt, self._shift))
-            self.flags = self.flags & ~(RUNNING | _FAILED) | self._standing()
+            self.flags = self.flags & ~(RUNNING | FAILED) | self._standing()
         if accepted and hooks.watch is not None:
             return hooks.watch(loop.segment(loop.dense_output, self.y, self.ks, self.dt, self._shift, self.y1))
         return None
@@ -149,7 +147,7 @@ class March:
             self.output.add(self.y, ks, self.dt, self._shift)
             if quadrature is not None:
                 quadrature.add_output(loop.controller, loop.interpolant)
-        if not flags & _ACCEPTED:
+        if not flags & ACCEPTED:
             if quadrature is not None:
                 quadrature.reject()
             if tape is not None:
@@ -173,9 +171,9 @@ class March:
     def finish(self, y0: Tensor) -> Tensor:
         """All outputs; of a solve that has failed those that are left are its last state."""
         loop, hooks, y, ks, shift = self.loop, self.loop.hooks, self.y, self.ks, self._shift
-        if self.flags & _FAILED:
+        if self.flags & FAILED:
             hooks.fail(loop.error(y, ks[0]))
-        if self.flags & _FAILED or hooks.watch_batch is not None:  # some outputs may not have been reached
+        if self.flags & FAILED or hooks.watch_batch is not None:  # some outputs may not have been reached
             if shift is not None:
                 shift = shift.reshape(()) if loop.layout.samples == 1 else column(shift, y)
             if hooks.tape is not None:
@@ -183,8 +181,8 @@ class March:
             self.output.repeat(unmoved(y, ks[0], shift))
         if loop.quadrature is not None:
             loop.quadrature.finish()
-        if not self.recording:
-            _ballast.put(ks)
+        if loop.with_ballast and not self.recording:
+            ballast.put(ks)
         return self.output.collect(y0)
 
     def _evaluate(self) -> Tensor:
@@ -241,7 +239,7 @@ class March:
         """The flags of how all samples stand."""
         status = self.loop.controller.field("status")
         running, failed = (bool(some.any()) for some in (status == int(Status.RUNNING), status > int(Status.RUNNING)))
-        return RUNNING * running | _FAILED * failed
+        return RUNNING * running | FAILED * failed
 
     def _select(self, moved: Tensor, stayed: Tensor, rows: Tensor) -> Tensor:
         """Rows of `moved` where `rows` is not 0, of `stayed` elsewhere."""
@@ -270,15 +268,17 @@ class March:
     def _pass_jump(self) -> None:
         """Goes to just behind the discontinuity at which the solve, or a sample, has arrived, and evaluates there."""
         loop, controller = self.loop, self.loop.controller
+        if loop.layout.samples == 1:
+            self._opening, self.y = loop.pass_jump(self.y)
+            if loop.quadrature is not None:
+                loop.quadrature.restart()
+            self.ks[0] = loop.dynamics(self._opening, self.y)
+            return
         now, on_jump = controller.field("t"), loop.on_jump()
         if loop.at_jump is not None:
             self.y = loop.at_jump(now, on_jump, self.y)
         if loop.quadrature is not None:
             loop.quadrature.restart()
-        if loop.layout.samples == 1:
-            self._opening = loop.behind[float(now)]
-            self.ks[0] = loop.dynamics(self._opening, self.y)
-            return
         t = now.to(device=self.y.device, dtype=loop.layout.real_dtype)
         behind = neighbour(t.expand(2, -1), controller.field("dt_prev").sign().to(t))[0]
         jumped = on_jump & (controller.field("status") == int(Status.RUNNING))

@@ -26,11 +26,9 @@ def interpolant_of(ops: ModuleType, tableau: Tableau) -> Any:
 class Output:
     """The states at the output times, written in place as steps pass them."""
 
-    def __init__(self, loop: AdaptiveLoop, y0: Tensor, begun: bool = True) -> None:
+    def __init__(self, loop: AdaptiveLoop, y0: Tensor) -> None:
         self.loop = loop
         self.out: Tensor = loop.ops.new_states(y0, len(loop.times.values))
-        if not begun:
-            return
         times = loop.grid.times
         if times.dim() == 2 and bool((times[0] == times[-1]).any()):  # a sample whose outputs are all its start
             self.out[:] = y0

@@ -13,7 +13,7 @@ from ..contract import Layout
 from .controller import Controller
 from .interpolant import Interpolant, interpolate, interpolate_at
 from .norms import mean_square_errors, scaled_error, scaled_step_error
-from .steps import AdamsTable, GridSteps, Table, stages, take_steps
+from .steps import AdamsTable, GridSteps, Steps, Table, stages
 from .sums import copy, new_states, opposites, select_rows, stage_combine, stage_vjp
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "GridSteps",
     "Interpolant",
     "Layout",
+    "Steps",
     "Table",
     "copy",
     "interpolate",
@@ -36,7 +37,6 @@ __all__ = [
     "stage_vjp",
     "stages",
     "supports",
-    "take_steps",
 ]
 
 

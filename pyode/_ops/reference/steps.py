@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..contract import Layout, Phase, RightHandSide
+from ..contract import Flag, Layout, Phase, RightHandSide
 from .controller import Controller
-from .interpolant import Interpolant
+from .interpolant import Interpolant, interpolate
 from .norms import scaled_error
 from .sums import stage_combine
 
@@ -42,33 +42,50 @@ def stages(
     return state
 
 
-def take_steps(
-    layout: Layout,
-    table: Table,
-    interpolant: Interpolant,
-    y: Tensor,
-    ks: list[Tensor],
-    controller: Controller,
-    dynamics: RightHandSide,
-    rtol: float | Tensor,
-    atol: float | Tensor,
-    out: Tensor,
-    t0: Tensor | None = None,
-) -> tuple[Tensor, Tensor, int]:
-    """See native.take_steps; begins or takes one step, and writes no outputs but the first."""
-    if t0 is not None:
-        out[0], ks[0] = y, dynamics(t0, y)
-        n = sum(part.n_segments for part in controller.layouts)
-        controller.error_norm((1.0,), y, y, [y], controller.one, rtol, atol, 0)
-        controller.error_norm((1.0,), y, y, [ks[0]], controller.one, rtol, atol, n)
+@dataclass(frozen=True)
+class Steps:
+    """See native.Steps."""
+
+    layout: Layout
+    table: Table
+    interpolant: Interpolant
+    controller: Controller
+    rtol: float | Tensor
+    atol: float | Tensor
+
+    def take(
+        self, y: Tensor, ks: list[Tensor], dynamics: RightHandSide, out: Tensor, t0: Tensor | None
+    ) -> tuple[Tensor, Tensor, int]:
+        """See native.Steps."""
+        flags, y1 = int(Flag.RUNNING), y
+        if t0 is not None:
+            out[0], ks[0] = y, dynamics(t0, y)
+            flags = self._choose_first(y, ks[0], dynamics)
+        while flags in (Flag.RUNNING, Flag.RUNNING | Flag.ACCEPTED, Flag.RUNNING | Flag.STAYED):
+            if flags & Flag.ACCEPTED:
+                y, ks[0] = y1, ks[-1]
+            y1, flags = self._step(y, ks, dynamics, out)
+        return y, y1, flags
+
+    def _choose_first(self, y: Tensor, k: Tensor, dynamics: RightHandSide) -> int:
+        layout, controller, tolerances = self.layout, self.controller, (self.rtol, self.atol)
+        slopes = sum(part.n_segments for part in controller.layouts)  # where the norms of slopes begin
+        controller.error_norm((1.0,), y, y, [y], controller.one, *tolerances, 0)
+        controller.error_norm((1.0,), y, y, [k], controller.one, *tolerances, slopes)
         controller.run(Phase.TRY_FIRST)
-        k = dynamics(controller.stage_times, stage_combine(layout, (1.0,), y, [ks[0]], controller.dt))
-        controller.error_norm((1.0, -1.0), y, y, [k, ks[0]], controller.dt, rtol, atol, 0)
-        return y, y, controller.run(Phase.CHOOSE_FIRST)
-    dt = controller.dt
-    y1 = stages(layout, table, y, ks, dt, controller.stage_times.unbind(), dynamics)
-    controller.error_norm(table.error_weights, y, y1, ks, dt, rtol, atol)
-    return y, y1, controller.run(Phase.JUDGE)
+        change = dynamics(controller.stage_times, stage_combine(layout, (1.0,), y, [k], controller.dt))
+        controller.error_norm((1.0, -1.0), y, y, [change, k], controller.dt, *tolerances, 0)
+        return controller.run(Phase.CHOOSE_FIRST)
+
+    def _step(self, y: Tensor, ks: list[Tensor], dynamics: RightHandSide, out: Tensor) -> tuple[Tensor, int]:
+        """The state at its end, and the flags."""
+        controller, dt, times = self.controller, self.controller.dt, self.controller.stage_times
+        y1 = stages(self.layout, self.table, y, ks, dt, times.unbind(), dynamics)
+        controller.error_norm(self.table.error_weights, y, y1, ks, dt, self.rtol, self.atol)
+        flags = controller.run(Phase.JUDGE)
+        if flags & Flag.OUTPUT:
+            interpolate(self.layout, self.interpolant, controller, y, ks, out)
+        return y1, flags & ~Flag.OUTPUT
 
 
 @dataclass(frozen=True)
