@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._ops.autograd import plain
+from ._ops.memory import CAN_TELL_OWNERS, is_unshared
 from .errors import DynamicsError, InvalidType, InvalidValue
 from .tree import Tree
 
@@ -206,11 +207,19 @@ class Dynamics:
         self._watch = not (y0.is_inference() or torch.is_inference_mode_enabled())
         self._first: StorageWeakRef | None = None  # the memory of the first evaluation
         self._copies = self._settled = False  # settled: it is known that func does not hold what it returns
-        self.direct: tuple[Any, ...] | None = None
+
+    @property
+    def direct(self) -> tuple[Any, ...] | None:
+        """See RightHandSide."""
+        can_settle = self._settled or CAN_TELL_OWNERS
+        if not (self.form.is_tensor and can_settle) or self._copies or self._may_be_lazy:
+            return None
+        settle = None if self._settled else self._settle
+        return self.func, Tensor, self.dtype, self.shape, self.device, self._watch, settle
 
     def forget(self) -> None:
         """Lets go of func and all that it has returned."""
-        self.func = self._first = self.direct = None  # type: ignore[assignment]
+        self.func = self._first = None  # type: ignore[assignment]
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Returns func(t, y), packed."""
@@ -237,10 +246,16 @@ class Dynamics:
         """Adds evaluations that were made directly."""
         self.n_evals += n
 
+    def _settle(self, k: Tensor) -> bool:
+        """Whether func has let go of the memory of what it returned first; if not, it is copied from now on."""
+        self._settled = is_unshared(k)
+        self._copies = not self._settled
+        return self._settled
+
     def accept(self, k: Any, y: Tensor) -> Tensor:
-        """Checks and packs what func returned directly for y."""
+        """See RightHandSide."""
         self._check_version(y, 0)
-        return self._pack(k)
+        return self.copy(self._pack(k))
 
     def _check_version(self, y: Tensor, version: int) -> None:
         if self._watch and y._version != version:
@@ -264,8 +279,6 @@ class Dynamics:
             self._copies = not self._first.expired()  # type: ignore[no-untyped-call]
             if not self._copies:
                 self._settled = True
-            if self.form.is_tensor and not (self._copies or self._may_be_lazy):
-                self.direct = (self.func, Tensor, self.dtype, self.shape, self.device, self._watch)
         return copy(k) if self._copies else k
 
     def _pack(self, k: Any) -> Tensor:

@@ -21,38 +21,54 @@ class Evaluator {
     Py_XDECREF(count);
   }
 
-  /// Asks again whether func may be called directly: after two evaluations it may.
+  /// Asks again whether func may be called directly.
   void look_for_direct() {
     if (func_) return;
     const py::object direct = attribute(dynamics_, PYODE_NAME(direct));
     if (direct.is_none()) return;
     const auto parts = py::reinterpret_borrow<py::tuple>(direct);
     func_ = parts[0], type_ = parts[1], dtype_ = parts[2], shape_ = parts[3], device_ = parts[4];
-    watch_ = parts[5].cast<bool>();
+    watch_ = parts[5].cast<bool>(), settle_ = parts[6];
   }
 
   py::object operator()(py::handle t, py::handle y) {
     PyObject* arguments[] = {t.ptr(), y.ptr()};
-    if (!func_) return checked(PyObject_Vectorcall(dynamics_.ptr(), arguments, 2, nullptr));
+    // A start of the user's may have been written to; other states are new.
+    if (!func_ || (n_direct_ == 0 && is_written(y)))
+      return checked(PyObject_Vectorcall(dynamics_.ptr(), arguments, 2, nullptr));
     ++n_direct_;
     py::object k = checked(PyObject_Vectorcall(func_.ptr(), arguments, 2, nullptr));
-    if (fits(k, y)) return k;
+    if (fits(k, y) && is_ours(k)) return k;
     return checked(PyObject_CallMethodObjArgs(dynamics_.ptr(), PYODE_NAME(accept), k.ptr(), y.ptr(), nullptr));
   }
 
  private:
+  bool is_written(py::handle y) const { return watch_ && integer(attribute(y, PYODE_NAME(_version))) != 0; }
+
   bool fits(py::handle k, py::handle y) const {
     const auto equal = [](const py::object& a, const py::object& b) {
       return a.is(b) || PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) == 1;
     };
     return reinterpret_cast<PyObject*>(Py_TYPE(k.ptr())) == type_.ptr() && attribute(k, PYODE_NAME(dtype)).is(dtype_) &&
            equal(attribute(k, PYODE_NAME(shape)), shape_) && equal(attribute(k, PYODE_NAME(device)), device_) &&
-           call_method(k, PYODE_NAME(is_contiguous)).ptr() == Py_True &&
-           (!watch_ || integer(attribute(y, PYODE_NAME(_version))) == 0);
+           call_method(k, PYODE_NAME(is_contiguous)).ptr() == Py_True && !is_written(y);
+  }
+
+  /// Whether func has let go of what it returned. Of the first result the memory is looked at, too.
+  bool is_ours(const py::object& k) {
+    if (Py_REFCNT(k.ptr()) != 1) return false;
+    if (!settle_.is_none()) {
+      if (checked(PyObject_CallOneArg(settle_.ptr(), k.ptr())).ptr() != Py_True) {
+        func_ = py::object();
+        return false;
+      }
+      settle_ = py::none();
+    }
+    return true;
   }
 
   py::handle dynamics_;
-  py::object func_, type_, dtype_, shape_, device_;
+  py::object func_, type_, dtype_, shape_, device_, settle_;
   bool watch_ = false;
   Py_ssize_t n_direct_ = 0;
 };

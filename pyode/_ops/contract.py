@@ -25,17 +25,19 @@ class RightHandSide(Protocol):
 
     @property
     def direct(self) -> tuple[Any, ...] | None:
-        """(func, type, dtype, shape, device, watch) if func itself may be called for a stage, and what it returns used.
+        """(func, type, dtype, shape, device, watch, settle) if func itself may be called, and what it returns used.
 
-        That is where it is of that type, dtype, shape and device, and contiguous; where not, `accept` has to look at
-        it. `watch` says whether the version of func's input is to stay 0. The evaluations are to be counted.
+        That is where it is of that type, dtype, shape and device, contiguous, and nobody else holds it; where not,
+        `accept` has to look at it. `watch` says whether the version of func's input is to stay 0. `settle`, or None
+        where that is settled, takes what is returned first, and says whether func has let go of its memory; if not,
+        func is not to be called directly any more. The evaluations are to be counted.
         """
 
     def count(self, n: int) -> None:
         """Adds evaluations that were made directly."""
 
     def accept(self, k: Any, y: Tensor) -> Tensor:
-        """Checks and packs what func returned directly for y."""
+        """Checks and packs what func returned directly for y, in memory that it does not hold."""
 
     def __call__(self, t: Tensor, y: Tensor, /) -> Tensor:
         """Returns dy/dt, contiguous, of y's shape, dtype and device."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _C
 from . import contract
 from .contract import N_FIELDS, Flag, Grid, Phase, Policy, RightHandSide, largest
-from .memory import as_view, pattern, unit_steps, with_views
+from .memory import as_view, pattern, storage_uses, unit_steps, with_views
 from .readings import Readings
 
 
@@ -86,7 +86,7 @@ class Layout(contract.Layout):
         offsets = [width * offset for offset in segments]
         cuda = on_gpu(device)
         lasting = cuda or torch.is_grad_enabled() or torch.is_inference_mode_enabled()
-        self.storage_uses = None if lasting else _storage_uses
+        self.storage_uses = None if lasting else storage_uses
         self.handle = _C.Layout(
             _SCALARS[dtype],
             dtype.is_complex,
@@ -132,10 +132,6 @@ class Table(_C.Table):
     ) -> None:
         super().__init__(rows, weights, error_weights)
         self.rows, self.weights, self.error_weights = rows, weights, error_weights
-
-
-# How many hold on to a tensor's memory; None where torch doesn't tell: then none is given out again.
-_storage_uses = getattr(torch._C, "_storage_Use_Count", None) if hasattr(Tensor, "_use_count") else None
 
 
 def stage_combine(
