@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial, reduce
 from itertools import accumulate
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -184,6 +185,14 @@ class Form:
         return tolerance if several and not self.is_tensor else None
 
 
+def _owners_of_new() -> int:
+    k = object()
+    return getrefcount(k)
+
+
+_OURS = _owners_of_new()  # what getrefcount says of a local variable's value that nobody else holds
+
+
 class Dynamics:
     """The user's func on packed states: what it returns is checked, counted, and made contiguous.
 
@@ -238,7 +247,7 @@ class Dynamics:
             ) or (self._may_be_lazy and (k.is_conj() or k.is_neg())):
                 k = self._pack(k)
         self._check_version(y, version)
-        return k if self._settled else self._own(k)
+        return k if self._settled and getrefcount(k) == _OURS else self._own(k)
 
     trial = __call__  # notes nothing, and the graph is torch's own
 
@@ -262,7 +271,7 @@ class Dynamics:
             raise DynamicsError("func wrote into its input y; it must leave y as it is and return a new tensor")
 
     def _own(self, k: Tensor) -> Tensor:
-        """A copy, if func holds on to what it returns, and may write there again: the first one's, and then as need be.
+        """A copy, if func holds on to what it returns, and may write there again: of the first two, and then as need be.
 
         Of a tensor with a graph that is to be feared only if it has been written to; the graph itself may hold it.
         """
@@ -270,6 +279,8 @@ class Dynamics:
         if (graph and k._version == 0) or torch._C._functorch.is_functorch_wrapped_tensor(k):
             return k
         copy = torch.clone if graph else self.copy
+        if self._settled:  # but somebody holds this one
+            return copy(k)
         if self._first is None:
             storage = k.untyped_storage()
             self._first = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
@@ -277,9 +288,8 @@ class Dynamics:
             return copy(k)
         if not self._copies:
             self._copies = not self._first.expired()  # type: ignore[no-untyped-call]
-            if not self._copies:
-                self._settled = True
-        return copy(k) if self._copies else k
+            self._settled = not self._copies
+        return copy(k)
 
     def _pack(self, k: Any) -> Tensor:
         form = self.form

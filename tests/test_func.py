@@ -136,6 +136,18 @@ def test_buffers_that_func_returns_in_turn_do_not_spoil_what_they_held(method, n
     assert torch.equal(solve(f, method=method), solve(lambda t, y: 0.5 * y, method=method))
 
 
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "rk4", "implicit_adams"])
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_a_buffer_that_func_returns_from_some_evaluation_on_does_not_either(method, n):
+    buffer, calls = torch.empty_like(Y0), []
+
+    def f(t, y):
+        calls.append(t)
+        return 0.5 * y if len(calls) <= n else torch.mul(y, 0.5, out=buffer)
+
+    assert torch.equal(solve(f, method=method), solve(lambda t, y: 0.5 * y, method=method))
+
+
 @METHODS
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
