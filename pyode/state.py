@@ -271,7 +271,7 @@ class Dynamics:
             raise DynamicsError("func wrote into its input y; it must leave y as it is and return a new tensor")
 
     def _own(self, k: Tensor) -> Tensor:
-        """A copy, if func holds on to what it returns, and may write there again: of the first two, and then as need be.
+        """A copy, if func holds on to what it returns, and may write there again: of the first two, then as need be.
 
         Of a tensor with a graph that is to be feared only if it has been written to; the graph itself may hold it.
         """
