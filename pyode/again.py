@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -132,6 +133,8 @@ class IdleLoops(threading.local):
 
     def put(self, kind: Any, loop: Any) -> None:
         """Keeps a loop whose solve has succeeded, and nothing of what it solved."""
+        if torch.is_grad_enabled():  # the solve's own are needed again where it is differentiated
+            loop.dynamics = copy(loop.dynamics)
         loop.dynamics.forget()
         self._loops[kind] = loop
         if len(self._loops) > self.MOST:
