@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._ops.autograd import plain
-from ._ops.memory import CAN_TELL_OWNERS, is_unshared
+from ._ops.memory import is_unshared
 from .errors import DynamicsError, InvalidType, InvalidValue
 from .tree import Tree
 
@@ -214,21 +213,19 @@ class Dynamics:
         """Makes it another func's, for another start of the same shape, dtype and device."""
         self.func, self.n_evals = func, 0
         self._watch = not (y0.is_inference() or torch.is_inference_mode_enabled())
-        self._first: StorageWeakRef | None = None  # the memory of the first evaluation
-        self._copies = self._settled = False  # settled: it is known that func does not hold what it returns
+        self._copies = self._settled = False  # whether func holds what it returned first, or does not
 
     @property
     def direct(self) -> tuple[Any, ...] | None:
         """See RightHandSide."""
-        can_settle = self._settled or CAN_TELL_OWNERS
-        if not (self.form.is_tensor and can_settle) or self._copies or self._may_be_lazy:
+        if not self.form.is_tensor or self._copies or self._may_be_lazy:
             return None
         settle = None if self._settled else self._settle
         return self.func, Tensor, self.dtype, self.shape, self.device, self._watch, settle
 
     def forget(self) -> None:
         """Lets go of func and all that it has returned."""
-        self.func = self._first = None  # type: ignore[assignment]
+        self.func = None  # type: ignore[assignment]
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Returns func(t, y), packed."""
@@ -271,25 +268,15 @@ class Dynamics:
             raise DynamicsError("func wrote into its input y; it must leave y as it is and return a new tensor")
 
     def _own(self, k: Tensor) -> Tensor:
-        """A copy, if func holds on to what it returns, and may write there again: of the first two, then as need be.
+        """A copy, if func holds on to what it returns, and may write there again: of the first, then as need be.
 
         Of a tensor with a graph that is to be feared only if it has been written to; the graph itself may hold it.
         """
-        graph = k.requires_grad
-        if (graph and k._version == 0) or torch._C._functorch.is_functorch_wrapped_tensor(k):
+        if (k.requires_grad and k._version == 0) or torch._C._functorch.is_functorch_wrapped_tensor(k):
             return k
-        copy = torch.clone if graph else self.copy
-        if self._settled:  # but somebody holds this one
-            return copy(k)
-        if self._first is None:
-            storage = k.untyped_storage()
-            self._first = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            self._copies = not storage.resizable()  # the memory is not torch's, as NumPy's
-            return copy(k)
-        if not self._copies:
-            self._copies = not self._first.expired()  # type: ignore[no-untyped-call]
-            self._settled = not self._copies
-        return copy(k)
+        if not (self._settled or self._copies):
+            self._settle(k)
+        return k.clone() if k.requires_grad else self.copy(k)
 
     def _pack(self, k: Any) -> Tensor:
         form = self.form

@@ -80,9 +80,6 @@ class Supply {
     return items_[last_ = items_.size() - 1];
   }
 
-  /// One that is not given out again.
-  py::object make(py::handle like) const { return checked(PyObject_CallOneArg(make_.ptr(), like.ptr())); }
-
   /// The one taken last.
   const Item& last() const { return items_[last_]; }
 
@@ -91,7 +88,7 @@ class Supply {
 
   Item made(py::handle like) const {
     Item item;
-    py::object found = make(like);
+    py::object found = checked(PyObject_CallOneArg(make_.ptr(), like.ptr()));
     item.tensors = PyTuple_Check(found.ptr()) ? py::reinterpret_borrow<py::tuple>(found) : py::make_tuple(found);
     found = py::object();
     item.data = address(item.whole());

@@ -13,7 +13,16 @@ namespace pyode {
 inline namespace PYODE_LEVEL {
 namespace math {
 
-/// x = n log(2) + r with |r| <= log(2) / 2 (Cody and Waite 1980: log(2) as a sum of two numbers).
+/// log(2) as a sum of two numbers, and one over it.
+template <class T>
+struct Log2 {
+  static constexpr bool single = sizeof(T) == 4;
+  static constexpr T inverse = single ? T(0x1.715476p+0) : T(0x1.71547652b82fep+0);
+  static constexpr T high = single ? T(0x1.62e43p-1) : T(0x1.62e42fefa39efp-1);
+  static constexpr T low = single ? T(-0x1.05c610p-29) : T(0x1.abc9e3b39803fp-56);
+};
+
+/// x = n log(2) + r with |r| <= log(2) / 2 (Cody and Waite 1980).
 template <class R>
 struct ByLog2 {
   R r;
@@ -21,14 +30,11 @@ struct ByLog2 {
 };
 template <class R>
 PYODE_HD ByLog2<R> reduce_by_log2(R x) {
-  using T = number_t<R>;
-  constexpr T log2e = is_single<R> ? T(0x1.715476p+0) : T(0x1.71547652b82fep+0);
-  constexpr T high = is_single<R> ? T(0x1.62e43p-1) : T(0x1.62e42fefa39efp-1);
-  constexpr T low = is_single<R> ? T(-0x1.05c610p-29) : T(0x1.abc9e3b39803fp-56);
+  using Two = Log2<number_t<R>>;
   const R round = broadcast<R>(Format<R>::round);
-  const R shifted = fused_multiply_add(x, broadcast<R>(log2e), round), n = shifted - round;
-  const R rest = fused_multiply_add(n, broadcast<R>(-high), x);
-  return {fused_multiply_add(n, broadcast<R>(-low), rest),
+  const R shifted = fused_multiply_add(x, broadcast<R>(Two::inverse), round), n = shifted - round;
+  const R rest = fused_multiply_add(n, broadcast<R>(-Two::high), x);
+  return {fused_multiply_add(n, broadcast<R>(-Two::low), rest),
           bit_cast<integer_t<R>>(shifted) - bit_cast<integer_t<R>>(round)};
 }
 
@@ -94,15 +100,13 @@ PYODE_HD R tanh(R x) {
 
   // 1 - 2 / (exp(2 |x|) + 1), which loses no digit where tanh(x) > 1/2 (from x = 0.5494 on), and hides there most of
   // what exp lacks: |x| = n log(2) / 2 + r needs one subtraction only.
-  constexpr T log2e = is_single<R> ? T(0x1.715476p+0) : T(0x1.71547652b82fep+0);
-  constexpr T log2 = is_single<R> ? T(0x1.62e43p-1) : T(0x1.62e42fefa39efp-1);
   constexpr T most = is_single<R> ? 10 : 20;
   const R round = broadcast<R>(Format<R>::round + Format<R>::bias);  // the low bits then are 2^n's exponent
   const integer_t<R> bits = bit_cast<integer_t<R>>(size), top = bit_cast<integer_t<R>>(broadcast<R>(most));
   const R bounded = bit_cast<R>(bits < top ? bits : top);  // nan is as large as can be
-  const R shifted = fused_multiply_add(bounded, broadcast<R>(2 * log2e), round);
+  const R shifted = fused_multiply_add(bounded, broadcast<R>(2 * Log2<T>::inverse), round);
   const R scale = bit_cast<R>(shift_left<R>(bit_cast<integer_t<R>>(shifted), Format<R>::digits));
-  const R r = fused_multiply_add(shifted - round, broadcast<R>(-log2 / 2), bounded);
+  const R r = fused_multiply_add(shifted - round, broadcast<R>(-Log2<T>::high / 2), bounded);
   R power;  // exp(2 r); float 2^-29, double 2^-55
   if constexpr (is_single<R>)
     power = polynomial(r, 1.0f, 2.0f, 1.9999996f, 1.3333136f, 6.6669166e-1f, 2.6799446e-1f, 8.855549e-2f);
@@ -150,9 +154,7 @@ PYODE_HD R log_unless_finite(R x, R y) {
 /// n log(2) + log(1 + f) for -1/3 <= f < 1/3; float 2^-27, double 2^-59.
 template <class R>
 PYODE_HD R log_reduced(R f, R n) {
-  using T = number_t<R>;
-  constexpr T high = is_single<R> ? T(0x1.62e43p-1) : T(0x1.62e42fefa39efp-1);
-  constexpr T low = is_single<R> ? T(-0x1.05c610p-29) : T(0x1.abc9e3b39803fp-56);
+  using Two = Log2<number_t<R>>;
   R tail;  // of log(1 + f) = f + f^2 tail(f)
   if constexpr (is_single<R>)
     tail = polynomial(f, -0.5f, 3.3333215e-1f, -2.4999797e-1f, 2.0010406e-1f, -1.6680487e-1f, 1.400587e-1f,
@@ -163,8 +165,8 @@ PYODE_HD R log_reduced(R f, R n) {
                       0.09090872994795236, -0.08333280813487554, 0.07693259659910984, -0.0714411096306557,
                       0.06650735631422885, -0.06230656887704608, 0.06051190015560758, -0.05747047098348514,
                       0.04177723165394975, -0.03839009663836025, 0.08495742343174371, -0.08334489623194533);
-  const R y = fused_multiply_add(f * f, tail, n * low) + f;
-  return fused_multiply_add(n, broadcast<R>(high), y);
+  const R y = fused_multiply_add(f * f, tail, n * Two::low) + f;
+  return fused_multiply_add(n, broadcast<R>(Two::high), y);
 }
 
 /// The natural logarithm.

@@ -9,20 +9,23 @@ from torch import Tensor
 
 # How many hold on to a storage of a given address; None where torch doesn't tell: then no tensor is given out again.
 storage_uses = getattr(torch._C, "_storage_Use_Count", None) if hasattr(Tensor, "_use_count") else None
-CAN_TELL_OWNERS = storage_uses is not None
 
 
-def _owners(x: Tensor) -> tuple[int, int]:
-    assert storage_uses is not None
+def _owners(x: Tensor) -> tuple[int, int] | None:
+    if storage_uses is None:
+        return None
     return x._use_count(), storage_uses(x.untyped_storage()._cdata)  # type: ignore[attr-defined]
 
 
 def is_unshared(x: Tensor) -> bool:
-    """Whether x is all that uses its memory, which is torch's, and nothing in C++ holds it. Python is not asked."""
-    return _owners(x) == _ALONE and x.untyped_storage().resizable()
+    """Whether x is all that uses its memory, which is torch's, and nothing in C++ holds it. Python is not asked.
+
+    Where torch doesn't tell, it may be shared.
+    """
+    return _ALONE is not None and _owners(x) == _ALONE and x.untyped_storage().resizable()
 
 
-_ALONE = _owners(torch.empty(1)) if CAN_TELL_OWNERS else None
+_ALONE = _owners(torch.empty(1))
 
 
 @lru_cache(maxsize=64)
