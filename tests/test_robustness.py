@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -17,9 +18,11 @@ from torch import Tensor
 
 import pyode
 from pyode import SolveError, Stats
+from pyode._ops import native
+from pyode._ops.openmp import address_of_team
 from pyode.methods import METHODS
 
-N = 70_000  # enough numbers for the pool of threads to take part
+N = 70_000  # enough numbers for several threads to take part, of torch's or of the pool
 
 
 def solve(n: int = N, seed: int = 0, f: Callable | None = None, grad: bool = False) -> Tensor:
@@ -258,8 +261,12 @@ def test_helpers_keep_off_the_processor_of_the_thread_that_waits_for_them():
     y0, t = torch.ones(N), torch.tensor([0.0, 1.0])
     before = set(os.listdir("/proc/self/task"))
     torch.set_num_threads(3)  # other tests have another number, so that the pool is made anew
-    with torch.no_grad():
-        pyode.odeint(lambda t, y: y, y0, t, method="euler")  # without an op of torch, which has threads of its own
+    native._C.join_team(0)
+    try:
+        with torch.no_grad():
+            pyode.odeint(lambda t, y: y, y0, t, method="euler")  # without an op of torch, which has threads of its own
+    finally:
+        native._C.join_team(address_of_team())
     helpers = set(os.listdir("/proc/self/task")) - before
     assert len(helpers) == 2
     for helper in helpers:
@@ -267,3 +274,27 @@ def test_helpers_keep_off_the_processor_of_the_thread_that_waits_for_them():
         assert allowed < mine
         assert len(allowed) == len(mine) - 1
     assert os.sched_getaffinity(0) == mine
+
+
+AMONG_TORCHS_THREADS = """
+import os
+
+import torch
+
+import pyode
+
+torch.set_num_threads(3)
+y0, t = torch.ones(70_000), torch.tensor([0.0, 1.0])
+(y0 + y0).sum()
+before = set(os.listdir("/proc/self/task"))
+with torch.no_grad():
+    y = pyode.odeint(lambda t, y: y, y0, t)
+assert set(os.listdir("/proc/self/task")) == before
+assert (y[1] == y[1, 0]).all() and abs(float(y[1, 0]) - 2.718282) < 1e-5
+"""
+
+
+@pytest.mark.skipif(not address_of_team(), reason="torch has no OpenMP threads that others could use")
+def test_ops_run_on_the_threads_that_torch_has():
+    done = subprocess.run([sys.executable, "-c", AMONG_TORCHS_THREADS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -212,6 +212,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("CUDA") = py::none();
 #endif
   m.def("simd_level", &cpu::simd_level);
+  m.def("join_team", [](uintptr_t team) { cpu::join_team(reinterpret_cast<cpu::Team>(team)); });
   m.def("prefer_large_pages", [](py::handle array, size_t bytes) { cpu::prefer_large_pages(address(array), bytes); });
   py::class_<OwnedLayout>(m, "Layout")
       .def(py::init<int, bool, int64_t, int64_t, const std::vector<int64_t>&, int, bool, uintptr_t, py::object,

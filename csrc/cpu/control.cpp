@@ -94,7 +94,7 @@ void control(const Layout& layout, const Control& op) {
     const int64_t samples = op.state.samples, parts = (samples + kTogether - 1) / kTogether;
     const bool plain = is_plain(op);
     std::atomic<int64_t> flags{0};
-    parallel_for(parts, samples < kWorthSharing / 4 ? 1 : layout.threads, [&](int64_t part) {
+    parallel_for(parts, 4 * samples < worth_sharing() ? 1 : layout.threads, [&](int64_t part) {
       const int64_t begin = part * kTogether, end = begin + kTogether < samples ? begin + kTogether : samples;
       int64_t some = 0;
       if (op.phase == Phase::judge)

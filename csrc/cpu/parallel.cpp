@@ -126,6 +126,7 @@ class Pool {
 struct Shared {
   std::mutex busy;
   Pool* pool = nullptr;
+  Team team = nullptr;
 };
 Shared* shared = new Shared;
 
@@ -134,20 +135,49 @@ Shared* shared = new Shared;
 const int at_fork = pthread_atfork(nullptr, nullptr, [] { shared = new Shared; });
 #endif
 
+/// What a team shares: each takes the next i until none is left.
+struct Job {
+  int64_t n;
+  void (*body)(int64_t, void*);
+  void* context;
+  std::atomic<int64_t> next{0};
+
+  void work() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(i, context);
+  }
+};
+
+/// Calls work() with all threads, or alone where another caller has them.
+template <class Work>
+void with_threads(int64_t n, void (*body)(int64_t, void*), void* context, Work work) {
+  std::unique_lock<std::mutex> mine(shared->busy, std::try_to_lock);
+  if (mine.owns_lock()) return work();
+  for (int64_t i = 0; i < n; ++i) body(i, context);
+}
+
 }  // namespace
 
 void run_parallel(int64_t n, int threads, void (*body)(int64_t, void*), void* context, void (*idle)(void*)) {
-  std::unique_lock<std::mutex> mine(shared->busy, std::try_to_lock);
-  if (!mine.owns_lock()) {
-    for (int64_t i = 0; i < n; ++i) body(i, context);
-    return;
-  }
-  if (shared->pool == nullptr || shared->pool->wanted() != threads - 1) {
-    delete shared->pool;
-    shared->pool = nullptr;
-    shared->pool = new Pool(threads - 1);
-  }
-  shared->pool->run(n, body, context, idle);
+  with_threads(n, body, context, [&] {
+    if (shared->pool == nullptr || shared->pool->wanted() != threads - 1) {
+      delete shared->pool;
+      shared->pool = nullptr;
+      shared->pool = new Pool(threads - 1);
+    }
+    shared->pool->run(n, body, context, idle);
+  });
+}
+
+void join_team(Team team) { shared->team = team; }
+
+int64_t worth_sharing() { return shared->team != nullptr ? 1 << 14 : 1 << 16; }
+
+void share(int64_t n, int threads, void (*body)(int64_t, void*), void* context) {
+  if (shared->team == nullptr) return run_parallel(n, threads, body, context);
+  with_threads(n, body, context, [&] {
+    Job job{n, body, context};
+    shared->team([](void* theirs) { static_cast<Job*>(theirs)->work(); }, &job, static_cast<unsigned>(threads), 0);
+  });
 }
 
 }  // namespace pyode::cpu

@@ -23,10 +23,9 @@
 namespace pyode {
 inline namespace PYODE_LEVEL {
 
-constexpr int64_t kChunk = 16384;           // numbers a thread takes at a time
-constexpr int64_t kWorthSharing = 1 << 16;  // numbers; below, waking another thread costs more than it saves
-constexpr int64_t kSmallRow = 129;          // below so many numbers a sample, a loop runs over many samples
-constexpr int64_t kBlock = 512;             // numbers in such a loop
+constexpr int64_t kChunk = 8192;    // numbers a thread takes at a time
+constexpr int64_t kSmallRow = 129;  // below so many numbers a sample, a loop runs over many samples
+constexpr int64_t kBlock = 512;     // numbers in such a loop
 
 // As many doubles as a register holds, or one.
 #if defined(PYODE_VECTORS)
@@ -36,7 +35,7 @@ using Side = double;
 #endif
 
 inline int threads_for(const Layout& layout) {
-  return layout.samples * layout.size < kWorthSharing ? 1 : layout.threads;
+  return layout.samples * layout.size < cpu::worth_sharing() ? 1 : layout.threads;
 }
 
 /// What is summed: pointers to the first number of each array.

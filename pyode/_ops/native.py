@@ -16,6 +16,7 @@ from .. import _C
 from . import contract
 from .contract import N_FIELDS, Flag, Grid, Phase, Policy, RightHandSide, largest
 from .memory import as_view, pattern, storage_uses, unit_steps, with_views
+from .openmp import address_of_team
 from .readings import Readings
 
 
@@ -36,6 +37,9 @@ _SCALARS = {
     torch.complex128: 1,
 }
 
+
+_TEAM = address_of_team()
+_C.join_team(_TEAM)  # next to torch's ops ours run on the same threads
 
 call_compiled = _C.call_compiled  # csrc/bindings/module.cpp describes it
 
@@ -60,8 +64,9 @@ def transforming() -> bool:
 
 
 def build_info() -> dict[str, str | None]:
-    """The compiler of the module, the SIMD level it runs at on this machine, the CUDA version it was built with."""
-    return {"compiler": _C.COMPILER, "simd": _C.simd_level(), "cuda": _C.CUDA}
+    """The compiler of the module, its SIMD level and threads on this machine, the CUDA version it was built with."""
+    threads = "torch's OpenMP threads" if _TEAM else "a pool of pyode's"
+    return {"compiler": _C.COMPILER, "simd": _C.simd_level(), "threads": threads, "cuda": _C.CUDA}
 
 
 def on_gpu(device: torch.device) -> bool:

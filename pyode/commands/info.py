@@ -26,7 +26,7 @@ def describe() -> dict[str, str]:
         "pyode": __version__,
         "compiler": str(build["compiler"]),
         "SIMD level": f"{build['simd']} (of those compiled, the best that this processor has)",
-        "threads": f"{torch.get_num_threads()} (torch.get_num_threads())",
+        "threads": f"{torch.get_num_threads()} (torch.get_num_threads()), {build['threads']}",
         "CUDA build": str(build["cuda"] or "none; tensors on a GPU are solved for with plain torch operations"),
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
