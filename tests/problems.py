@@ -112,6 +112,11 @@ def undamped_spiral(t: Tensor, y: Tensor) -> Tensor:
     return y**3 @ torch.tensor([[0.0, 2.0], [-2.0, 0.0]]).to(y)
 
 
+def line(t: Tensor, y: Tensor) -> Tensor:
+    """y' = 1."""
+    return torch.ones_like(y)
+
+
 def kepler(t: Tensor, y: Tensor) -> Tensor:
     """Two bodies, positions and velocities; period 2 pi with `kepler_start`."""
     radius = torch.linalg.vector_norm(y[:2])

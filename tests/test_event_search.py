@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torchdiffeq
-from problems import leaf, tensor
+from problems import leaf, line, tensor
 from torch import nn
 
 import pyode
@@ -26,11 +26,6 @@ class AsModule(nn.Module):
 
     def forward(self, t, y):
         return self.net(y)
-
-
-def line(t, y):
-    """y' = 1."""
-    return torch.ones_like(y)
 
 
 @INTERFACES
