@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import hypothesis
@@ -29,6 +30,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: no collection of garbage looks at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(params=[ON_CPU, ON_CUDA] if torch.cuda.is_available() else [ON_CPU])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device of this machine."""
@@ -52,12 +59,16 @@ def _clean_state():
 
 @pytest.fixture(scope="session", autouse=True)
 def _quickly_compiled(tmp_path_factory: pytest.TempPathFactory):
-    """Compiled dynamics are optimised little, and kept in a folder of this session's."""
+    """Compiled dynamics are hardly optimised, and kept in a folder of this session's, one for all its processes."""
     from pyode.compiled import build
 
+    quickly = tuple("-Og" if flag == "-O2" else flag for flag in build.FLAGS if flag != "-fpeel-loops")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "FLAGS", tuple("-O1" if flag == "-O2" else flag for flag in build.FLAGS))
-        patch.setenv("PYODE_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setattr(build, "FLAGS", quickly)
+        patch.setenv("PYODE_CACHE_DIR", str(folder / "compiled"))
         yield
 
 

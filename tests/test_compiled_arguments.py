@@ -76,14 +76,14 @@ class TestArgs:
             for weight in (net.weight.detach() * 2, net.weight.detach()):
                 net.weight = nn.Parameter(weight)
                 with torch.no_grad():
-                    ours, theirs = (pyode.odeint(g, Y0, T, args=(x, net)) for g in (f, f.func))
+                    ours, theirs = (pyode.odeint(g, Y0, T, args=(x, net), method="euler") for g in (f, f.func))
                 torch.testing.assert_close(ours, theirs)
 
     def test_what_is_kept_for_args_is_bounded(self, monkeypatch):
         monkeypatch.setattr(dynamics, "MOST_KINDS_OF_ARGS", 2)
         f = strict(lambda t, y, x: -x * y)
         for x in (0.1, 0.2, 0.3, 0.1):
-            torch.testing.assert_close(pyode.odeint(f, Y0, T, args=(x,)), pyode.odeint(f.func, Y0, T, args=(x,)))
+            torch.testing.assert_close(*(pyode.odeint(g, Y0, T, args=(x,), method="euler") for g in (f, f.func)))
         assert len(f._with_args) == 2
 
 
@@ -119,10 +119,11 @@ class TestCounters:
         f = strict(self.Counted())
         for i in range(4):
             f.func.n, f.func.calls[0] = i, 0
-            pyode.odeint(f, Y0, T)
+            pyode.odeint(f, Y0, T, method="euler")
         assert len(traces) == 1
         f.func.sign = 1
-        torch.testing.assert_close(pyode.odeint(f, Y0, T), pyode.odeint(self.Counted(), Y0, -T))
+        ours, theirs = (pyode.odeint(g, Y0, t, method="euler") for g, t in ((f, T), (self.Counted(), -T)))
+        torch.testing.assert_close(ours, theirs)
         assert len(traces) == 2
 
     def test_nor_do_variables_of_a_closure(self, traces):
@@ -136,16 +137,16 @@ class TestCounters:
         compiled = strict(f)
         for _ in range(3):
             n = 0
-            pyode.odeint(compiled, Y0, T)
+            pyode.odeint(compiled, Y0, T, method="euler")
         assert len(traces) == 1
 
 
 def test_copies_and_pickles_trace_anew():
     net = strict(_Module())
-    first = pyode.odeint(net, Y0, T)
+    first = pyode.odeint(net, Y0, T, method="euler")
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert isinstance(other, CompiledDynamics)
-        assert torch.equal(pyode.odeint(other, Y0, T), first)
+        assert torch.equal(pyode.odeint(other, Y0, T, method="euler"), first)
 
 
 class _Module(nn.Module):

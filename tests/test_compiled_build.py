@@ -211,27 +211,21 @@ class TestBuild:
         assert all(torch.equal(result, results[0]) for result in results)
         assert len(list(tmp_path.glob("*.so"))) == 1
 
-    def test_the_next_process_finds_it(self, tmp_path):
+    def test_two_processes_compile_the_same_at_once_and_the_next_finds_it(self, tmp_path):
         code = (
             "import torch, pyode; from pyode.compiled import build\n"
-            "f = pyode.compile(lambda t, y: -1.25 * y, strict=True)\n"
-            "n = []; make = build._compile; build._compile = lambda *a: n.append(1) or make(*a)\n"
-            "pyode.odeint(f, torch.ones(2, 1), torch.tensor([0., 1.]), method='euler'); print(len(n))"
-        )
-        assert [run(code, tmp_path) for _ in range(2)] == ["1", "0"]
-
-    def test_two_processes_compile_the_same_at_once(self, tmp_path):
-        code = (
-            "import torch, pyode\n"
             "f = pyode.compile(lambda t, y: -1.75 * y, strict=True)\n"
+            "n = []; make = build._compile; build._compile = lambda *a: n.append(1) or make(*a)\n"
             "y0, t = torch.ones(2, 1), torch.tensor([0., 1.])\n"
-            "print(pyode.odeint(f, y0, t)[1].tolist())"
+            "print(len(n), pyode.odeint(f, y0, t, method='euler')[1].tolist(), len(n))"
         )
         with ThreadPoolExecutor(2) as pool:
             said = list(pool.map(lambda _: run(code, tmp_path), range(2)))
-        assert said[0] == said[1] != ""
+        assert "0 [[-0.75], [-0.75]] 1" in said  # one may have come so late that it found the other's
         assert len(list(tmp_path.iterdir())) == 3  # source, library and its digest
-        assert run(code, tmp_path) == said[0]
+        said.append(run(code, tmp_path))
+        assert said[2] == "0 [[-0.75], [-0.75]] 0"
+        assert set(said) <= {said[2], "0 [[-0.75], [-0.75]] 1"}
 
 
 def run(code: str, cache: Path) -> str:

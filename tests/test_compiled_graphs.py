@@ -117,8 +117,8 @@ LINES = st.builds(
 )
 
 
-@given(st.lists(LINES, min_size=6, max_size=24), st.integers(1, 19))
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(LINES, min_size=12, max_size=24), st.integers(1, 19))
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 def test_random_operators(lines, rows):
     """To 1e-11 of the largest: a few dozen operators lose some thousand roundings at the worst."""
     program = Program(lines)

@@ -6,6 +6,7 @@ Many operators are in one compiled func, each in a column of its own.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -223,21 +224,21 @@ def specials(dtype: torch.dtype) -> Tensor:
     return torch.cat([positive, -positive])
 
 
-def columns(of_one: dict, of_two: dict) -> object:
-    """A func that gives the i-th function its own columns: one, or two behind all those."""
-
-    def f(t, y):
-        n = len(of_one)
-        one, two = y[:, :n].unbind(1), y[:, n:].unbind(1)
-        out = [g(x) for g, x in zip(of_one.values(), one)]
-        return torch.stack(out + [g(x, z) for g, x, z in zip(of_two.values(), two[::2], two[1::2])], 1)
-
-    return f
+OF_ONE = UNARY | POSITIVE
 
 
-def inputs_of(of_one: dict, of_two: dict, pairs: Tensor) -> Tensor:
-    """Pairs of numbers [B, 2] in everyone's columns; functions of one number take the first."""
-    return torch.cat([pairs[:, :1].repeat(1, len(of_one)), pairs.repeat(1, len(of_two))], 1)
+def of_numbers(t: Tensor, y: Tensor) -> Tensor:
+    """Each of OF_ONE of a column of its own, then each of BINARY of two behind all those."""
+    n = len(OF_ONE)
+    one, two = y[:, :n].unbind(1), y[:, n:].unbind(1)
+    out = [g(x) for g, x in zip(OF_ONE.values(), one)]
+    return torch.stack(out + [g(x, z) for g, x, z in zip(BINARY.values(), two[::2], two[1::2])], 1)
+
+
+def inputs_of(pairs: Tensor, positive: Tensor) -> Tensor:
+    """Everyone's columns, of pairs of numbers [B, 2], of whose first numbers UNARY are, and of positive ones [B, 1]."""
+    parts = (pairs[:, :1], len(UNARY)), (positive, len(POSITIVE)), (pairs, len(BINARY))
+    return torch.cat([part.repeat(1, n) for part, n in parts], 1)
 
 
 def within_rows(t: Tensor, y: Tensor) -> Tensor:
@@ -245,15 +246,21 @@ def within_rows(t: Tensor, y: Tensor) -> Tensor:
     return torch.cat([function(x) for function, x in zip(ROW.values(), y.unbind(1))], 1)
 
 
-def found(f, y: Tensor, trained: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    """f(0, y) compiled and its gradients for random vectors, then torch's: a step of Euler's method from zeros."""
-    t, expected = torch.tensor([0.0, 1.0], dtype=y.dtype), f(torch.tensor(0.0, dtype=y.dtype), y)
-    start, vector = torch.zeros_like(expected).detach(), torch.randn_like(expected).detach()
+@cache
+def compiled(f):
+    """To a state of two parts, the second of which moves by f of the first; traced once for each dtype."""
 
     def two(t, parts):
         return torch.zeros_like(parts[0]), f(t, parts[0])
 
-    ours = pyode.odeint(pyode.compile(two, strict=True), (y, start), t, method="euler")[1][1]
+    return pyode.compile(two, strict=True)
+
+
+def found(f, y: Tensor, trained: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """f(0, y) compiled and its gradients for random vectors, then torch's: a step of Euler's method from zeros."""
+    t, expected = torch.tensor([0.0, 1.0], dtype=y.dtype), f(torch.tensor(0.0, dtype=y.dtype), y)
+    start, vector = torch.zeros_like(expected).detach(), torch.randn_like(expected).detach()
+    ours = pyode.odeint(compiled(f), (y, start), t, method="euler")[1][1]
     wanted = [y, *trained] if torch.is_grad_enabled() else []
     gradients = [torch.autograd.grad(x, wanted, vector) if wanted else () for x in (ours, expected)]
     return ours.detach(), gradients[0], expected.detach(), gradients[1]
@@ -285,20 +292,23 @@ BENDS = (-1.0, -0.5, 0.0, 0.2, 0.8, 1.0, 2.0, 100.0, -100.0)
 class TestAgainstTorch:
     """To 64 roundings of the value or of 1: a few of what goes in, times the functions' slopes."""
 
-    @pytest.mark.parametrize("sign", ["any", "positive"])
-    def test_functions_of_numbers(self, dtype, sign):
-        of_one, of_two = (UNARY, BINARY) if sign == "any" else (POSITIVE, {})
-        pairs = torch.randn(50, 2, dtype=dtype) if sign == "any" else torch.rand(50, 2, dtype=dtype) * 3 + 1e-3
-        if sign == "any":
-            bends = torch.tensor(BENDS, dtype=dtype)
-            pairs = torch.cat([pairs, torch.cartesian_prod(bends, bends)])
-        y = inputs_of(of_one, of_two, pairs).requires_grad_()
-        ours, our_gradients, torchs, gradients = found(columns(of_one, of_two), y, [])
-        assert_columns_close([*of_one, *of_two], ours, torchs, 64, 1.0)
-        names = [*of_one, *(name for name in of_two for _ in range(2))]
+    def test_functions_of_numbers(self, dtype):
+        bends = torch.tensor(BENDS, dtype=dtype)
+        pairs = torch.cat([torch.randn(50, 2, dtype=dtype), torch.cartesian_prod(bends, bends)])
+        y = inputs_of(pairs, torch.rand(len(pairs), 1, dtype=dtype) * 3 + 1e-3).requires_grad_()
+        ours, our_gradients, torchs, gradients = found(of_numbers, y, [])
+        assert_columns_close([*OF_ONE, *BINARY], ours, torchs, 64, 1.0)
+        names = [*OF_ONE, *(name for name in BINARY for _ in range(2))]
         known = [i for i, name in enumerate(names) if name != "hardsigmoid"]  # torch has 1.0f / 6 in its derivative
         ours, torchs = our_gradients[0][:, known], gradients[0][:, known]
         assert_columns_close([names[i] for i in known], ours, torchs, 64, 1.0)
+
+    def test_special_values_pass_as_in_torch(self, dtype):
+        """To 64 roundings of the value itself, however small."""
+        pairs = torch.cartesian_prod(specials(dtype), specials(dtype))
+        with torch.no_grad():
+            ours, _, expected, _ = found(of_numbers, inputs_of(pairs, pairs[:, :1]), [])
+        assert_columns_close([*OF_ONE, *BINARY], ours, expected, 64)
 
     def test_operators_within_a_row(self, dtype):
         norm, y = NORM[dtype], torch.randn(21, 1, 5, dtype=dtype)
@@ -308,15 +318,3 @@ class TestAgainstTorch:
         assert_columns_close(list(ROW), our_gradients[0], gradients[0], 256, 1.0)
         for a, b in zip(our_gradients[1:], gradients[1:]):  # sums over all rows
             assert_close(a, b, 256, b.abs().max().item())
-
-
-@DTYPES
-@pytest.mark.parametrize("table", ["one", "two"])
-def test_special_values_pass_as_in_torch(dtype, table):
-    """To 64 roundings of the value itself, however small."""
-    x = specials(dtype)
-    of_one, of_two = (UNARY | POSITIVE, {}) if table == "one" else ({}, BINARY)
-    y = inputs_of(of_one, of_two, torch.cartesian_prod(x, x) if of_two else x[:, None])
-    with torch.no_grad():
-        ours, _, expected, _ = found(columns(of_one, of_two), y, [])
-    assert_columns_close([*of_one, *of_two], ours, expected, 64)

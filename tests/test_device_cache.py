@@ -67,7 +67,7 @@ def test_what_is_captured_anew(change):
     assert n_captures() == before + 1
 
 
-def test_the_cache_is_bounded_and_lets_go():
+def test_the_cache_is_bounded_and_lets_go(tmp_path, monkeypatch):
     kept = captures.captured_solves
     func = Field()
     for n in range(1, kept.MOST + 4):
@@ -80,11 +80,12 @@ def test_the_cache_is_bounded_and_lets_go():
     func = Field()
     both(func, normal(2, 3), times())
     assert kept._kept
+    monkeypatch.setenv("PYODE_CACHE_DIR", str(tmp_path))  # compiled dynamics of other tests stay
     pyode.clear_cache()
     assert not kept._kept
 
 
-def test_a_solve_that_may_be_done_again_keeps_nothing_alive():
+def test_a_solve_that_may_be_done_again_keeps_nothing_alive(tmp_path, monkeypatch):
     func, y0, t = Field(), normal(4, 3), times()
     for _ in range(3):
         again = pyode.odeint(func, y0, t, options=ON)
@@ -93,6 +94,7 @@ def test_a_solve_that_may_be_done_again_keeps_nothing_alive():
     state = weakref.ref(y0)
     del y0
     assert state() is None
+    monkeypatch.setenv("PYODE_CACHE_DIR", str(tmp_path))  # compiled dynamics of other tests stay
     pyode.clear_cache()
     gc.collect()
     assert captured() is None

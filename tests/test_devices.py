@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,24 +13,26 @@ import pytest
 from pyode.methods import IMPLICIT, METHODS, TABLEAUS
 
 ROOT = Path(__file__).parents[1]
-CASES = {
-    "odeint": [name for name in METHODS if name != "fixed_adams"],
-    "odeint_adjoint": [name for name in METHODS if name not in ("fixed_adams", "scipy_solver")],
-    "odeint_event": [name for name in METHODS if name not in ("fixed_adams", "scipy_solver")],
-    "odeint_dense": [name for name in METHODS if name not in ("fixed_adams", "scipy_solver")],
-    "options": ["dopri5", "adams"],
-    "checkpoint": [*TABLEAUS, *IMPLICIT],
-    "per_sample": ["dopri5"],
-    **{
-        f"solve_ivp {control} {gradient}{events}": ["dopri5"]
-        for control in ("joint", "per_sample")
-        for gradient in ("direct", "adjoint", "checkpoint")
-        for events in ("", " events")
-    },
-}
-GROUPS = {name.partition(" ")[0]: [] for name in CASES}
-for interface, methods in CASES.items():
-    GROUPS[interface.partition(" ")[0]] += [f"{method} by {interface}" for method in methods]
+SOLVABLE = [name for name in METHODS if name not in ("fixed_adams", "scipy_solver")]
+
+
+def by(interface: str, methods: Iterable[str]) -> list[str]:
+    return [f"{method} by {interface}" for method in methods]
+
+
+SAMPLES = by("per_sample", ["dopri5"])
+for how in product(("joint", "per_sample"), ("direct", "adjoint", "checkpoint"), ("", " events")):
+    SAMPLES += by("solve_ivp {} {}{}".format(*how), ["dopri5"])
+# Each in a process of its own, which takes long enough to begin.
+GROUPS = {
+    "odeint": [
+        *by("odeint", [*SOLVABLE, "scipy_solver"]), *by("options", ["dopri5", "adams"]),
+        *by("checkpoint", [*TABLEAUS, *IMPLICIT]),
+    ],
+    "odeint_adjoint": by("odeint_adjoint", SOLVABLE),
+    "odeint_event, odeint_dense": by("odeint_event", SOLVABLE) + by("odeint_dense", SOLVABLE),
+    "samples": SAMPLES,
+}  # fmt: skip
 
 
 def check(*arguments: str) -> None:
@@ -42,6 +46,5 @@ def test_a_device_without_float64(group):
     check(*GROUPS[group])
 
 
-@pytest.mark.parametrize("group", ["per_sample", "solve_ivp"])
-def test_the_twin_where_times_are_on_the_device_as_on_cuda(group):
-    check("--like-cuda", *GROUPS[group])
+def test_the_twin_where_times_are_on_the_device_as_on_cuda():
+    check("--like-cuda", *SAMPLES)

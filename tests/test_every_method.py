@@ -35,7 +35,7 @@ def solver(method: str, step: float = 0.05, **options) -> dict:
     if method == "scipy_solver":
         return {"method": method, "options": {"solver": "DOP853"}}  # which takes complex states too
     if not METHODS[method].adaptive:
-        options["step_size"] = step
+        options["step_size"] = 2 * step if method in IMPLICIT and METHODS[method].order >= 4 else step
         if method == "explicit_adams":
             options["max_order"] = 5  # of order 11 it is stable for tiny steps only
         # At the default tolerances the iteration of implicit_adams does not converge, nor does float32 reach them.
@@ -64,9 +64,9 @@ def accuracy(method: str) -> float:
 def test_closed_forms_of_every_kind_of_state(kind, method, backward):
     t = torch.linspace(1, 4, 7, dtype=torch.float64)
     t = t.flip(0) if backward else t
-    for problem in PROBLEMS:
+    for problem in PROBLEMS if kind == "float64" else (sine, turning):  # one driven by time, one of several numbers
         exact = problem.at(t)
-        if kind == "complex64" and problem in (turning, exponential):
+        if kind == "complex64" and problem is turning:
             exact = exact * (1 + 0.5j)
         y0 = exact[0] if kind == "a tuple" else exact[0].to(getattr(torch, kind))
         y = pyode.odeint(AsModule(problem.f), (y0, y0) if kind == "a tuple" else y0, t, **solver(method))
