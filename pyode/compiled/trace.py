@@ -252,6 +252,7 @@ def _graph_of(
     table = _first_decompositions() if decompositions is None else decompositions
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # for shapes with a symbol it takes longer than what it saves
     single = rows and shapes[0][0] == 1
     example = torch.empty((_EXAMPLE_ROWS, *shapes[0][1:]) if single else shapes[0], dtype=dtype)
     dynamic = [DimDynamic.DYNAMIC if rows and i == 0 else DimDynamic.STATIC for i in range(example.dim())]
