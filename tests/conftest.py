@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import torch
 
+from pyode.compiled import build
 from pyode.stepping import newton
 
 hypothesis.settings.register_profile("pyode", deadline=None, max_examples=25, derandomize=True, database=None)
@@ -16,6 +17,7 @@ hypothesis.settings.load_profile("pyode")
 
 ON_CPU = pytest.param("cpu", marks=pytest.mark.device)
 ON_CUDA = pytest.param("cuda", marks=[pytest.mark.device, pytest.mark.cuda])
+OPTIMISED = build.FLAGS
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bfloat16, torch.float16)
 
 
@@ -60,9 +62,7 @@ def _clean_state():
 @pytest.fixture(scope="session", autouse=True)
 def _quickly_compiled(tmp_path_factory: pytest.TempPathFactory):
     """Compiled dynamics are hardly optimised, and kept in a folder of this session's, one for all its processes."""
-    from pyode.compiled import build
-
-    quickly = tuple("-Og" if flag == "-O2" else flag for flag in build.FLAGS if flag != "-fpeel-loops")
+    quickly = tuple("-Og" if flag == "-O2" else flag for flag in OPTIMISED if flag != "-fpeel-loops")
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
@@ -70,6 +70,13 @@ def _quickly_compiled(tmp_path_factory: pytest.TempPathFactory):
         patch.setattr(build, "FLAGS", quickly)
         patch.setenv("PYODE_CACHE_DIR", str(folder / "compiled"))
         yield
+
+
+@pytest.fixture
+def _optimised(monkeypatch, tmp_path):
+    """Compiled dynamics are as fast as users have them."""
+    monkeypatch.setattr(build, "FLAGS", OPTIMISED)
+    monkeypatch.setenv("PYODE_CACHE_DIR", str(tmp_path))
 
 
 @pytest.fixture(params=["factors", "gmres"])

@@ -190,6 +190,7 @@ class TestErrors:
                 )
         torch.testing.assert_close(*results, rtol=1e-6, atol=0)
 
+    @pytest.mark.usefixtures("_optimised")
     def test_interrupts_stop_a_long_solve(self, request):
         handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores the signal
         request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))

@@ -200,6 +200,7 @@ class TestFailures:
                 found.append(pyode.odeint(f, y0, T, rtol=1e-5, atol=1e-7, options=options))
         torch.testing.assert_close(*found, rtol=1e-6, atol=0)
 
+    @pytest.mark.usefixtures("_optimised")
     @pytest.mark.parametrize("threads", [1, 2])
     def test_interrupts_stop_a_solve_of_which_one_sample_takes_long(self, threads, request):
         handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores the signal
