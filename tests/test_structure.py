@@ -128,7 +128,7 @@ def test_importing_pyode_is_quick(tmp_path):
     compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     # A collection of torch's many objects takes 100 ms, and falls due wherever their number says so.
     code = "import torch, time, gc; gc.disable(); t = time.process_time(); import pyode; print(time.process_time() - t)"
-    assert min(float(in_a_new_process(code, **compiled)) for _ in range(4)) < 0.05
+    assert any(float(in_a_new_process(code, **compiled)) < 0.05 for _ in range(4))
 
 
 def test_importing_pyode_does_not_start_cuda_or_threads():
