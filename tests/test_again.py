@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pyode
-from pyode.again import idle_loops
+from pyode.again import Idle, idle
 
 T = torch.tensor([0.0, 0.5, 1.0])
 Y0 = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
@@ -19,7 +19,7 @@ Y0 = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
 
 @pytest.fixture(autouse=True)
 def _none_idle():
-    idle_loops.clear()
+    idle.loops.clear()
 
 
 def decay(t, y):
@@ -31,7 +31,7 @@ def growth(t, y):
 
 
 def afresh(f, y0, t, *arguments):
-    idle_loops.clear()
+    idle.loops.clear()
     return pyode.odeint(f, y0, t, *arguments)
 
 
@@ -42,7 +42,7 @@ def afresh(f, y0, t, *arguments):
 def test_a_second_solve_has_the_bits_of_a_first(grad, method):
     with torch.set_grad_enabled(grad):
         first = [afresh(f, y0, T, 1e-5, 1e-7, method) for f, y0 in ((growth, 2 * Y0), (decay, Y0), (growth, Y0))]
-        idle_loops.clear()
+        idle.loops.clear()
         again = [pyode.odeint(f, y0, T, 1e-5, 1e-7, method) for f, y0 in ((growth, 2 * Y0), (decay, Y0), (growth, Y0))]
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
@@ -205,4 +205,4 @@ def test_each_thread_has_its_own():
 def test_few_are_kept():
     for n in range(2, 40):
         pyode.odeint(decay, Y0, torch.linspace(0, 1, n))
-    assert len(idle_loops._loops) == idle_loops.MOST
+    assert len(idle.loops) == Idle.MOST

@@ -16,7 +16,8 @@ class Evaluator {
   Evaluator(const Evaluator&) = delete;
   ~Evaluator() {
     if (n_direct_ == 0) return;
-    PyObject* const count = PyObject_CallMethod(dynamics_.ptr(), "count", "n", n_direct_);
+    const auto n = py::reinterpret_steal<py::object>(PyLong_FromSsize_t(n_direct_));
+    PyObject* const count = PyObject_CallMethodOneArg(dynamics_.ptr(), PYODE_NAME(count), n.ptr());
     if (count == nullptr) PyErr_Clear();
     Py_XDECREF(count);
   }
@@ -243,22 +244,26 @@ class Steps {
   Steps(const Steps&) = delete;
 
   /// Takes steps from y until there is something for Python to do: a discontinuity, some samples moving and others not,
-  /// the end. Returns the start and the end of the last one, and its flags. All outputs that were passed are written to
-  /// their rows of `out`. Where t0 is given, the solve begins: the first output is the start, see `begin`.
-  py::tuple take(py::object y, const py::list& ks, py::handle dynamics, py::handle out, py::handle t0) {
+  /// the end. Returns the start and the end of the last one, its flags, and `out`: all outputs that were passed are
+  /// written to their rows of it. Where t0 is given, the solve begins, see `begin`, and `out` is what makes them: after
+  /// the first evaluation, which has brought what that needs into the cache. The first output is the start.
+  py::tuple take(py::object y, const py::list& ks, py::handle dynamics, py::object out, py::handle t0) {
     Step step(where_, std::move(y), ks);
     Evaluator evaluator(dynamics);
-    void* const outputs = address(out);
+    int64_t flags = kAnyRunning;
     if (!t0.is_none()) {
-      step.copy_start(outputs);
-      const int64_t flags = begin(step, evaluator, t0);
-      if (!(flags & kAnyRunning)) return py::make_tuple(step.start().tensor, step.start().tensor, flags);
+      step.put(0, evaluator(t0, step.start().tensor));
+      out = checked(PyObject_CallNoArgs(out.ptr()));
+      step.copy_start(address(out));
+      flags = begin(step, evaluator);
+      if (!(flags & kAnyRunning)) return py::make_tuple(step.start().tensor, step.start().tensor, flags, out);
     }
+    void* const outputs = address(out);
     for (;;) {
       step.evaluate(table_, table_.rows.size(), controller_.dt(), evaluator,
                     [&](size_t j) { return controller_.planned().view(j); });
       step.measure(table_, controller_, tolerances_);
-      const int64_t flags = run(Phase::judge);
+      flags = run(Phase::judge);
       if (flags & kAnyOutput) step.put_out(controller_, interpolant_, outputs);
       switch (flags & ~kAnyOutput) {
         case kAnyRunning | kAnyAccepted:
@@ -268,7 +273,7 @@ class Steps {
         case kAnyRunning | kAnyStayed:
           break;
         default:
-          return py::make_tuple(step.start().tensor, step.end().tensor, flags & ~kAnyOutput);
+          return py::make_tuple(step.start().tensor, step.end().tensor, flags & ~kAnyOutput, out);
       }
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();
       evaluator.look_for_direct();
@@ -276,11 +281,10 @@ class Steps {
   }
 
  private:
-  /// Evaluates func at the start, chooses the first step, and returns the flags (Hairer, Norsett, Wanner I, II.4).
-  int64_t begin(Step& step, Evaluator& evaluator, py::handle t0) {
+  /// Chooses the first step, with another evaluation, and returns the flags (Hairer, Norsett, Wanner I, II.4).
+  int64_t begin(Step& step, Evaluator& evaluator) {
     const void* const y = step.start().data;
     const double* const one = address<const double>(one_);
-    step.put(0, evaluator(t0, step.start().tensor));
     step.measure_first({{1, y}}, one, controller_, tolerances_, false);
     step.measure_first({{1, step.derivative(0)}}, one, controller_, tolerances_, true);
     controller_.run(Phase::try_first, 0);
