@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ._ops import forced
-from ._ops.autograd import plain
 from ._ops.native import IdleLoops, Kind
 from .callbacks import NAMES as CALLBACKS
 from .compiled.dynamics import CompiledDynamics
@@ -46,8 +45,8 @@ def solve_again(
     loop, kind = idle.loops.take(func, y0, t, rtol, atol, method, options, args)
     if loop is None or kind is None:
         return None, kind
-    loop.dynamics.set(func, y0)
-    ys = loop.solve(plain(y0))
+    loop.dynamics.set(func)
+    ys = loop.solve(y0)
     _put(kind, loop)
     return ys, kind
 

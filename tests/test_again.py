@@ -57,6 +57,17 @@ def test_a_solve_that_differs_is_one_of_its_own(change):
     assert torch.equal(pyode.odeint(decay, **arguments | change), afresh(decay, *(arguments | change).values()))
 
 
+@pytest.mark.parametrize("change", [
+    {"t": torch.stack([T, 2 * T], 1)[:, 0]}, {"t": torch.view_as_complex(torch.stack([T, -T], 1)).conj().imag},
+    {"y0": Y0.mT.contiguous().mT}, {"y0": torch.view_as_complex(torch.stack([Y0, -Y0], -1)).conj().imag},
+], ids=["strided times", "negated times", "transposed start", "negated start"])  # fmt: skip
+def test_views_are_what_they_show(change):
+    arguments = {"y0": Y0, "t": T, "rtol": 1e-6, "atol": 1e-8}
+    expected = afresh(decay, *arguments.values())
+    for given in (arguments, arguments | change, arguments):
+        assert torch.equal(pyode.odeint(decay, **given), expected)
+
+
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_times_that_are_changed_in_place_are_seen(method):
     t = T.double().clone()

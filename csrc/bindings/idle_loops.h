@@ -115,10 +115,13 @@ class IdleLoops {
     return true;
   }
 
-  /// Whether the times can be read as they lie in memory, and no gradient to them is wanted.
+  /// Whether state and times are used as they lie in memory, and no gradient to the times is wanted.
   static bool lie_on_cpu(py::handle y0, py::handle t, bool grad) {
-    return is_true(attribute(y0, PYODE_NAME(is_cpu))) && is_true(attribute(t, PYODE_NAME(is_cpu))) &&
-           is_true(call_method(t, PYODE_NAME(is_contiguous))) && !is_true(call_method(t, PYODE_NAME(is_neg))) &&
+    for (const py::handle x : {y0, t})
+      if (!is_true(attribute(x, PYODE_NAME(is_cpu))) || !is_true(call_method(x, PYODE_NAME(is_contiguous))) ||
+          is_true(call_method(x, PYODE_NAME(is_neg))) || is_true(call_method(x, PYODE_NAME(is_conj))))
+        return false;
+    return !is_true(call_method(y0, PYODE_NAME(is_inference))) &&
            !(grad && is_true(attribute(t, PYODE_NAME(requires_grad))));
   }
 

@@ -250,6 +250,7 @@ PYBIND11_MODULE(_C, m) {
            py::keep_alive<1, 2>())
       .def_readonly("under_way", &GridTimes::under_way);
   py::class_<AdamsTable>(m, "AdamsTable").def(py::init<const py::tuple&, const py::tuple&, int64_t>());
+  py::class_<Unshared>(m, "Unshared").def(py::init<py::object, py::handle>()).def("__call__", &Unshared::operator());
   py::class_<Kind, std::shared_ptr<Kind>>(m, "Kind");
   py::class_<IdleLoops>(m, "IdleLoops")
       .def(py::init([](py::object tensor_type, py::object compiled_type, py::tuple callbacks, py::object backend,
