@@ -184,6 +184,9 @@ class Form:
         return tolerance if several and not self.is_tensor else None
 
 
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # from torch 2.10 on
+
+
 def _owners_of_new() -> int:
     k = object()
     return getrefcount(k)
@@ -221,7 +224,7 @@ class Dynamics:
         if not self.form.is_tensor or self._copies or self._may_be_lazy:
             return None
         settle = None if self._settled else self._settle
-        return self.func, Tensor, self.dtype, self.shape, self.device, self._watch, settle
+        return self.func, Tensor, self.dtype, self.shape, self.device, _EXCHANGE, self._watch, settle
 
     def forget(self) -> None:
         """Lets go of func and all that it has returned."""

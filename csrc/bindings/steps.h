@@ -1,84 +1,13 @@
-// The loops over a step's stages, and over the steps after which Python has nothing to decide. They call func.
+// The loops over a step's stages, and over the steps after which Python has nothing to decide.
 #pragma once
 
 #include <initializer_list>
 
 #include "controller.h"
+#include "evaluator.h"
 
 namespace pyode {
 namespace bindings {
-
-/// What is called for a derivative: func itself, if what it returns can be used without a look from Python, or
-/// `dynamics`, a RightHandSide (pyode/_ops/contract.py). Evaluations made directly are counted at the end.
-class Evaluator {
- public:
-  explicit Evaluator(py::handle dynamics) : dynamics_(dynamics) { look_for_direct(); }
-  Evaluator(const Evaluator&) = delete;
-  ~Evaluator() {
-    if (n_direct_ == 0) return;
-    const auto n = py::reinterpret_steal<py::object>(PyLong_FromSsize_t(n_direct_));
-    PyObject* const count = PyObject_CallMethodOneArg(dynamics_.ptr(), PYODE_NAME(count), n.ptr());
-    if (count == nullptr) PyErr_Clear();
-    Py_XDECREF(count);
-  }
-
-  /// Asks again whether func may be called directly.
-  void look_for_direct() {
-    if (func_) return;
-    const py::object direct = attribute(dynamics_, PYODE_NAME(direct));
-    if (direct.is_none()) return;
-    const auto parts = py::reinterpret_borrow<py::tuple>(direct);
-    func_ = parts[0], type_ = parts[1], dtype_ = parts[2], shape_ = parts[3], device_ = parts[4];
-    watch_ = parts[5].cast<bool>(), settle_ = parts[6];
-  }
-
-  py::object operator()(py::handle t, py::handle y) {
-    PyObject* arguments[] = {t.ptr(), y.ptr()};
-    // A start of the user's may have been written to; other states are new.
-    if (!func_ || (n_direct_ == 0 && is_written(y)))
-      return checked(PyObject_Vectorcall(dynamics_.ptr(), arguments, 2, nullptr));
-    ++n_direct_;
-    py::object k = checked(PyObject_Vectorcall(func_.ptr(), arguments, 2, nullptr));
-    if (fits(k, y) && is_ours(k)) return k;
-    return checked(PyObject_CallMethodObjArgs(dynamics_.ptr(), PYODE_NAME(accept), k.ptr(), y.ptr(), nullptr));
-  }
-
- private:
-  bool is_written(py::handle y) const { return watch_ && integer(attribute(y, PYODE_NAME(_version))) != 0; }
-
-  bool fits(py::handle k, py::handle y) const {
-    const auto equal = [](const py::object& a, const py::object& b) {
-      return a.is(b) || PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) == 1;
-    };
-    return reinterpret_cast<PyObject*>(Py_TYPE(k.ptr())) == type_.ptr() && attribute(k, PYODE_NAME(dtype)).is(dtype_) &&
-           equal(attribute(k, PYODE_NAME(shape)), shape_) && equal(attribute(k, PYODE_NAME(device)), device_) &&
-           call_method(k, PYODE_NAME(is_contiguous)).ptr() == Py_True && !is_written(y);
-  }
-
-  /// Whether func has let go of what it returned. Of the first result the memory is looked at, too.
-  bool is_ours(const py::object& k) {
-    if (Py_REFCNT(k.ptr()) != 1) return false;
-    if (!settle_.is_none()) {
-      if (checked(PyObject_CallOneArg(settle_.ptr(), k.ptr())).ptr() != Py_True) {
-        func_ = py::object();
-        return false;
-      }
-      settle_ = py::none();
-    }
-    return true;
-  }
-
-  py::handle dynamics_;
-  py::object func_, type_, dtype_, shape_, device_, settle_;
-  bool watch_ = false;
-  Py_ssize_t n_direct_ = 0;
-};
-
-/// A state, and where its numbers are.
-struct State {
-  py::object tensor;
-  void* data = nullptr;
-};
 
 /// The state and the derivatives of a step under way.
 class Step {
@@ -95,10 +24,11 @@ class Step {
   const OwnedLayout& where;
 
   /// Makes k the j-th derivative.
-  void put(size_t j, py::object k) {
+  void put(size_t j, State k) {
     if (j >= ks_.size()) throw py::value_error("a step: there are too few places for derivatives");
-    k_data_[j] = address(k);
-    if (PyList_SetItem(ks_.ptr(), static_cast<Py_ssize_t>(j), k.release().ptr()) != 0) throw py::error_already_set();
+    k_data_[j] = k.data;
+    if (PyList_SetItem(ks_.ptr(), static_cast<Py_ssize_t>(j), k.tensor.release().ptr()) != 0)
+      throw py::error_already_set();
   }
 
   /// Makes the from-th derivative the to-th, too.
@@ -294,8 +224,8 @@ class Steps {
     euler.k[0] = step.derivative(0);
     State trial;
     step.combine(euler, y, controller_.dt(), trial);
-    const py::object k = evaluator(controller_.planned().whole(), trial.tensor);
-    step.measure_first({{1, address(k)}, {-1, step.derivative(0)}}, controller_.dt(), controller_, tolerances_, false);
+    const State k = evaluator(controller_.planned().whole(), trial.tensor);
+    step.measure_first({{1, k.data}, {-1, step.derivative(0)}}, controller_.dt(), controller_, tolerances_, false);
     evaluator.look_for_direct();
     return run(Phase::choose_first);
   }
