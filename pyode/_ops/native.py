@@ -43,8 +43,8 @@ _SCALARS = {
 _TEAM = address_of_team()
 _C.join_team(_TEAM)  # next to torch's ops ours run on the same threads
 
-# Whether a tensor is all that uses its memory, which is torch's, and nothing in C++ holds it. Python is not asked; where
-# torch does not tell, the answer is no.
+# Whether a tensor is all that uses its memory, which is torch's, and nothing in C++ holds it; Python is not asked.
+# False where torch does not tell.
 is_unshared = _C.Unshared(storage_uses, torch.empty(1))
 
 _transform = torch._C._functorch.peek_interpreter_stack
