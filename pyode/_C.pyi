@@ -1,6 +1,7 @@
 """The compiled module (csrc/bindings). An array is an address or an object with a data_ptr() method."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 MAX_STAGES: int
@@ -112,7 +113,7 @@ class Steps:
         one: Any,
         /,
     ) -> None: ...
-    def take(self, y: Any, ks: list[Any], dynamics: Any, out: Any, t0: Any, /) -> tuple[Any, Any, int]: ...
+    def take(self, y: Any, ks: list[Any], dynamics: Any, out: Any, t0: Any, /) -> tuple[Any, Any, int, Any]: ...
 
 class GridTimes:
     def __init__(
@@ -133,6 +134,34 @@ class AdamsTable:
     def __init__(
         self, predictors: tuple[tuple[float, ...], ...], correctors: tuple[tuple[float, ...], ...], max_iters: int, /
     ) -> None: ...
+
+class Unshared:
+    def __init__(self, storage_uses: Callable[[int], int] | None, unshared: Any, /) -> None: ...
+    def __call__(self, x: Any, /) -> bool: ...
+
+class Kind: ...
+
+class IdleLoops:
+    def __init__(
+        self,
+        tensor_type: type,
+        compiled_type: type,
+        callbacks: tuple[str, ...],
+        backend: ContextVar[str],
+        grad_enabled: Callable[[], bool],
+        inference_mode: Callable[[], bool],
+        transform: Callable[[], Any],
+        threads: Callable[[], int],
+        forward_mode: Any,
+        most: int,
+        /,
+    ) -> None: ...
+    def take(
+        self, func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: Any, options: Any, args: Any, /
+    ) -> tuple[Any, Kind | None]: ...
+    def put(self, kind: Kind, loop: Any, /) -> None: ...
+    def clear(self) -> None: ...
+    def __len__(self) -> int: ...
 
 def stage_combine(layout: Layout, weights: tuple[float, ...], y: Any, ks: list[Any], dt: Any, out: Any, /) -> None: ...
 def stages(

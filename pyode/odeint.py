@@ -93,7 +93,7 @@ def odeint(
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, sections II.1 to II.6; the interface is
         torchdiffeq's.
     """
-    kind = None
+    kind: Any = None
     if event_fn is None:
         again, kind = solve_again(func, y0, t, rtol, atol, method, options, args)
         if again is not None:

@@ -66,7 +66,7 @@ class Problem:
     callbacks: dict[str, Callback]
     event: Event | None
     compiled: CompiledDynamics | WithArgs | None = None
-    kind: tuple[Any, ...] | None = None
+    kind: Any = None
 
     def event_time(self, end: float) -> Tensor:
         """The time at which a solve with an event has ended, as t has times."""

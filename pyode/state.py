@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._ops.autograd import plain
-from ._ops.memory import is_unshared
+from ._ops.native import is_unshared
 from .errors import DynamicsError, InvalidType, InvalidValue
 from .tree import Tree
 
@@ -184,6 +184,9 @@ class Form:
         return tolerance if several and not self.is_tensor else None
 
 
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # from torch 2.10 on
+
+
 def _owners_of_new() -> int:
     k = object()
     return getrefcount(k)
@@ -207,12 +210,12 @@ class Dynamics:
         self.shape, self.dtype, self.device = y0.shape, y0.dtype, y0.device
         self._names = form.names("func()")
         self._may_be_lazy = y0.is_complex() or y0.numel() == 1  # a conj() or neg view that is contiguous all the same
-        self.set(func, y0)
-
-    def set(self, func: Func, y0: Tensor) -> None:
-        """Makes it another func's, for another start of the same shape, dtype and device."""
-        self.func, self.n_evals = func, 0
         self._watch = not (y0.is_inference() or torch.is_inference_mode_enabled())
+        self.set(func)
+
+    def set(self, func: Func) -> None:
+        """Makes it another func's, for states of the same shape, dtype and device, and as much of inference mode."""
+        self.func, self.n_evals = func, 0
         self._copies = self._settled = False  # whether func holds what it returned first, or does not
 
     @property
@@ -221,7 +224,7 @@ class Dynamics:
         if not self.form.is_tensor or self._copies or self._may_be_lazy:
             return None
         settle = None if self._settled else self._settle
-        return self.func, Tensor, self.dtype, self.shape, self.device, self._watch, settle
+        return self.func, Tensor, self.dtype, self.shape, self.device, _EXCHANGE, self._watch, settle
 
     def forget(self) -> None:
         """Lets go of func and all that it has returned."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pyode
-from pyode.again import idle_loops
+from pyode.again import Idle, idle
 
 T = torch.tensor([0.0, 0.5, 1.0])
 Y0 = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
@@ -19,7 +19,7 @@ Y0 = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
 
 @pytest.fixture(autouse=True)
 def _none_idle():
-    idle_loops.clear()
+    idle.loops.clear()
 
 
 def decay(t, y):
@@ -31,7 +31,7 @@ def growth(t, y):
 
 
 def afresh(f, y0, t, *arguments):
-    idle_loops.clear()
+    idle.loops.clear()
     return pyode.odeint(f, y0, t, *arguments)
 
 
@@ -42,7 +42,7 @@ def afresh(f, y0, t, *arguments):
 def test_a_second_solve_has_the_bits_of_a_first(grad, method):
     with torch.set_grad_enabled(grad):
         first = [afresh(f, y0, T, 1e-5, 1e-7, method) for f, y0 in ((growth, 2 * Y0), (decay, Y0), (growth, Y0))]
-        idle_loops.clear()
+        idle.loops.clear()
         again = [pyode.odeint(f, y0, T, 1e-5, 1e-7, method) for f, y0 in ((growth, 2 * Y0), (decay, Y0), (growth, Y0))]
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
@@ -55,6 +55,17 @@ def test_a_solve_that_differs_is_one_of_its_own(change):
     arguments = {"y0": Y0, "t": T, "rtol": 1e-6, "atol": 1e-8, "method": "dopri5"}
     pyode.odeint(decay, **arguments)
     assert torch.equal(pyode.odeint(decay, **arguments | change), afresh(decay, *(arguments | change).values()))
+
+
+@pytest.mark.parametrize("change", [
+    {"t": torch.stack([T, 2 * T], 1)[:, 0]}, {"t": torch.view_as_complex(torch.stack([T, -T], 1)).conj().imag},
+    {"y0": Y0.mT.contiguous().mT}, {"y0": torch.view_as_complex(torch.stack([Y0, -Y0], -1)).conj().imag},
+], ids=["strided times", "negated times", "transposed start", "negated start"])  # fmt: skip
+def test_views_are_what_they_show(change):
+    arguments = {"y0": Y0, "t": T, "rtol": 1e-6, "atol": 1e-8}
+    expected = afresh(decay, *arguments.values())
+    for given in (arguments, arguments | change, arguments):
+        assert torch.equal(pyode.odeint(decay, **given), expected)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
@@ -205,4 +216,4 @@ def test_each_thread_has_its_own():
 def test_few_are_kept():
     for n in range(2, 40):
         pyode.odeint(decay, Y0, torch.linspace(0, 1, n))
-    assert len(idle_loops._loops) == idle_loops.MOST
+    assert len(idle.loops) == Idle.MOST

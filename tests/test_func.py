@@ -12,7 +12,7 @@ from problems import growth, kepler, kepler_start, linear, tensor
 from torch import Tensor, nn
 
 import pyode
-from pyode import DynamicsError
+from pyode import DynamicsError, state
 from pyode.methods import TABLEAUS
 
 UNIT = tensor(0.0, 1.0)
@@ -78,6 +78,7 @@ RETURNS = {
     "an expanded number": (lambda t, y: torch.ones((), dtype=y.dtype).expand(y.shape), lambda t, y: torch.ones_like(y)),
     "an expanded row": (lambda t, y: y[:1].expand(y.shape), lambda t, y: y[:1].repeat(2, 1)),
     "integers": (lambda t, y: torch.ones_like(y, dtype=torch.int64), lambda t, y: torch.ones_like(y)),
+    "another shape's transpose": (lambda t, y: (2 * y.T.contiguous()).T, lambda t, y: 2 * y),
     "booleans": (lambda t, y: y > 0, lambda t, y: (y > 0).double()),
     "lower precision": (lambda t, y: y.float(), lambda t, y: y.float().double()),
     "half precision": (lambda t, y: y.bfloat16(), lambda t, y: y.bfloat16().double()),
@@ -88,7 +89,10 @@ RETURNS = {
 
 @METHODS
 @pytest.mark.parametrize("name", RETURNS)
-def test_what_func_may_return(name, method):
+@pytest.mark.parametrize("exchange", [True, False])
+def test_what_func_may_return(exchange, name, method, monkeypatch):
+    # Whether torch tells of a tensor through DLPack's exchange API, as from 2.10 on, or has to be asked each thing.
+    monkeypatch.setattr(state, "_EXCHANGE", getattr(Tensor, "__dlpack_c_exchange_api__", None) if exchange else None)
     f, plain = RETURNS[name]
     with torch.no_grad():
         assert torch.equal(solve(f, method=method), solve(plain, method=method))

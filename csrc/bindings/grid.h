@@ -193,7 +193,7 @@ inline py::tuple take_adams_steps(GridTimes& grid, const AdamsTable& table, py::
     ++n;
     if (n > begin) go_on(step, evaluator, n - 1, address<char>(out), out_bytes);
     const py::tuple times = grid.times_of(n);
-    py::object slope = evaluator(view(times, 0), step.start().tensor);
+    State slope = evaluator(view(times, 0), step.start().tensor);
     m = m < most ? m + 1 : most;
     for (size_t j = m; j > 1; --j) step.repeat(j - 1, j);
     step.put(1, std::move(slope));

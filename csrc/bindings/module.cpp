@@ -7,6 +7,7 @@
 #include "../cpu/pages.h"
 #include "../cpu/parallel.h"
 #include "grid.h"
+#include "idle_loops.h"
 #if defined(PYODE_CUDA)
 #include "../cuda/graph_loop.h"
 #endif
@@ -249,6 +250,21 @@ PYBIND11_MODULE(_C, m) {
            py::keep_alive<1, 2>())
       .def_readonly("under_way", &GridTimes::under_way);
   py::class_<AdamsTable>(m, "AdamsTable").def(py::init<const py::tuple&, const py::tuple&, int64_t>());
+  py::class_<Unshared>(m, "Unshared").def(py::init<py::object, py::handle>()).def("__call__", &Unshared::operator());
+  py::class_<Kind, std::shared_ptr<Kind>>(m, "Kind");
+  py::class_<IdleLoops>(m, "IdleLoops")
+      .def(py::init([](py::object tensor_type, py::object compiled_type, py::tuple callbacks, py::object backend,
+                       py::object grad_enabled, py::object inference_mode, py::object transform, py::object threads,
+                       py::object forward_mode, size_t most) {
+        return new IdleLoops({std::move(tensor_type), std::move(compiled_type), std::move(callbacks),
+                              std::move(backend), std::move(grad_enabled), std::move(inference_mode),
+                              std::move(transform), std::move(threads), std::move(forward_mode)},
+                             most);
+      }))
+      .def("take", &IdleLoops::take)
+      .def("put", &IdleLoops::put)
+      .def("clear", &IdleLoops::clear)
+      .def("__len__", &IdleLoops::size);
   m.def("stage_combine", &stage_combine);
   m.def("stages", &stages);
   m.def("take_grid_steps", &take_grid_steps);

@@ -1,83 +1,13 @@
-// The loops over a step's stages, and over the steps after which Python has nothing to decide. They call func.
+// The loops over a step's stages, and over the steps after which Python has nothing to decide.
 #pragma once
 
 #include <initializer_list>
 
 #include "controller.h"
+#include "evaluator.h"
 
 namespace pyode {
 namespace bindings {
-
-/// What is called for a derivative: func itself, if what it returns can be used without a look from Python, or
-/// `dynamics`, a RightHandSide (pyode/_ops/contract.py). Evaluations made directly are counted at the end.
-class Evaluator {
- public:
-  explicit Evaluator(py::handle dynamics) : dynamics_(dynamics) { look_for_direct(); }
-  Evaluator(const Evaluator&) = delete;
-  ~Evaluator() {
-    if (n_direct_ == 0) return;
-    PyObject* const count = PyObject_CallMethod(dynamics_.ptr(), "count", "n", n_direct_);
-    if (count == nullptr) PyErr_Clear();
-    Py_XDECREF(count);
-  }
-
-  /// Asks again whether func may be called directly.
-  void look_for_direct() {
-    if (func_) return;
-    const py::object direct = attribute(dynamics_, PYODE_NAME(direct));
-    if (direct.is_none()) return;
-    const auto parts = py::reinterpret_borrow<py::tuple>(direct);
-    func_ = parts[0], type_ = parts[1], dtype_ = parts[2], shape_ = parts[3], device_ = parts[4];
-    watch_ = parts[5].cast<bool>(), settle_ = parts[6];
-  }
-
-  py::object operator()(py::handle t, py::handle y) {
-    PyObject* arguments[] = {t.ptr(), y.ptr()};
-    // A start of the user's may have been written to; other states are new.
-    if (!func_ || (n_direct_ == 0 && is_written(y)))
-      return checked(PyObject_Vectorcall(dynamics_.ptr(), arguments, 2, nullptr));
-    ++n_direct_;
-    py::object k = checked(PyObject_Vectorcall(func_.ptr(), arguments, 2, nullptr));
-    if (fits(k, y) && is_ours(k)) return k;
-    return checked(PyObject_CallMethodObjArgs(dynamics_.ptr(), PYODE_NAME(accept), k.ptr(), y.ptr(), nullptr));
-  }
-
- private:
-  bool is_written(py::handle y) const { return watch_ && integer(attribute(y, PYODE_NAME(_version))) != 0; }
-
-  bool fits(py::handle k, py::handle y) const {
-    const auto equal = [](const py::object& a, const py::object& b) {
-      return a.is(b) || PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) == 1;
-    };
-    return reinterpret_cast<PyObject*>(Py_TYPE(k.ptr())) == type_.ptr() && attribute(k, PYODE_NAME(dtype)).is(dtype_) &&
-           equal(attribute(k, PYODE_NAME(shape)), shape_) && equal(attribute(k, PYODE_NAME(device)), device_) &&
-           call_method(k, PYODE_NAME(is_contiguous)).ptr() == Py_True && !is_written(y);
-  }
-
-  /// Whether func has let go of what it returned. Of the first result the memory is looked at, too.
-  bool is_ours(const py::object& k) {
-    if (Py_REFCNT(k.ptr()) != 1) return false;
-    if (!settle_.is_none()) {
-      if (checked(PyObject_CallOneArg(settle_.ptr(), k.ptr())).ptr() != Py_True) {
-        func_ = py::object();
-        return false;
-      }
-      settle_ = py::none();
-    }
-    return true;
-  }
-
-  py::handle dynamics_;
-  py::object func_, type_, dtype_, shape_, device_, settle_;
-  bool watch_ = false;
-  Py_ssize_t n_direct_ = 0;
-};
-
-/// A state, and where its numbers are.
-struct State {
-  py::object tensor;
-  void* data = nullptr;
-};
 
 /// The state and the derivatives of a step under way.
 class Step {
@@ -94,10 +24,11 @@ class Step {
   const OwnedLayout& where;
 
   /// Makes k the j-th derivative.
-  void put(size_t j, py::object k) {
+  void put(size_t j, State k) {
     if (j >= ks_.size()) throw py::value_error("a step: there are too few places for derivatives");
-    k_data_[j] = address(k);
-    if (PyList_SetItem(ks_.ptr(), static_cast<Py_ssize_t>(j), k.release().ptr()) != 0) throw py::error_already_set();
+    k_data_[j] = k.data;
+    if (PyList_SetItem(ks_.ptr(), static_cast<Py_ssize_t>(j), k.tensor.release().ptr()) != 0)
+      throw py::error_already_set();
   }
 
   /// Makes the from-th derivative the to-th, too.
@@ -243,22 +174,26 @@ class Steps {
   Steps(const Steps&) = delete;
 
   /// Takes steps from y until there is something for Python to do: a discontinuity, some samples moving and others not,
-  /// the end. Returns the start and the end of the last one, and its flags. All outputs that were passed are written to
-  /// their rows of `out`. Where t0 is given, the solve begins: the first output is the start, see `begin`.
-  py::tuple take(py::object y, const py::list& ks, py::handle dynamics, py::handle out, py::handle t0) {
+  /// the end. Returns the start and the end of the last one, its flags, and `out`: all outputs that were passed are
+  /// written to their rows of it. Where t0 is given, the solve begins, see `begin`, and `out` is what makes them: after
+  /// the first evaluation, which has brought what that needs into the cache. The first output is the start.
+  py::tuple take(py::object y, const py::list& ks, py::handle dynamics, py::object out, py::handle t0) {
     Step step(where_, std::move(y), ks);
     Evaluator evaluator(dynamics);
-    void* const outputs = address(out);
+    int64_t flags = kAnyRunning;
     if (!t0.is_none()) {
-      step.copy_start(outputs);
-      const int64_t flags = begin(step, evaluator, t0);
-      if (!(flags & kAnyRunning)) return py::make_tuple(step.start().tensor, step.start().tensor, flags);
+      step.put(0, evaluator(t0, step.start().tensor));
+      out = checked(PyObject_CallNoArgs(out.ptr()));
+      step.copy_start(address(out));
+      flags = begin(step, evaluator);
+      if (!(flags & kAnyRunning)) return py::make_tuple(step.start().tensor, step.start().tensor, flags, out);
     }
+    void* const outputs = address(out);
     for (;;) {
       step.evaluate(table_, table_.rows.size(), controller_.dt(), evaluator,
                     [&](size_t j) { return controller_.planned().view(j); });
       step.measure(table_, controller_, tolerances_);
-      const int64_t flags = run(Phase::judge);
+      flags = run(Phase::judge);
       if (flags & kAnyOutput) step.put_out(controller_, interpolant_, outputs);
       switch (flags & ~kAnyOutput) {
         case kAnyRunning | kAnyAccepted:
@@ -268,7 +203,7 @@ class Steps {
         case kAnyRunning | kAnyStayed:
           break;
         default:
-          return py::make_tuple(step.start().tensor, step.end().tensor, flags & ~kAnyOutput);
+          return py::make_tuple(step.start().tensor, step.end().tensor, flags & ~kAnyOutput, out);
       }
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();
       evaluator.look_for_direct();
@@ -276,11 +211,10 @@ class Steps {
   }
 
  private:
-  /// Evaluates func at the start, chooses the first step, and returns the flags (Hairer, Norsett, Wanner I, II.4).
-  int64_t begin(Step& step, Evaluator& evaluator, py::handle t0) {
+  /// Chooses the first step, with another evaluation, and returns the flags (Hairer, Norsett, Wanner I, II.4).
+  int64_t begin(Step& step, Evaluator& evaluator) {
     const void* const y = step.start().data;
     const double* const one = address<const double>(one_);
-    step.put(0, evaluator(t0, step.start().tensor));
     step.measure_first({{1, y}}, one, controller_, tolerances_, false);
     step.measure_first({{1, step.derivative(0)}}, one, controller_, tolerances_, true);
     controller_.run(Phase::try_first, 0);
@@ -290,8 +224,8 @@ class Steps {
     euler.k[0] = step.derivative(0);
     State trial;
     step.combine(euler, y, controller_.dt(), trial);
-    const py::object k = evaluator(controller_.planned().whole(), trial.tensor);
-    step.measure_first({{1, address(k)}, {-1, step.derivative(0)}}, controller_.dt(), controller_, tolerances_, false);
+    const State k = evaluator(controller_.planned().whole(), trial.tensor);
+    step.measure_first({{1, k.data}, {-1, step.derivative(0)}}, controller_.dt(), controller_, tolerances_, false);
     evaluator.look_for_direct();
     return run(Phase::choose_first);
   }

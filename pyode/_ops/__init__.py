@@ -13,17 +13,17 @@ from torch import Tensor
 from . import native, reference
 from .contract import Layout
 
-_forced: ContextVar[str] = ContextVar("pyode_backend", default="auto")
+forced: ContextVar[str] = ContextVar("pyode_backend", default="auto")
 
 
 def backend_for(y: Tensor) -> ModuleType:
     """The module whose ops work on states like y: the compiled one where it can."""
-    return native if _forced.get() != "reference" and native.supports(y) else reference
+    return native if forced.get() != "reference" and native.supports(y) else reference
 
 
 def compiled_here() -> bool:
     """Whether the compiled ops work here on states that they can work on."""
-    return _forced.get() != "reference" and not native.transforming()
+    return forced.get() != "reference" and not native.transforming()
 
 
 def backend_of(layout: Layout) -> ModuleType:
@@ -41,8 +41,8 @@ def backend(name: Literal["auto", "reference"]) -> Iterator[None]:
         from ..errors import InvalidValue
 
         raise InvalidValue(f"backend must be 'auto' or 'reference', not {name!r}")
-    token = _forced.set(name)
+    token = forced.set(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced.reset(token)

@@ -25,12 +25,13 @@ class RightHandSide(Protocol):
 
     @property
     def direct(self) -> tuple[Any, ...] | None:
-        """(func, type, dtype, shape, device, watch, settle) if func itself may be called, and what it returns used.
+        """(func, type, dtype, shape, device, exchange, watch, settle) if func itself may be called, and its k used.
 
-        That is where it is of that type, dtype, shape and device, contiguous, and nobody else holds it; where not,
-        `accept` has to look at it. `watch` says whether the version of func's input is to stay 0. `settle`, or None
-        where that is settled, takes what is returned first, and says whether func has let go of its memory; if not,
-        func is not to be called directly any more. The evaluations are to be counted.
+        That is where k is of that type, dtype, shape and device, contiguous, and nobody else holds it; where not,
+        `accept` has to look at it. `exchange` is the type's __dlpack_c_exchange_api__, or None. `watch` says whether
+        the version of func's input is to stay 0. `settle`, or None where that is settled, takes the first k, and says
+        whether func has let go of its memory; if not, func is not to be called directly any more. The evaluations are
+        to be counted.
         """
 
     def count(self, n: int) -> None:

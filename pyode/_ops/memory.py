@@ -11,23 +11,6 @@ from torch import Tensor
 storage_uses = getattr(torch._C, "_storage_Use_Count", None) if hasattr(Tensor, "_use_count") else None
 
 
-def _owners(x: Tensor) -> tuple[int, int] | None:
-    if storage_uses is None:
-        return None
-    return x._use_count(), storage_uses(x.untyped_storage()._cdata)  # type: ignore[attr-defined]
-
-
-def is_unshared(x: Tensor) -> bool:
-    """Whether x is all that uses its memory, which is torch's, and nothing in C++ holds it. Python is not asked.
-
-    Where torch doesn't tell, it may be shared.
-    """
-    return _ALONE is not None and _owners(x) == _ALONE and x.untyped_storage().resizable()
-
-
-_ALONE = _owners(torch.empty(1))
-
-
 @lru_cache(maxsize=64)
 def unit_steps(samples: int, device: torch.device) -> Tensor:
     """A step size of 1 for each sample; never written."""

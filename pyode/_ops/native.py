@@ -6,11 +6,13 @@ A tensor handed to an op is contiguous, and of the layout's dtype and device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _C
 from . import contract
@@ -41,6 +43,37 @@ _SCALARS = {
 _TEAM = address_of_team()
 _C.join_team(_TEAM)  # next to torch's ops ours run on the same threads
 
+# Whether a tensor is all that uses its memory, which is torch's, and nothing in C++ holds it; Python is not asked.
+# False where torch does not tell.
+is_unshared = _C.Unshared(storage_uses, torch.empty(1))
+
+_transform = torch._C._functorch.peek_interpreter_stack
+
+Kind = _C.Kind
+
+
+class IdleLoops(_C.IdleLoops):
+    """Loops that nobody uses, by the kind of solve that they are for, the least recently used first; for one thread.
+
+    `take` is given what odeint is, and returns a loop for such a solve, which is then no longer here, or None, and the
+    kind, or None if such a solve is to have none: if it has options or further arguments, tolerances that are not
+    numbers, times on a device or with a gradient, callbacks, a func that keeps its last solve itself, or is made within
+    one of torch's transforms. `put` keeps a loop for a kind.
+
+    Args:
+        compiled: the type of funcs that keep their last solve themselves.
+        callbacks: the names of attributes that make a func carry callbacks.
+        backend: is "reference" where these ops are not wanted.
+        most: of loops that are kept.
+    """
+
+    def __init__(self, compiled: type, callbacks: tuple[str, ...], backend: ContextVar[str], most: int) -> None:
+        super().__init__(
+            Tensor, compiled, callbacks, backend,
+            torch.is_grad_enabled, torch.is_inference_mode_enabled, _transform, torch.get_num_threads, forward_ad, most,
+        )  # fmt: skip
+
+
 call_compiled = _C.call_compiled  # csrc/bindings/module.cpp describes it
 
 
@@ -60,7 +93,7 @@ def supports(y: Tensor) -> bool:
 
 def transforming() -> bool:
     """Whether one of torch.func's transforms or forward-mode differentiation is under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return _transform() is not None or forward_ad._current_level >= 0
 
 
 def build_info() -> dict[str, str | None]:
@@ -173,12 +206,13 @@ class Steps(_C.Steps):
 
     `take(y, ks, dynamics, out, t0)` takes steps from y, whose derivative is ks[0], as the controller plans them, until
     there is something to decide. It goes on as long as all samples accept a step, or all reject it, and none is done,
-    has failed, or has come to a discontinuity. Where t0 is given, not None, the solve begins: y is the first output,
-    ks[0] is evaluated there, and the first step is chosen, with a further evaluation.
+    has failed, or has come to a discontinuity. Where t0 is given, not None, the solve begins: ks[0] is evaluated there,
+    and the first step is chosen, with a further evaluation; y is the first output, and `out` a function that makes the
+    place for them all.
 
-    It returns the state at the start of the last step taken, that at its end, and the controller's flags without
-    OUTPUT: the outputs that the steps have passed are written to their rows of `out`. The last step's derivatives are
-    in ks.
+    It returns the state at the start of the last step taken, that at its end, the controller's flags without OUTPUT,
+    and that place: the outputs that the steps have passed are written to their rows of it. The last step's derivatives
+    are in ks.
 
     Args:
         layout, controller, rtol, atol: of the loop.

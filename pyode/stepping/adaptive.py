@@ -7,7 +7,7 @@ for the whole state (B = 1) and one for each sample. What a solve has under way 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -103,12 +103,12 @@ class AdaptiveLoop(Outcome):
         """A joint solve at whose steps nobody looks, from discontinuity to discontinuity."""
         self.n_jumps, y = 0, y0
         t0: Tensor | None = self.start()
-        out: Tensor = self.ops.new_states(y0, len(self.times.values))
+        out: Any = partial(self.ops.new_states, y0, len(self.times.values))  # a tensor when the first step is chosen
         ks: list[Any] = [None] * (len(self.table.rows) + 1)
         if self.with_ballast:
             ballast.take(ks)
         while True:
-            y, y1, flags = self.steps.take(y, ks, self.dynamics, out, t0)
+            y, y1, flags, out = self.steps.take(y, ks, self.dynamics, out, t0)
             if flags & ACCEPTED:
                 y, ks[0] = y1, ks[-1]
             if not flags & RUNNING:
@@ -120,7 +120,7 @@ class AdaptiveLoop(Outcome):
             out = torch.where(column(self.left(), out), y, out)
         if self.with_ballast:
             ballast.put(ks)
-        return out
+        return out  # type: ignore[no-any-return]
 
     @property
     def unwatched(self) -> bool:

@@ -100,7 +100,7 @@ class March:
         loop, controller = self.loop, self.loop.controller
         if self.plain and self._every == 1:
             assert isinstance(self.output, Output)
-            self.y, self.y1, self.flags = loop.steps.take(self.y, self.ks, loop.dynamics, self.output.out, None)
+            self.y, self.y1, self.flags, _ = loop.steps.take(self.y, self.ks, loop.dynamics, self.output.out, None)
             return
         if loop.hooks.step is not None:
             loop.hooks.step(loop.field("t"), self.y, abs(loop.field("dt_whole")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,18 +55,20 @@ class Steps:
     atol: float | Tensor
 
     def take(
-        self, y: Tensor, ks: list[Tensor], dynamics: RightHandSide, out: Tensor, t0: Tensor | None
-    ) -> tuple[Tensor, Tensor, int]:
+        self, y: Tensor, ks: list[Tensor], dynamics: RightHandSide, out: Any, t0: Tensor | None
+    ) -> tuple[Tensor, Tensor, int, Tensor]:
         """See native.Steps."""
         flags, y1 = int(Flag.RUNNING), y
         if t0 is not None:
-            out[0], ks[0] = y, dynamics(t0, y)
+            ks[0] = dynamics(t0, y)
+            out = out()
+            out[0] = y
             flags = self._choose_first(y, ks[0], dynamics)
         while flags in (Flag.RUNNING, Flag.RUNNING | Flag.ACCEPTED, Flag.RUNNING | Flag.STAYED):
             if flags & Flag.ACCEPTED:
                 y, ks[0] = y1, ks[-1]
             y1, flags = self._step(y, ks, dynamics, out)
-        return y, y1, flags
+        return y, y1, flags, out
 
     def _choose_first(self, y: Tensor, k: Tensor, dynamics: RightHandSide) -> int:
         layout, controller, tolerances = self.layout, self.controller, (self.rtol, self.atol)

@@ -1,0 +1,143 @@
+// Solves like one before: what makes them alike, and the loop that the last one has left.
+#pragma once
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "arrays.h"
+
+namespace pyode {
+namespace bindings {
+
+/// What solves must have in common for one's loop to serve the other.
+struct Kind {
+  py::object dtype, shape, time_dtype, time_shape, method;
+  std::string times;  // as they lie in memory
+  double rtol = 0, atol = 0;
+  int64_t threads = 0;
+  bool grad = false;
+
+  bool operator==(const Kind& other) const {
+    return dtype.is(other.dtype) && time_dtype.is(other.time_dtype) && rtol == other.rtol && atol == other.atol &&
+           threads == other.threads && grad == other.grad && times == other.times && equal(shape, other.shape) &&
+           equal(time_shape, other.time_shape) && equal(method, other.method);
+  }
+
+  static bool equal(const py::object& a, const py::object& b) {
+    return a.is(b) || PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) == 1;
+  }
+};
+
+/// Loops of adaptive and of fixed steps that nobody uses, the least recently used first. Each thread has its own; one
+/// at work is not among them, as func may solve, too.
+class IdleLoops {
+ public:
+  /// What of Python is asked; all functions are called without arguments.
+  struct Surroundings {
+    py::object tensor_type, compiled_type;  // of states and times; of funcs that keep their last solve themselves
+    py::tuple callbacks;                    // names of attributes that a func must not have
+    py::object backend;                     // a ContextVar; "reference" if the compiled ops are not wanted
+    py::object grad_enabled, inference_mode, transform, threads;  // the third returns None where there is none
+    py::object forward_mode;  // a module whose _current_level is negative where there is none
+  };
+
+  IdleLoops(Surroundings surroundings, size_t most) : ask_(std::move(surroundings)), most_(most) {}
+  IdleLoops(const IdleLoops&) = delete;
+
+  /// Args: those of odeint. Returns a loop for such a solve, or None, and its kind, or None if there is to be no loop.
+  py::tuple take(py::handle func, py::handle y0, py::handle t, py::handle rtol, py::handle atol, py::handle method,
+                 py::handle options, py::handle args) {
+    const bool plain = has_type(y0) && has_type(t) && PyFloat_CheckExact(rtol.ptr()) &&
+                       PyFloat_CheckExact(atol.ptr()) && (method.is_none() || PyUnicode_CheckExact(method.ptr())) &&
+                       is_empty(options) && PyTuple_CheckExact(args.ptr()) && PyTuple_GET_SIZE(args.ptr()) == 0;
+    if (!plain || !is_func(func)) return nothing();
+    auto kind = std::make_shared<Kind>();
+    kind->grad = is_true(call(ask_.grad_enabled));
+    if (!lie_on_cpu(y0, t, kind->grad) || !called_plainly()) return nothing();
+    kind->dtype = attribute(y0, PYODE_NAME(dtype));
+    kind->shape = attribute(y0, PYODE_NAME(shape));
+    kind->time_dtype = attribute(t, PYODE_NAME(dtype));
+    kind->time_shape = attribute(t, PYODE_NAME(shape));
+    kind->method = py::reinterpret_borrow<py::object>(method);
+    kind->rtol = PyFloat_AS_DOUBLE(rtol.ptr());
+    kind->atol = PyFloat_AS_DOUBLE(atol.ptr());
+    kind->threads = integer(call(ask_.threads));
+    kind->times.assign(address<const char>(t), static_cast<size_t>(integer(attribute(t, PYODE_NAME(nbytes)))));
+    for (size_t i = entries_.size(); i-- > 0;) {
+      if (!(*entries_[i].kind == *kind)) continue;
+      const Entry found = std::move(entries_[i]);
+      entries_.erase(entries_.begin() + static_cast<std::ptrdiff_t>(i));
+      return py::make_tuple(found.loop, found.kind);
+    }
+    return py::make_tuple(py::none(), kind);
+  }
+
+  /// Keeps a loop for the next solve of a kind.
+  void put(std::shared_ptr<Kind> kind, py::object loop) {
+    if (entries_.size() == most_) entries_.erase(entries_.begin());
+    entries_.push_back({std::move(kind), std::move(loop)});
+  }
+
+  void clear() { std::vector<Entry>().swap(entries_); }
+  size_t size() const { return entries_.size(); }
+
+ private:
+  struct Entry {
+    std::shared_ptr<Kind> kind;
+    py::object loop;
+  };
+
+  static py::tuple nothing() { return py::make_tuple(py::none(), py::none()); }
+  static bool is_true(const py::object& found) { return found.ptr() == Py_True; }
+  static py::object call(const py::object& function) { return checked(PyObject_CallNoArgs(function.ptr())); }
+  static bool is_empty(py::handle options) {
+    return options.is_none() || (PyDict_CheckExact(options.ptr()) && PyDict_GET_SIZE(options.ptr()) == 0);
+  }
+
+  bool has_type(py::handle x) const { return reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())) == ask_.tensor_type.ptr(); }
+
+  /// Whether it is one that is not compiled and that carries no callbacks. A module's search for an attribute that it
+  /// lacks takes long, so it isn't asked: only what it and its class have.
+  bool is_func(py::handle func) const {
+    PyTypeObject* const type = Py_TYPE(func.ptr());
+    if (!PyCallable_Check(func.ptr()) ||
+        PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(ask_.compiled_type.ptr())))
+      return false;
+    PyObject* const own = PyObject_GenericGetDict(func.ptr(), nullptr);
+    if (own == nullptr) PyErr_Clear();
+    const py::object attributes = py::reinterpret_steal<py::object>(own);
+    for (const py::handle name : ask_.callbacks)
+      if ((attributes && PyDict_Contains(attributes.ptr(), name.ptr()) != 0) ||
+          PyObject_HasAttr(reinterpret_cast<PyObject*>(type), name.ptr()))
+        return false;
+    return true;
+  }
+
+  /// Whether state and times are used as they lie in memory, and no gradient to the times is wanted.
+  static bool lie_on_cpu(py::handle y0, py::handle t, bool grad) {
+    for (const py::handle x : {y0, t})
+      if (!is_true(attribute(x, PYODE_NAME(is_cpu))) || !is_true(call_method(x, PYODE_NAME(is_contiguous))) ||
+          is_true(call_method(x, PYODE_NAME(is_neg))) || is_true(call_method(x, PYODE_NAME(is_conj))))
+        return false;
+    return !is_true(call_method(y0, PYODE_NAME(is_inference))) &&
+           !(grad && is_true(attribute(t, PYODE_NAME(requires_grad))));
+  }
+
+  /// Whether the solve is for the compiled ops, and none of torch's transforms is under way.
+  bool called_plainly() const {
+    PyObject* backend = nullptr;
+    if (PyContextVar_Get(ask_.backend.ptr(), nullptr, &backend) != 0) throw py::error_already_set();
+    const auto wanted = py::reinterpret_steal<py::object>(backend);
+    return PyUnicode_CompareWithASCIIString(wanted.ptr(), "reference") != 0 && call(ask_.transform).is_none() &&
+           integer(attribute(ask_.forward_mode, PYODE_NAME(_current_level))) < 0 && !is_true(call(ask_.inference_mode));
+  }
+
+  const Surroundings ask_;
+  const size_t most_;
+  std::vector<Entry> entries_;
+};
+
+}  // namespace bindings
+}  // namespace pyode
