@@ -147,6 +147,24 @@ struct Job {
   }
 };
 
+/// Whether the system gives so many threads more. A team that can't start ends the process.
+bool may_start(int threads) {
+  std::vector<std::thread> started;
+  std::atomic<bool> done{false};
+  bool all = true;
+  try {
+    for (int i = 0; i < threads; ++i)
+      started.emplace_back([&done] {
+        while (!done) std::this_thread::yield();
+      });
+  } catch (const std::system_error&) {
+    all = false;
+  }
+  done = true;
+  for (std::thread& thread : started) thread.join();
+  return all;
+}
+
 /// Calls work() with all threads, or alone where another caller has them.
 template <class Work>
 void with_threads(int64_t n, void (*body)(int64_t, void*), void* context, Work work) {
@@ -173,7 +191,10 @@ void join_team(Team team) { shared->team = team; }
 int64_t worth_sharing() { return shared->team != nullptr ? 1 << 14 : 1 << 16; }
 
 void share(int64_t n, int threads, void (*body)(int64_t, void*), void* context) {
-  if (shared->team == nullptr) return run_parallel(n, threads, body, context);
+  static thread_local int largest = 1;  // team of this thread's that there has been
+  if (shared->team == nullptr || (threads > largest && !may_start(threads - 1)))
+    return run_parallel(n, threads, body, context);
+  largest = threads > largest ? threads : largest;
   with_threads(n, body, context, [&] {
     Job job{n, body, context};
     shared->team([](void* theirs) { static_cast<Job*>(theirs)->work(); }, &job, static_cast<unsigned>(threads), 0);
