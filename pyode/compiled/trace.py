@@ -123,7 +123,7 @@ class _Again(Interpreter):
 
     def functional(self) -> Callable[..., Any]:
         """The same without writes; closed-over tensors are arguments, so that none is left in what they alone give."""
-        closed_over = {n.target: self.fetch_attr(n.target) for n in self.module.graph.nodes if n.op == "get_attr"}
+        closed_over = {n.target: self.fetch_attr(n.target) for n in self.graph.nodes if n.op == "get_attr"}
         wrapped = torch.func.functionalize(self._run_with)
         return lambda *args: wrapped(closed_over, *args)
 
