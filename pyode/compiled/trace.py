@@ -116,6 +116,11 @@ def _note_line(line: str | None) -> None:
         node.meta["line"] = line
 
 
+def is_made_by_func(place: Node) -> bool:
+    """Whether a graph's tensor was made by func itself, from Python's numbers."""
+    return all(getattr(user.target, "__name__", "").startswith("lift_fresh") for user in place.users)
+
+
 class _Again(Interpreter):
     """A graph as a function to be traced again, whose nodes keep their lines."""
 
@@ -123,7 +128,8 @@ class _Again(Interpreter):
 
     def functional(self) -> Callable[..., Any]:
         """The same without writes; closed-over tensors are arguments, so that none is left in what they alone give."""
-        closed_over = {n.target: self.fetch_attr(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        places = [n for n in self.graph.nodes if n.op == "get_attr" and not is_made_by_func(n)]
+        closed_over = {n.target: self.fetch_attr(n.target) for n in places}
         wrapped = torch.func.functionalize(self._run_with)
         return lambda *args: wrapped(closed_over, *args)
 
@@ -132,7 +138,8 @@ class _Again(Interpreter):
         return self.run(*args)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().get_attr(target, args, kwargs) if self._closed_over is None else self._closed_over[target]
+        known = (self._closed_over or {}).get(target)
+        return super().get_attr(target, args, kwargs) if known is None else known
 
     def run_node(self, n: Node) -> Any:
         out = super().run_node(n)
