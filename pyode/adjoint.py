@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import methods
+from ._ops.batched import one_by_one
 from .callbacks import callbacks_of
 from .circumstances import Circumstances
 from .compiled.dynamics import CompiledDynamics
@@ -251,6 +252,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         return problem.event_time(solved.end), solved.ys  # the time's gradient is 0, as in torchdiffeq
 
     @staticmethod
+    @one_by_one
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         t, ys, *params = ctx.saved_tensors
         problem, config, n, end = ctx.problem, ctx.config, ctx.n_reached, ctx.end

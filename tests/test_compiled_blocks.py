@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 import pyode
+from pyode.compiled.build import compiler
 
 # Rows of 2 to 8 numbers are put together in registers, all others number by number.
 WIDTHS = (1, 2, 3, 4, 5, 8, 9)
@@ -63,3 +67,22 @@ def test_an_output_at_a_steps_end_is_the_state_there() -> None:
     assert torch.equal(alone[-1], among[-1])
     half = pyode.odeint(f, y0, torch.tensor([0.0, 0.5], dtype=torch.float64), options={"step_t": stops})
     assert torch.equal(half[-1], among[2])
+
+
+def test_threads_that_share_a_solve_hear_of_an_interrupt_without_a_data_race(tmp_path: Path) -> None:
+    def run(source: Path) -> subprocess.CompletedProcess[str] | None:
+        """As ThreadSanitizer sees it; None if it can't be built."""
+        command = [*compiler()[0], "-std=c++17", "-O1", "-fsanitize=thread", "-DPYODE_LEVEL=native", str(source)]
+        built = subprocess.run([*command, "-o", tmp_path / source.stem], capture_output=True, check=False)
+        if built.returncode != 0:
+            return None
+        return subprocess.run([tmp_path / source.stem], capture_output=True, text=True, check=False)
+
+    nothing = tmp_path / "nothing.cpp"
+    nothing.write_text("int main() {}")
+    alone = run(nothing)
+    if alone is None or alone.returncode != 0:
+        pytest.skip("ThreadSanitizer does not run here")
+    done = run(Path(__file__).parent / "cpp" / "interruption_test.cpp")
+    assert done is not None
+    assert done.returncode == 0, done.stderr

@@ -103,6 +103,51 @@ def test_networks(i):
     assert_close(*found, 1e-10)
 
 
+@pytest.mark.parametrize("dim", [0, None])
+def test_weight_norm(dim):
+    """Torch's derivative of a norm writes into what it computes from parameters alone."""
+    net = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2), dim=dim).double()
+    found = []
+    for f in (strict(lambda t, y: net(y).tanh()), lambda t, y: net(y).tanh()):
+        start = Y0.clone().requires_grad_()
+        found.append(torch.autograd.grad(loss_of(pyode.odeint(f, start, T, **TIGHT)), [start, *net.parameters()]))
+    assert_close(*found, 1e-10)
+
+
+def test_what_parameters_alone_give_is_written_into():
+    a = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        scale = 2 * a
+        scale += t
+        scale[0] = y.new_ones(())
+        return torch.tanh(scale * y)
+
+    found = []
+    for f in (strict(func), func):
+        start = Y0.clone().requires_grad_()
+        found.append(torch.autograd.grad(loss_of(pyode.odeint(f, start, T, **TIGHT)), [start, a]))
+    assert_close(*found, 1e-10)
+
+
+def test_parameters_behind_a_network_of_time():
+    """To them eagerly, with a warning that says so; frozen, they are no obstacle."""
+    hyper, a = nn.Linear(1, 4).double(), torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(y @ torch.tanh(hyper(t.reshape(1))).view(2, 2) @ a)
+
+    def solved(f, wanted: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss_of(pyode.odeint(f, Y0, T, **TIGHT)), wanted)
+
+    f = pyode.compile(func)
+    with pytest.warns(UserWarning, match="runs eagerly: its gradient: .* for parameters behind a network of time"):
+        found = solved(f, [a, *hyper.parameters()])
+    assert_close(found, solved(func, [a, *hyper.parameters()]), 1e-12)
+    hyper.requires_grad_(False)
+    assert_close(solved(strict(func), [a]), solved(func, [a]), 1e-10)
+
+
 def test_parameters_used_before_the_rows_come_in():
     a = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     y0, t = torch.randn(9, 3, dtype=torch.float64), tensor(0.0, 1.0)

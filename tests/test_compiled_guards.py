@@ -122,6 +122,20 @@ class TestWhatIsReadAnew:
         linear.net.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
         self.check(g)
 
+    def test_a_functions_defaults_and_code_replaced(self):
+        def scaled(t, y, rate=torch.tensor(1.0, dtype=torch.float64), *, sign=1.0):  # noqa: B008
+            return sign * rate * y
+
+        f = strict(scaled)
+        self.check(f)
+        scaled.__defaults__ = (torch.tensor(1.0, dtype=torch.float64),)  # equal, but read at another place
+        scaled.__defaults__[0].mul_(2)
+        self.check(f)
+        scaled.__kwdefaults__ = {"sign": -1.0}
+        self.check(f)
+        scaled.__code__ = (lambda t, y, rate, *, sign: rate - y).__code__
+        self.check(f)
+
     def test_global_variables_are_not(self, monkeypatch):
         f = strict(lambda t, y: FACTOR * y)
         before = pyode.odeint(f, self.y0, self.t, method="euler")

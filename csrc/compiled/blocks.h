@@ -1,6 +1,7 @@
 // Rows in blocks: as many as a SIMD register has lanes, a vector for each number of a row (structure of arrays).
 #pragma once
 
+#include <atomic>
 #include <new>
 
 #include "../core/side_by_side.h"
@@ -37,15 +38,18 @@ void run(CompiledSolve& solve) {
 struct Interruption {
   CompiledSolve& solve;
   const char* const caller = this_thread();
-  volatile bool stop = false;
+  std::atomic<bool> stop{false};
 
   static const char* this_thread() {
     static thread_local char mark;
     return &mark;
   }
 
+  /// Nothing else is handed over with it, so no order is needed.
+  bool stopped() const { return stop.load(std::memory_order_relaxed); }
+
   void look() {
-    if (!stop && solve.interrupted()) stop = true;
+    if (!stopped() && solve.interrupted()) stop.store(true, std::memory_order_relaxed);
   }
 
   /// Whether to stop; to be asked after so many operations, of which `spent` keeps the sum.
@@ -55,7 +59,7 @@ struct Interruption {
       spent = 0;
       look();
     }
-    return stop;
+    return stopped();
   }
 };
 

@@ -32,7 +32,7 @@ class FixedGridSolve : Blocks<F> {
       int64_t spent = 0;
       this->for_each_block(part, [&](int64_t b) { run_block(b, spent); });
     });
-    solve.sample.status = this->interruption.stop ? kInterrupted : kSuccess;
+    solve.sample.status = this->interruption.stopped() ? kInterrupted : kSuccess;
     solve.sample.n_accepted = steps;
     solve.n_steps = steps;
   }

@@ -247,7 +247,7 @@ class Reversal : Blocks<G, kPartsOfSums<G>> {
       int64_t spent = 0;
       this->for_each_block(part, [&](int64_t b) { undo_block(b, sums_[part], times, spent); });
     });
-    solve.sample.status = this->interruption.stop ? kInterrupted : kSuccess;
+    solve.sample.status = this->interruption.stopped() ? kInterrupted : kSuccess;
     G::collect(sums_, this->parts, totals_);
     G::finish(solve.inputs, fixed_, totals_, solve.gradients);
     if constexpr (G::has_time) collect_times();

@@ -41,7 +41,7 @@ class SampleSolve : SideBySide<F> {
     const int64_t blocks = (solve.rows + W - 1) / W, workers = blocks < solve.threads ? blocks : solve.threads;
     auto body = [&](int64_t) { work(); };
     share(interruption_, workers, 50 * kStepOperations / W, body);  // how many steps it will be is not known
-    solve.sample.status = interruption_.stop ? kInterrupted : kSuccess;
+    solve.sample.status = interruption_.stopped() ? kInterrupted : kSuccess;
   }
 
  private:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .batched import is_batched
 from .contract import Layout, RightHandSide
 
 
@@ -40,7 +41,7 @@ class _StageCombine(torch.autograd.Function):
         _, _, *wanted = ctx.needs_input_grad
         if not all(wanted):
             weights = tuple(w if want else 0.0 for w, want in zip(weights, wanted, strict=True))
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g):  # of is_grads_batched=True
+        if torch.is_grad_enabled() or is_batched(g):
             ops = reference
         return None, g, *ops.stage_vjp(layout, weights, plain(g), dt)
 

@@ -19,6 +19,7 @@ from ..errors import CompileError
 
 Index = tuple[int, ...]
 SUM, PRODUCT, QUOTIENT = "{0} + {1}", "{0} * {1}", "{0} / {1}"
+BEHIND_TIME = "takes a sum over rows at every stage, for parameters behind a network of time"
 ROWS = 3  # on so many rows is tried whether an operator mixes them
 
 
@@ -137,10 +138,10 @@ class Graph:
     ) -> Node:
         """The node, made if there is no such one yet."""
         places = {x.place for x in inputs}
-        if Place.TOTAL in places and places & {Place.STAGE, Place.ROW, Place.BACK}:
-            raise CompileError(
-                "mixes rows"
-            )  # or takes a sum over them, of one stage, times what differs between stages
+        if Place.TOTAL in places and places & {Place.ROW, Place.BACK}:
+            raise CompileError("mixes rows")
+        if {Place.TOTAL, Place.STAGE} <= places:
+            raise CompileError(BEHIND_TIME)
         if rows is not None and any(x.place.differs and x.rows is None for x in inputs):
             raise CompileError("mixes rows")
         place = max(places, default=Place.SOLVE) if place is None else place
@@ -304,7 +305,7 @@ class Graph:
             or total.layout != (contiguous(total.shape), 0)
             or len(factor.shape) > len(total.shape)
         ):
-            raise CompileError("mixes rows")
+            raise CompileError(BEHIND_TIME)
         if len(base.inputs) == 1:
             (x,) = base.inputs
             if x.rows is not None:
@@ -313,7 +314,7 @@ class Graph:
             x = self.map(formula, x, factor)
             return self.node("total", (x,), None, x.shape, None, Place.TOTAL)
         if factor.numel != 1:
-            raise CompileError("mixes rows")
+            raise CompileError(BEHIND_TIME)
         a, b = base.inputs
         a = self.map(formula, a, self.reshape(factor, (), None))
         return self.reshape(self.node("total", (a, b), base.detail, base.shape, None, Place.TOTAL), total.shape, None)

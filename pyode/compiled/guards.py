@@ -43,8 +43,9 @@ class Guards:
     """Whether func is still what it was when it was traced.
 
     Looked at are the identity of parameters, buffers and all tensors in attributes and closures; modules' and other
-    objects' plain attributes, training flags among them; the contents of closure cells; and what these refer to. Global
-    variables are not, nor are counters: integers in attributes that func itself has changed while it was traced.
+    objects' plain attributes, training flags among them; functions' code and defaults; the contents of closure cells;
+    and what these refer to. Global variables are not, nor are counters: integers in attributes that func itself has
+    changed while it was traced.
 
     Args:
         func: the user's, as it is after it was called.
@@ -57,6 +58,7 @@ class Guards:
         self._counting: set[int] = set()  # ids of closure cells that count
         self._items: list[tuple[Any, Any, Any]] = []  # a container, a key, the very object that is to be there
         self._cells: list[tuple[types.CellType, Any]] = []
+        self._functions: list[tuple[types.FunctionType, Any, Any, Any]] = []  # code and defaults
         self._seen: set[int] = set()
         self._visit(func, _DEEPEST)
         # In rows that are looked at in one go: most containers are modules' hooks, and empty.
@@ -114,6 +116,11 @@ class Guards:
             for cell, value in self._cells:
                 if cell.cell_contents is not value:
                     return False
+            for function, code, defaults, keywords in self._functions:
+                if function.__code__ is not code or function.__defaults__ is not defaults:
+                    return False
+                if function.__kwdefaults__ is not keywords:
+                    return False
             if any(self._empty) or self._containers != self._copies:
                 for now, before in self._attributes:
                     if now != before and not self._only_counted(now, before):
@@ -139,6 +146,7 @@ class Guards:
             self._visit(value.__self__, depth)
             self._visit(value.__func__, depth)
         elif isinstance(value, types.FunctionType):
+            self._functions.append((value, value.__code__, value.__defaults__, value.__kwdefaults__))
             for cell in value.__closure__ or ():
                 self._cells.append((cell, cell.cell_contents))
                 self._visit(cell.cell_contents, depth - 1)

@@ -15,6 +15,7 @@ from torch.fx import Node as TracedNode
 from ..errors import CompileError
 from .graph import ROWS, Graph, Node, Place
 from .operators import COUNTS, FILLED, MOVES, OPERATORS, SIZED
+from .trace import is_made_by_func
 
 MOST_CONSTANTS = 1024  # written out as numbers; more of them are an input
 
@@ -96,8 +97,8 @@ class Lowering:
         for name in str(node.target).split("."):
             value = getattr(value, name)
         assert isinstance(value, Tensor)
-        if all(getattr(user.target, "__name__", "").startswith("lift_fresh") for user in node.users):
-            return value  # made by func itself, from Python's numbers
+        if is_made_by_func(node):
+            return value
         if value.device.type != "cpu" or value.is_complex():
             raise CompileError(f"func uses a tensor of {value.dtype} on {value.device}; the state is of {self.dtype}")
         # One of another dtype is converted at every solve; where torch would compute in that dtype is noticed there.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._ops.autograd import plain
+from .._ops.batched import one_by_one
 from .native import Solve
 from .plan import Plan, RowStates
 
@@ -34,22 +35,27 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         y0, wanted = ctx.start, ctx.wanted
-        plan, inputs, eagerly, _ = ctx.what
+        _, inputs, eagerly, _ = ctx.what
         if _versions(y0, inputs) != ctx.versions:
             raise RuntimeError(
                 "y0 or a tensor that func uses, needed for gradient computation, has been modified by an inplace "
                 "operation since the solve"
             )
-        recorded = torch.is_grad_enabled()  # this gradient is to have one itself
-        if recorded or torch._C._functorch.is_legacy_batchedtensor(gradients[0]):  # or many are wanted at once
+        if torch.is_grad_enabled():  # this gradient is to have one itself
             needed = ctx.needs_input_grad[2:]
             asked = [x for x, need in zip([y0, *wanted], needed) if need]
             with torch.enable_grad():
                 ys = eagerly(y0)
-            found = iter(torch.autograd.grad(ys, asked, gradients, create_graph=recorded, allow_unused=True))
+            found = iter(torch.autograd.grad(ys, asked, gradients, create_graph=True, allow_unused=True))
             return None, None, *(next(found) if need else None for need in needed)
-        start, of_wanted = plan.undo(ctx.solve, plain(gradients[0]), y0, inputs, wanted)
-        return None, None, start, *of_wanted
+        return None, None, *_undone(ctx, *gradients)
+
+
+@one_by_one
+def _undone(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    plan, inputs, *_ = ctx.what
+    start, of_wanted = plan.undo(ctx.solve, plain(gradient), ctx.start, inputs, ctx.wanted)
+    return start, *of_wanted
 
 
 def _versions(y0: Tensor, inputs: list[Tensor]) -> list[int] | None:

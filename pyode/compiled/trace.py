@@ -33,6 +33,7 @@ _KEPT = ("select_scatter", "slice_scatter", "roll", "flip", "stack", "unbind", "
 _TAKEN_APART = (torch.ops.aten.native_batch_norm, torch.ops.aten.addmv)
 # Derivatives of these can't be traced.
 _UNTRACEABLE = (torch.ops.aten.softshrink, torch.ops.aten.hardshrink, torch.ops.aten._weight_norm_interface)
+_WRITTEN = {"placeholder": "its input", "get_attr": "a tensor that it has closed over"}
 _EXAMPLE_ROWS = 8  # instead of a single one, which torch takes for a special case
 
 
@@ -115,8 +116,30 @@ def _note_line(line: str | None) -> None:
         node.meta["line"] = line
 
 
+def is_made_by_func(place: Node) -> bool:
+    """Whether a graph's tensor was made by func itself, from Python's numbers."""
+    return all(getattr(user.target, "__name__", "").startswith("lift_fresh") for user in place.users)
+
+
 class _Again(Interpreter):
     """A graph as a function to be traced again, whose nodes keep their lines."""
+
+    _closed_over: dict[Any, Tensor] | None = None
+
+    def functional(self) -> Callable[..., Any]:
+        """The same without writes; closed-over tensors are arguments, so that none is left in what they alone give."""
+        places = [n for n in self.graph.nodes if n.op == "get_attr" and not is_made_by_func(n)]
+        closed_over = {n.target: self.fetch_attr(n.target) for n in places}
+        wrapped = torch.func.functionalize(self._run_with)
+        return lambda *args: wrapped(closed_over, *args)
+
+    def _run_with(self, closed_over: dict[Any, Tensor], *args: Tensor) -> Any:
+        self._closed_over = closed_over
+        return self.run(*args)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        known = (self._closed_over or {}).get(target)
+        return super().get_attr(target, args, kwargs) if known is None else known
 
     def run_node(self, n: Node) -> Any:
         out = super().run_node(n)
@@ -167,10 +190,12 @@ def trace(
             return [torch.clone(part) for part in (out if is_tuple else (out,))]
 
     with torch.no_grad():
-        graph = _graph_of(torch.func.functionalize(call), shapes, dtype, rows, own_times)
+        graph = _graph_of(call, shapes, dtype, rows, own_times)
+        if _has_writes(graph):
+            graph = _without_writes(graph, shapes, dtype, rows, own_times)
     for node in graph.graph.nodes:
-        if _writes(node.target) and node.args[0].op == "placeholder":
-            raise CompileError("func writes into its input")
+        if _writes(node.target) and node.args[0].op in _WRITTEN:
+            raise CompileError(f"func writes into {_WRITTEN[node.args[0].op]}")
     return graph
 
 
@@ -182,14 +207,21 @@ def taken_apart(
     It is not what derivatives are made of: where a formula chooses between two, one of them may be inf.
     """
     with torch.no_grad():
-        for _ in range(2):  # torch's own formulas may write into tensors that they have made
-            again = torch.func.functionalize(_Again(traced).run)
-            made = _graph_of(again, shapes, dtype, rows, own_times, _decompositions())
-            made.meta["conditions"] |= traced.meta["conditions"]
-            traced = made
-            if not any(_writes(node.target) for node in made.graph.nodes):
-                break
-        return made
+        traced = _without_writes(traced, shapes, dtype, rows, own_times, _decompositions())
+        if _has_writes(traced):  # torch's own formulas may write into tensors that they have made
+            traced = _without_writes(traced, shapes, dtype, rows, own_times, _decompositions())
+        return traced
+
+
+def _without_writes(traced: GraphModule, *form: Any) -> GraphModule:
+    """A graph without writes into what it computes; form: `_graph_of`'s other arguments."""
+    graph = _graph_of(_Again(traced).functional(), *form)
+    graph.meta["conditions"] |= traced.meta["conditions"]
+    return graph
+
+
+def _has_writes(graph: GraphModule) -> bool:
+    return any(_writes(node.target) for node in graph.graph.nodes)
 
 
 def _writes(operator: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops.batched import one_by_one
 from ..circumstances import Circumstances
 from ..errors import InvalidValue
 from ..methods import Tableau
@@ -66,6 +67,7 @@ class _Checkpointed(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         # Not once_differentiable, which only tells those who differentiate all the way back.
         if torch.is_grad_enabled():

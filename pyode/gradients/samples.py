@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops.batched import one_by_one
 from ..circumstances import Circumstances
 from ..state import Func
 from .backsolve_samples import Compacted, SampleBacksolve, SampleBacksolveConfig
@@ -61,6 +62,7 @@ class SampleAdjoint(torch.autograd.Function):
         return ys, end_y
 
     @staticmethod
+    @one_by_one
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # noqa: D102
         solved: SolvedSamples = ctx.solved
         t, solved_ys, end_y, *params = ctx.saved_tensors

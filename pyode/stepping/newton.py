@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops.batched import one_by_one
 from ..errors import InvalidValue
 from ..solution import Stats
 from .krylov import norm_of
@@ -111,6 +112,7 @@ class _Solution(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
+    @one_by_one
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         # Not once_differentiable, which only tells those who differentiate all the way back.
         if torch.is_grad_enabled():
