@@ -49,8 +49,9 @@ class Ballast(threading.local):
 
     def put(self, ks: list[Any]) -> None:
         """Keeps those of a solve that has ended."""
-        found = (k for k in ks if k is not None and not k.requires_grad)
-        self.tensors = [k for k in found if k.untyped_storage().nbytes() == k.nbytes]
+        found = [k for k in ks if k is not None and not k.requires_grad]
+        whole = bool(found) and found[-1].untyped_storage().nbytes() == found[-1].nbytes  # no part of bigger memory
+        self.tensors = found if whole else []
 
 
 ballast = Ballast()
