@@ -184,7 +184,7 @@ class Form:
         return tolerance if several and not self.is_tensor else None
 
 
-_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # from torch 2.10 on
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # None in older torch
 
 
 def _owners_of_new() -> int:

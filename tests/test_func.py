@@ -91,7 +91,7 @@ RETURNS = {
 @pytest.mark.parametrize("name", RETURNS)
 @pytest.mark.parametrize("exchange", [True, False])
 def test_what_func_may_return(exchange, name, method, monkeypatch):
-    # Whether torch tells of a tensor through DLPack's exchange API, as from 2.10 on, or has to be asked each thing.
+    # Whether torch tells of a tensor through DLPack's exchange API, as newer ones do, or has to be asked each thing.
     monkeypatch.setattr(state, "_EXCHANGE", getattr(Tensor, "__dlpack_c_exchange_api__", None) if exchange else None)
     f, plain = RETURNS[name]
     with torch.no_grad():
