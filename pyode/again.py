@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._ops import forced
 from ._ops.native import IdleLoops, Kind
+from ._ops.transforms import innermost_transform
 from .callbacks import NAMES as CALLBACKS
 from .compiled.dynamics import CompiledDynamics
 from .compiled.prepared import key_of
@@ -106,7 +108,11 @@ class Idle(threading.local):
     MOST = 16
 
     def __init__(self) -> None:
-        self.loops = IdleLoops(CompiledDynamics, CALLBACKS, forced, self.MOST)
+        self.loops = IdleLoops(
+            Tensor, CompiledDynamics, CALLBACKS, forced,
+            torch.is_grad_enabled, torch.is_inference_mode_enabled, innermost_transform, torch.get_num_threads,
+            forward_ad, self.MOST,
+        )  # fmt: skip
 
 
 idle = Idle()

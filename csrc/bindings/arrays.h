@@ -36,6 +36,10 @@ inline int64_t integer(const py::object& number) {
   return value;
 }
 
+inline bool equal(const py::object& a, const py::object& b) {
+  return a.is(b) || PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) == 1;
+}
+
 template <class T = void>
 T* address(py::handle array) {
   if (array.is_none()) return nullptr;
@@ -45,6 +49,12 @@ T* address(py::handle array) {
     return static_cast<T*>(pointer);
   };
   return PyLong_Check(array.ptr()) ? read(array) : read(call_method(array, PYODE_NAME(data_ptr)));
+}
+
+/// How many hold on to a tensor in C++, and by another tensor or alone to a storage, whose address is given.
+inline int64_t uses_of(py::handle tensor) { return integer(call_method(tensor, PYODE_NAME(_use_count))); }
+inline int64_t uses_of_storage(const py::object& storage_uses, const py::object& address) {
+  return integer(checked(PyObject_CallOneArg(storage_uses.ptr(), address.ptr())));
 }
 
 /// Whether a tensor is all that uses its memory, which is torch's, and nothing in C++ holds it.
@@ -65,9 +75,7 @@ class Unshared {
 
  private:
   std::pair<int64_t, int64_t> uses(py::handle x, const py::object& storage) const {
-    const py::object address = attribute(storage, PYODE_NAME(_cdata));
-    return {integer(call_method(x, PYODE_NAME(_use_count))),
-            integer(checked(PyObject_CallOneArg(storage_uses_.ptr(), address.ptr())))};
+    return {uses_of(x), uses_of_storage(storage_uses_, attribute(storage, PYODE_NAME(_cdata)))};
   }
 
   py::object storage_uses_;
@@ -122,28 +130,22 @@ class Supply {
     if (storage_uses_.is_none()) return item;
     item.storage = call_method(item.whole(), PYODE_NAME(untyped_storage));
     item.storage_address = attribute(item.storage, PYODE_NAME(_cdata));
-    for (py::handle tensor : item.tensors) item.uses.push_back(uses_of(tensor));
-    item.uses.push_back(uses_of_storage(item));
+    for (py::handle tensor : item.tensors) item.uses.push_back(all_uses_of(tensor));
+    item.uses.push_back(uses_of_storage(storage_uses_, item.storage_address));
     return item;
   }
 
   bool is_free(const Item& item) const {
     size_t i = 0;
     for (py::handle tensor : item.tensors)
-      if (uses_of(tensor) != item.uses[i++] || attribute(tensor, PYODE_NAME(requires_grad)).ptr() != Py_False)
+      if (all_uses_of(tensor) != item.uses[i++] || attribute(tensor, PYODE_NAME(requires_grad)).ptr() != Py_False)
         return false;
     const py::handle whole = item.whole();
-    return uses_of_storage(item) == item.uses[i] && address(whole) == item.data &&
+    return uses_of_storage(storage_uses_, item.storage_address) == item.uses[i] && address(whole) == item.data &&
            integer(attribute(whole, PYODE_NAME(_version))) == 0;
   }
 
-  /// By Python and by C++.
-  static int64_t uses_of(py::handle tensor) {
-    return Py_REFCNT(tensor.ptr()) + integer(call_method(tensor, PYODE_NAME(_use_count)));
-  }
-  int64_t uses_of_storage(const Item& item) const {
-    return integer(checked(PyObject_CallOneArg(storage_uses_.ptr(), item.storage_address.ptr())));
-  }
+  static int64_t all_uses_of(py::handle tensor) { return Py_REFCNT(tensor.ptr()) + uses_of(tensor); }
 
   py::object make_, storage_uses_;
   std::vector<Item> items_;

@@ -67,10 +67,10 @@ class Evaluator {
   }
 
   bool is_like(State& k, py::handle y) {
-    if (shape_of_y_.empty()) {
+    if (!knows_y_) {
       if (!exchange_.describe(y, y_)) return false;
       shape_of_y_.assign(y_.shape, y_.shape + y_.dims);
-      shape_of_y_.push_back(0);  // one of no dimensions is known, too
+      knows_y_ = true;
     }
     Described found;
     if (!exchange_.describe(k.tensor, found)) return false;
@@ -80,9 +80,6 @@ class Evaluator {
   }
 
   bool is_as_expected(State& k) const {
-    const auto equal = [](const py::object& a, const py::object& b) {
-      return a.is(b) || PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) == 1;
-    };
     const py::object& tensor = k.tensor;
     if (!attribute(tensor, PYODE_NAME(dtype)).is(dtype_) || !equal(attribute(tensor, PYODE_NAME(shape)), shape_) ||
         !equal(attribute(tensor, PYODE_NAME(device)), device_) ||
@@ -110,7 +107,7 @@ class Evaluator {
   Exchange exchange_{py::none()};
   Described y_;  // any state; its shape is that beside
   std::vector<int64_t> shape_of_y_;
-  bool watch_ = false;
+  bool watch_ = false, knows_y_ = false;
   Py_ssize_t n_direct_ = 0;
 };
 

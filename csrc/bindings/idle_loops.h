@@ -1,7 +1,6 @@
 // Solves like one before: what makes them alike, and the loop that the last one has left.
 #pragma once
 
-#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -23,10 +22,6 @@ struct Kind {
     return dtype.is(other.dtype) && time_dtype.is(other.time_dtype) && rtol == other.rtol && atol == other.atol &&
            threads == other.threads && grad == other.grad && times == other.times && equal(shape, other.shape) &&
            equal(time_shape, other.time_shape) && equal(method, other.method);
-  }
-
-  static bool equal(const py::object& a, const py::object& b) {
-    return a.is(b) || PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) == 1;
   }
 };
 

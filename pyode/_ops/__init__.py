@@ -21,11 +21,6 @@ def backend_for(y: Tensor) -> ModuleType:
     return native if forced.get() != "reference" and native.supports(y) else reference
 
 
-def compiled_here() -> bool:
-    """Whether the compiled ops work here on states that they can work on."""
-    return forced.get() != "reference" and not native.transforming()
-
-
 def backend_of(layout: Layout) -> ModuleType:
     """The module that made a layout."""
     return native if isinstance(layout, native.Layout) else reference

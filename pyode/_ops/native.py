@@ -6,13 +6,11 @@ A tensor handed to an op is contiguous, and of the layout's dtype and device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _C
 from . import contract
@@ -20,6 +18,7 @@ from .contract import N_FIELDS, Flag, Grid, Phase, Policy, RightHandSide, larges
 from .memory import as_view, pattern, storage_uses, unit_steps, with_views
 from .openmp import address_of_team
 from .readings import Readings
+from .transforms import transforming
 
 
 class Interpolant(_C.Interpolant):
@@ -39,42 +38,14 @@ _SCALARS = {
     torch.complex128: 1,
 }
 
-
 _TEAM = address_of_team()
 _C.join_team(_TEAM)  # next to torch's ops ours run on the same threads
 
-# Whether a tensor is all that uses its memory, which is torch's, and nothing in C++ holds it; Python is not asked.
-# False where torch does not tell.
-is_unshared = _C.Unshared(storage_uses, torch.empty(1))
+is_unshared = _C.Unshared(storage_uses, torch.empty(1))  # csrc/bindings/arrays.h; Python is not asked
 
-_transform = torch._C._functorch.peek_interpreter_stack
-
-Kind = _C.Kind
-
-
-class IdleLoops(_C.IdleLoops):
-    """Loops that nobody uses, by the kind of solve that they are for, the least recently used first; for one thread.
-
-    `take` is given what odeint is, and returns a loop for such a solve, which is then no longer here, or None, and the
-    kind, or None if such a solve is to have none: if it has options or further arguments, tolerances that are not
-    numbers, times on a device or with a gradient, callbacks, a func that keeps its last solve itself, or is made within
-    one of torch's transforms. `put` keeps a loop for a kind.
-
-    Args:
-        compiled: the type of funcs that keep their last solve themselves.
-        callbacks: the names of attributes that make a func carry callbacks.
-        backend: is "reference" where these ops are not wanted.
-        most: of loops that are kept.
-    """
-
-    def __init__(self, compiled: type, callbacks: tuple[str, ...], backend: ContextVar[str], most: int) -> None:
-        super().__init__(
-            Tensor, compiled, callbacks, backend,
-            torch.is_grad_enabled, torch.is_inference_mode_enabled, _transform, torch.get_num_threads, forward_ad, most,
-        )  # fmt: skip
-
-
-call_compiled = _C.call_compiled  # csrc/bindings/module.cpp describes it
+Kind = _C.Kind  # csrc/bindings/idle_loops.h
+IdleLoops = _C.IdleLoops
+call_compiled = _C.call_compiled  # csrc/bindings/compiled.h
 
 
 def supports(y: Tensor) -> bool:
@@ -89,11 +60,6 @@ def supports(y: Tensor) -> bool:
         and y.dtype in _SCALARS
         and not transforming()
     )
-
-
-def transforming() -> bool:
-    """Whether one of torch.func's transforms or forward-mode differentiation is under way."""
-    return _transform() is not None or forward_ad._current_level >= 0
 
 
 def build_info() -> dict[str, str | None]:
