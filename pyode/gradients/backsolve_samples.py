@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._ops import backend_for
-from .._ops.contract import Grid, Policy
+from .._ops.contract import Grid, Policy, neighbour
 from ..control import Times
 from ..errors import warn
 from ..methods import Tableau
@@ -52,6 +52,23 @@ class SampleBacksolveConfig:
     stats: Stats | None
     warns: bool  # of tensors that func depends on and that get no gradient
     compact: bool = False  # whether func is called with some of its rows only
+
+    @property
+    def tolerances(self) -> tuple[float | Tensor, float | Tensor]:
+        """rtol and atol of the state and the adjoint; one for each number of the state is the adjoint's too."""
+        rtol, atol = (x if isinstance(x, float) else torch.cat([x.reshape(-1)] * 2) for x in (self.rtol, self.atol))
+        return rtol, atol
+
+    def grid_back(self, times: Tensor) -> Grid:
+        """The times that the backward solve meets: where gradients arrive, there is a discontinuity.
+
+        Args:
+            times: as SampleBacksolve's.
+        """
+        ends, jumps, given = torch.stack([times[-1], times[0]]), times[1:-1], self.grid.jump_t
+        if given is not None:
+            jumps = torch.cat([jumps, given.to(jumps)[:, None].expand(-1, jumps.shape[1])]).sort(0).values
+        return Grid(ends, self.grid.step_t, jumps.contiguous() if len(jumps) else None)
 
 
 class SampleBacksolve:
@@ -97,6 +114,7 @@ class SampleBacksolve:
         self.survey = Survey(params) if config.warns else None
         self.param_gradients: list[Tensor] = [torch.zeros_like(p) for p in params]
         self.time_gradients = torch.zeros_like(times)
+        self.behind = torch.zeros_like(times[0], dtype=torch.bool)  # which samples are just behind a discontinuity
         samples, size = ys.shape[1:]
         self.ops = backend_for(ys)
         both = (*segments, *(size + s for s in segments[1:]))
@@ -114,8 +132,9 @@ class SampleBacksolve:
 
     def solve(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Returns the gradients with respect to y0, [B, D], the times, [T, B], and the parameters."""
-        start, everywhere = self.times[-1], torch.ones_like(self.times[-1], dtype=torch.bool)
-        z = self._arrive(start, everywhere, torch.stack([self.ys[-1], torch.zeros_like(self.ys[-1])], 1))
+        start, y = self.times[-1], self.ys[-1]
+        z = self._arrive(start, torch.ones_like(self.behind), torch.stack([y, torch.zeros_like(y)], 1))
+        self.behind = torch.zeros_like(self.behind)  # the start is where the forward solve's end is
         if bool((start != self.times[0]).any()):
             loop = self._loop()
             try:
@@ -125,17 +144,12 @@ class SampleBacksolve:
         return z[:, 1] + self.gradients[0], self.time_gradients, self.param_gradients
 
     def _loop(self) -> AdaptiveLoop:
-        """From the last time to the first; where gradients arrive in between, there is a discontinuity."""
-        config, ends = self.config, torch.stack([self.times[-1], self.times[0]])
-        jumps, given = self.times[1:-1], config.grid.jump_t
-        if given is not None:
-            jumps = torch.cat([jumps, given.to(jumps)[:, None].expand(-1, jumps.shape[1])]).sort(0).values
-        grid = Grid(ends.contiguous(), config.grid.step_t, jumps.contiguous() if len(jumps) else None)
-        # A tolerance for each number of the state is the adjoint's too.
-        rtol, atol = (x if isinstance(x, float) else torch.cat([x.reshape(-1)] * 2) for x in (config.rtol, config.atol))
+        """From the last time to the first."""
+        config, grid = self.config, self.config.grid_back(self.times)
+        rtol, atol = config.tolerances
         return AdaptiveLoop(
-            self, config.tableau, self.layout, rtol, atol, config.policy, grid, Times(ends, ends[:, 0].tolist()),
-            at_jump=self._arrive, hooks=Hooks(watch_batch=self._watch),
+            self, config.tableau, self.layout, rtol, atol, config.policy, grid,
+            Times(grid.times, grid.times[:, 0].tolist()), at_jump=self._arrive, hooks=Hooks(watch_batch=self._watch),
         )  # fmt: skip
 
     def _arrive(self, now: Tensor, there: Tensor, z: Tensor) -> Tensor:
@@ -147,6 +161,7 @@ class SampleBacksolve:
             z: [B, 2, D] (y, a) before it.
         """
         now, there = now.to(self.times.device), there.to(self.times.device)
+        self.behind = self.behind | there
         here = (self.times == now) & there
         here[0] = False  # the start: its gradient is added at the end
         arriving = here.to(z.device)
@@ -186,6 +201,7 @@ class SampleBacksolve:
             if self.moved is not None:
                 self.moved.only(segment.accepted)
             self._add_integrals(segment)
+            self.behind = self.behind & ~segment.accepted
         if self.running is not None:
             self.running.look(segment.controller)
 
@@ -193,13 +209,18 @@ class SampleBacksolve:
         """Adds an accepted step's share of the parameters' and the times' integrals."""
         tableau, dt = self.config.tableau, torch.where(segment.accepted, segment.size, 0.0)
         z, ks = segment.y.contiguous(), [k.contiguous() for k in segment.ks]
+        # Like the step itself its integrals see f as it is between discontinuities.
+        inwards = {0.0: segment.size.sign() * self.behind, 1.0: -segment.size.sign()}
         for j, weight in enumerate(tableau.weights):
             if weight == 0:
                 continue
             c = (0.0, *tableau.abscissae)[j]
             stage = self.ops.stage_combine(self.layout, tableau.rows[j - 1], z, ks, dt) if j else z
             y, a = stage.reshape(len(z), 2, -1).unbind(1)
-            t = (segment.t0 + c * segment.size).to(y.device, self.layout.real_dtype)
+            t = segment.t1 if c == 1 else segment.t0 + c * segment.size
+            t = t.to(y.device, self.layout.real_dtype)
+            if c in inwards:
+                t = neighbour(t, inwards[c].to(t))
             if self.with_time:
                 t = t.requires_grad_()
             v = a * (-weight * dt).to(y.device, self.layout.real_dtype)[:, None]

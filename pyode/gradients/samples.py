@@ -32,6 +32,8 @@ class SolvedSamples:
         last_dt: [B] the size of each sample's last step.
         odeint: records a graph, for gradients of gradients.
         compacted: as SampleBacksolve's.
+        natively: returns what its `solve` does, from what it is given for times, ys, gradients, first_step, params and
+            with_time; None where it can't. None if func is not compiled.
     """
 
     written: Func
@@ -46,6 +48,7 @@ class SolvedSamples:
     last_dt: Tensor
     odeint: Callable[..., Any]
     compacted: Compacted | None
+    natively: Callable[..., tuple[Tensor, Tensor, list[Tensor]] | None] | None
 
 
 class SampleAdjoint(torch.autograd.Function):
@@ -82,6 +85,7 @@ class SampleAdjoint(torch.autograd.Function):
         ys = torch.cat([torch.where(reached, solved_ys, end_y), end_y[None]])
         arriving = torch.where(reached, gradients[0], 0.0), torch.where(ended[:, None], gradients[1], 0.0)[None]
         gradient, params = torch.cat(arriving), tuple(params)
+        found: tuple[Tensor, Tensor, list[Tensor]] | None = None
         with ctx.circumstances.again():
             if torch.is_grad_enabled():
                 found = backsolve_samples_with_graph(
@@ -89,10 +93,13 @@ class SampleAdjoint(torch.autograd.Function):
                     params,
                 )  # fmt: skip
             else:
-                found = SampleBacksolve(
-                    solved.func, solved.config, times, ys, gradient, -solved.last_dt, solved.segments, params, t_wanted,
-                    solved.compacted,
-                ).solve()  # fmt: skip
+                back = times, ys, gradient, -solved.last_dt
+                if solved.natively is not None:
+                    found = solved.natively(*back, params, t_wanted)
+                if found is None:
+                    found = SampleBacksolve(
+                        solved.func, solved.config, *back, solved.segments, params, t_wanted, solved.compacted
+                    ).solve()
         y0_gradient, time_gradients, param_gradients = found
         t_gradient = None
         if t_wanted:

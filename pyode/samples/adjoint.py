@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,11 +47,16 @@ def with_adjoint(
         rows = RunningRows(problem.func, problem.form)
         return rows, samples.func(replace(quiet, func=rows))
 
+    natively = None
+    if problem.compiled is not None:
+        from ..compiled.backsolve import backsolve_samples_compiled  # only those who compile wait for its import
+
+        natively = partial(backsolve_samples_compiled, problem.compiled, problem.form, config)
     end_t, end_y = end or (samples.t0 * torch.nan, torch.full_like(samples.y0, torch.nan))
     solved = SolvedSamples(
         problem.func, samples.func(problem), config, problem.form.segments, samples.times_of(t),
         reached.to(samples.clock), ys, end_t, end_y, last_dt.to(samples.clock), odeint,
-        compacted if config.compact else None,
+        compacted if config.compact else None, natively,
     )  # fmt: skip
     states: tuple[Tensor, Tensor] = SampleAdjoint.apply(solved, t, samples.y0, *params)  # type: ignore[no-untyped-call]
     return states
