@@ -102,6 +102,22 @@ class SampleAdjoint : SideBySide<G> {
 
   void move_time(int64_t i, int64_t row, T effect) const { solve.output_time_gradient[i * solve.rows + row] += effect; }
 
+  /// Adds g df/dp to the sums, and g df/dt to the gradients of the starts of rows.
+  template <class Lanes>
+  void pull_back(const Lanes& x, V t, const V* y, const V* g, mask_t<V> accepted) {
+    V k[D], pulled[D];
+    typename G::Kept kept;
+    Sums& sums = sums_[x.part];
+    G::rows(t, y, k, solve.inputs, fixed_, timed_, kept);
+    G::back(t, y, g, pulled, solve.inputs, fixed_, timed_, kept, sums);
+    if constexpr (G::has_time) {
+      V& of_time = G::time(sums);
+      for (int l = 0; l < W; ++l)
+        if (lane(accepted, l)) move_time(0, x.row[l], lane(of_time, l));
+      of_time = V{};
+    }
+  }
+
   /// Evaluation j and those behind it. Lanes without a step stand where one is that has, with a gradient of 0.
   template <int j, class Lanes>
   void add_stage(const Lanes& x, const V* times, V dt, mask_t<V> accepted, int one) {
@@ -115,21 +131,12 @@ class SampleAdjoint : SideBySide<G> {
         else
           return advance_state(x.y[d], dt, sum_terms<V>(weights, [&](int i) { return x.k[i][d]; }));
       };
-      V y[D], g[D], k[D], pulled[D];
+      V y[D], g[D];
       for (int d = 0; d < D; ++d) {
         y[d] = stand(stage(d));
         g[d] = accepted ? w * stage(D + d) : V{};
       }
-      const V t = stand(times[j]);
-      typename G::Kept kept;
-      G::rows(t, y, k, solve.inputs, fixed_, timed_, kept);
-      G::back(t, y, g, pulled, solve.inputs, fixed_, timed_, kept, sums_[x.part]);
-      if constexpr (G::has_time) {
-        V& of_time = G::time(sums_[x.part]);
-        for (int l = 0; l < W; ++l)
-          if (lane(accepted, l)) move_time(0, x.row[l], lane(of_time, l));
-        of_time = V{};
-      }
+      pull_back(x, stand(times[j]), y, g, accepted);
     }
     if constexpr (j + 1 < S) add_stage<j + 1>(x, times, dt, accepted, one);
   }

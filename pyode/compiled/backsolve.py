@@ -11,6 +11,7 @@ from ..control import Times, grid_from
 from ..errors import Status
 from ..gradients.backsolve import BacksolveConfig, backwards
 from ..gradients.backsolve_samples import SampleBacksolveConfig
+from ..gradients.survey import warn_of_loss
 from ..methods import Tableau
 from ..solution import Stats
 from ..state import Form
@@ -60,7 +61,7 @@ def backsolve_compiled(
         or not solved_natively(ys)
     ):
         return None
-    found = _library_for(compiled, form, ys.dtype, method, params, time)
+    found = _library_for(compiled, form, ys.dtype, method, params, time, config.warns)
     if found is None:
         return None
     entry, library, wanted = found
@@ -109,7 +110,7 @@ def backsolve_samples_compiled(
     """
     if not (form.is_tensor or form.is_tuple) or not form.per_sample or not solved_natively(ys):
         return None
-    found = _library_for(compiled, form, ys.dtype, config.tableau, params, with_time, per_sample=True)
+    found = _library_for(compiled, form, ys.dtype, config.tableau, params, with_time, config.warns, per_sample=True)
     if found is None:
         return None
     entry, library, wanted = found
@@ -135,9 +136,13 @@ def _library_for(
     method: Tableau,
     params: tuple[Tensor, ...],
     time: bool,
+    warns: bool,
     per_sample: bool = False,
 ) -> tuple[Entry, Library, list[Tensor]] | None:
-    """What was compiled, the library of its backward solve, and those of func's tensors that are among params."""
+    """What was compiled, the library of its backward solve, and those of func's tensors that are among params.
+
+    If it is to warn, it does so of one that is not.
+    """
     entry = compiled.entry(form.shapes, form.is_tuple, dtype, method, per_sample)
     if entry is None:
         return None
@@ -149,7 +154,12 @@ def _library_for(
     if not direct or len(places) < len(inputs) or any(inputs[i].dtype != dtype for i in wanted):
         return None
     library = compiled.backsolving(entry, (*wanted, TIME) if time else wanted)
-    return None if library is None else (entry, library, [inputs[i] for i in wanted])
+    if library is None:
+        return None
+    lost = next((x for i, x in enumerate(inputs) if x.requires_grad and i not in wanted), None)
+    if warns and lost is not None:
+        warn_of_loss(lost)
+    return entry, library, [inputs[i] for i in wanted]
 
 
 def _by_params(params: tuple[Tensor, ...], wanted: list[Tensor], found: list[Tensor]) -> list[Tensor]:
