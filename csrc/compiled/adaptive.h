@@ -99,6 +99,8 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
         if (solve.atol_each) this->load(solve.atol_each, b, atol_ + b * D);
       });
     });
+    if (!solve.rtol_each) rtol_[0] = broadcast<V>(static_cast<T>(solve.rtol));
+    if (!solve.atol_each) atol_[0] = broadcast<V>(static_cast<T>(solve.atol));
     memcpy(solve.out, y0, sizeof(T) * static_cast<size_t>(solve.rows * D));
     plan_first_step(s);
     // Ctrl-C is looked for at least every few tenths of a second, if an operation takes no more than a nanosecond.
@@ -123,7 +125,7 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
 
  private:
   V *y_, *y1_, *first_, *last_;  // [blocks, D]: the state, the step's end, f at both
-  V *rtol_, *atol_;              // the same, where every number has a tolerance of its own
+  V *rtol_, *atol_;              // the same, where every number has a tolerance of its own; else one for all
   T* weights_;                   // of the outputs inside a step, each with those of interpolated()
   T first_time_;                 // that f saw for first_
   bool chained_ = false;         // whether first_ is from the last step
@@ -173,8 +175,7 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
 
   /// The error of number i relative to what is tolerated.
   V scaled(int64_t i, V error, V y0, V y1) const {
-    const V rtol = solve.rtol_each ? rtol_[i] : broadcast<V>(static_cast<T>(solve.rtol));
-    const V atol = solve.atol_each ? atol_[i] : broadcast<V>(static_cast<T>(solve.atol));
+    const V rtol = rtol_[solve.rtol_each ? i : 0], atol = atol_[solve.atol_each ? i : 0];
     return scaled_error(abs(error), abs(y0), abs(y1), rtol, atol);
   }
 
@@ -196,27 +197,24 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
     return std::sqrt(larger(share(), largest));
   }
 
-  /// Adds a block's squares; ratio(d) are its numbers.
-  template <class Ratio>
+  /// Adds the squares of n blocks; ratio(i) are their numbers.
+  template <int n, class Ratio>
   void add_squares(int64_t b, SquareSums<V>* sums, Ratio ratio) {
-    const int n = this->valid(b);
-    for (int s = 0; s < F::n_segments; ++s)
-      for (int d = F::segments[s]; d < F::segments[s + 1]; ++d) {
-        V r = ratio(d);
-        if (n < W) {
-          T numbers[W];
-          memcpy(numbers, &r, sizeof r);
-          for (int l = n; l < W; ++l) numbers[l] = 0;
-          memcpy(&r, numbers, sizeof r);
-        }
-        sums[s].add(r);
-      }
+    V ratios[n][D];
+#pragma GCC unroll 8
+    for (int i = 0; i < n * D; ++i) ratios[i / D][i % D] = ratio(i);
+#pragma GCC unroll 2
+    for (int a = 0; a < n; ++a) {
+      this->template blank<D>(b + a, ratios[a]);
+      for (int s = 0; s < F::n_segments; ++s)
+        for (int d = F::segments[s]; d < F::segments[s + 1]; ++d) sums[s].add(ratios[a][d]);
+    }
   }
 
   template <class Ratio, class Share>
   double norm_of_ratios(Ratio ratio, int64_t operations, Share share) {
     const auto body = [&](int64_t part, SquareSums<V>* sums) {
-      this->for_each_block(part, [&](int64_t b) { add_squares(b, sums, [&](int d) { return ratio(b * D + d); }); });
+      this->for_each_block(part, [&](int64_t b) { add_squares<1>(b, sums, [&](int d) { return ratio(b * D + d); }); });
     };
     return norm(operations, body, share);
   }
@@ -292,12 +290,10 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
     }
     write_outputs<n>(b, passed, dt, y, k, stage);
     constexpr auto weights = terms_of<T>(M::error);
-    for (int a = 0; a < n; ++a)
-      add_squares(b + a, sums, [&](int d) {
-        const int i = a * D + d;
-        const V error = dt * sum_terms<V>(weights, [&](int j) { return k[j][i]; });
-        return scaled(begin + i, error, y[i], stage[i]);
-      });
+    add_squares<n>(b, sums, [&](int i) {
+      const V error = dt * sum_terms<V>(weights, [&](int j) { return k[j][i]; });
+      return scaled(begin + i, error, y[i], stage[i]);
+    });
   }
 
   template <int j, int n>
