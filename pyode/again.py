@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from copy import copy
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._ops import forced
-from ._ops.native import IdleLoops, Kind
+from ._ops.native import IdleLoops, Kind, inspector
 from ._ops.transforms import innermost_transform
 from .callbacks import NAMES as CALLBACKS
 from .compiled.dynamics import CompiledDynamics
@@ -109,7 +108,7 @@ class Idle(threading.local):
 
     def __init__(self) -> None:
         self.loops = IdleLoops(
-            Tensor, CompiledDynamics, CALLBACKS, forced,
+            inspector, CompiledDynamics, CALLBACKS, forced,
             torch.is_grad_enabled, torch.is_inference_mode_enabled, innermost_transform, torch.get_num_threads,
             forward_ad, self.MOST,
         )  # fmt: skip
@@ -134,6 +133,7 @@ def keep(kind: Any, loop: Any) -> None:
 def _put(kind: Kind, loop: Any) -> None:
     """Makes a loop idle, with nothing of what it solved."""
     if torch.is_grad_enabled():  # the solve's own are needed again where it is differentiated
-        loop.dynamics = copy(loop.dynamics)
-    loop.dynamics.forget()
+        loop.dynamics = loop.dynamics.without_func()
+    else:
+        loop.dynamics.set(None)
     idle.loops.put(kind, loop)

@@ -180,17 +180,29 @@ PYBIND11_MODULE(_C, m) {
            py::keep_alive<1, 2>())
       .def_readonly("under_way", &GridTimes::under_way);
   py::class_<AdamsTable>(m, "AdamsTable").def(py::init<const py::tuple&, const py::tuple&, int64_t>());
-  py::class_<Unshared>(m, "Unshared").def(py::init<py::object, py::handle>()).def("__call__", &Unshared::operator());
+  py::class_<Inspector>(m, "Inspector").def(py::init<py::object, const py::object&, py::object, py::handle>());
+  py::class_<Calls>(m, "Calls")
+      .def(py::init([](const Inspector& inspector, bool direct, bool watch) {
+             return new Calls{inspector, direct, watch, py::none()};
+           }),
+           py::keep_alive<1, 2>())
+      .def("set", &Calls::set)
+      .def("settle", &Calls::settle)
+      .def_readwrite("n", &Calls::n)
+      .def_readonly("settled", &Calls::settled)
+      .def_readonly("copies", &Calls::copies);
   py::class_<Kind, std::shared_ptr<Kind>>(m, "Kind");
   py::class_<IdleLoops>(m, "IdleLoops")
-      .def(py::init([](py::object tensor_type, py::object compiled_type, py::tuple callbacks, py::object backend,
+      .def(py::init([](const Inspector& inspector, py::object compiled_type, py::tuple callbacks, py::object backend,
                        py::object grad_enabled, py::object inference_mode, py::object transform, py::object threads,
                        py::object forward_mode, size_t most) {
-        return new IdleLoops({std::move(tensor_type), std::move(compiled_type), std::move(callbacks),
-                              std::move(backend), std::move(grad_enabled), std::move(inference_mode),
-                              std::move(transform), std::move(threads), std::move(forward_mode)},
-                             most);
-      }))
+             return new IdleLoops(inspector,
+                                  {std::move(compiled_type), std::move(callbacks), std::move(backend),
+                                   std::move(grad_enabled), std::move(inference_mode), std::move(transform),
+                                   std::move(threads), std::move(forward_mode)},
+                                  most);
+           }),
+           py::keep_alive<1, 2>())
       .def("take", &IdleLoops::take)
       .def("put", &IdleLoops::put)
       .def("clear", &IdleLoops::clear)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _C
 from . import contract
 from .contract import N_FIELDS, Flag, Grid, Phase, Policy, RightHandSide, largest
-from .memory import as_view, pattern, storage_uses, unit_steps, with_views
+from .memory import as_view, exchange, pattern, storage_uses, unit_steps, with_views
 from .openmp import address_of_team
 from .readings import Readings
 from .transforms import transforming
@@ -41,8 +41,10 @@ _SCALARS = {
 _TEAM = address_of_team()
 _C.join_team(_TEAM)  # next to torch's ops ours run on the same threads
 
-is_unshared = _C.Unshared(storage_uses, torch.empty(1))  # csrc/bindings/arrays.h; Python is not asked
+Inspector = _C.Inspector  # csrc/bindings/inspector.h
+inspector = Inspector(Tensor, exchange, storage_uses, torch.empty(1))
 
+Calls = _C.Calls  # csrc/bindings/evaluator.h
 Kind = _C.Kind  # csrc/bindings/idle_loops.h
 IdleLoops = _C.IdleLoops
 call_compiled = _C.call_compiled  # csrc/bindings/compiled.h

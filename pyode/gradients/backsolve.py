@@ -106,16 +106,12 @@ class AdjointDynamics:
         self.survey = Survey(params) if warns else None
         self.zeros = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
 
-    direct = None
+    calls = None
 
     @property
     def n_evals(self) -> int:
         """See RightHandSide."""
         return self.forward.n_evals
-
-    def count(self, n: int) -> None:
-        """See RightHandSide."""
-        self.forward.count(n)
 
     def accept(self, k: Any, y: Tensor) -> Tensor:
         """See RightHandSide."""

@@ -72,7 +72,7 @@ class SampleBacksolve:
             or that a step has moved.
     """
 
-    direct = None
+    calls = None
 
     def __init__(
         self,
@@ -102,13 +102,9 @@ class SampleBacksolve:
         both = (*segments, *(size + s for s in segments[1:]))
         self.layout = self.ops.Layout(samples, 2 * size, both, ys.dtype, ys.device)
 
-    def count(self, n: int) -> None:
-        """See RightHandSide."""
-        self.n_evals += n
-
     def accept(self, k: Any, y: Tensor) -> Tensor:
         """See RightHandSide."""
-        raise NotImplementedError("direct is None")
+        raise NotImplementedError("calls is None")
 
     trial = accept
 
