@@ -220,7 +220,6 @@ class Dynamics:
 
         With None it lets go of its func and of all that this has returned, until there is another.
         """
-        self.func: Any = func
         self.calls.set(func)
 
     def without_func(self) -> Dynamics:
@@ -231,8 +230,13 @@ class Dynamics:
         return new
 
     @property
+    def func(self) -> Any:
+        """As the user gave it."""
+        return self.calls.func
+
+    @property
     def n_evals(self) -> int:
-        """How often func was called."""
+        """How often it was called."""
         return self.calls.n
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "inspector.h"
+#include "steps.h"
 
 namespace pyode {
 namespace bindings {
@@ -44,9 +44,10 @@ class IdleLoops {
       : inspector_(inspector), ask_(std::move(surroundings)), most_(most) {}
   IdleLoops(const IdleLoops&) = delete;
 
-  /// Args: those of odeint. Returns a loop for such a solve, or None, and its kind, or None if there is to be no loop.
-  py::tuple take(py::handle func, py::handle y0, py::handle t, py::handle rtol, py::handle atol, py::handle method,
-                 py::handle options, py::handle args) {
+  /// Args: those of odeint. Returns what such a solve gives, if its loop can tell by itself; or that loop, or None; and
+  /// the solve's kind, or None if there is to be no loop.
+  py::tuple solve(py::handle func, py::handle y0, py::handle t, py::handle rtol, py::handle atol, py::handle method,
+                  py::handle options, py::handle args) {
     const bool plain = inspector_.is_tensor(y0) && inspector_.is_tensor(t) && PyFloat_CheckExact(rtol.ptr()) &&
                        PyFloat_CheckExact(atol.ptr()) && (method.is_none() || PyUnicode_CheckExact(method.ptr())) &&
                        is_empty(options) && PyTuple_CheckExact(args.ptr()) && PyTuple_GET_SIZE(args.ptr()) == 0;
@@ -72,15 +73,18 @@ class IdleLoops {
       if (!(*entries_[i].kind == *kind)) continue;
       const Entry found = std::move(entries_[i]);
       entries_.erase(entries_.begin() + static_cast<std::ptrdiff_t>(i));
-      return py::make_tuple(found.loop, found.kind);
+      if (found.again == nullptr) return py::make_tuple(py::none(), found.loop, found.kind);
+      py::object ys = (*found.again)(py::reinterpret_borrow<py::object>(func), py::reinterpret_borrow<py::object>(y0));
+      put(found.kind, found.loop, found.again);
+      return py::make_tuple(std::move(ys), py::none(), py::none());
     }
-    return py::make_tuple(py::none(), kind);
+    return py::make_tuple(py::none(), py::none(), kind);
   }
 
-  /// Keeps a loop for the next solve of a kind.
-  void put(std::shared_ptr<Kind> kind, py::object loop) {
+  /// Keeps a loop for the next solve of a kind, and what solves by it without Python, if there is such a thing.
+  void put(std::shared_ptr<Kind> kind, py::object loop, std::shared_ptr<SolveAgain> again) {
     if (entries_.size() == most_) entries_.erase(entries_.begin());
-    entries_.push_back({std::move(kind), std::move(loop)});
+    entries_.push_back({std::move(kind), std::move(loop), std::move(again)});
   }
 
   void clear() { std::vector<Entry>().swap(entries_); }
@@ -90,9 +94,10 @@ class IdleLoops {
   struct Entry {
     std::shared_ptr<Kind> kind;
     py::object loop;
+    std::shared_ptr<SolveAgain> again;
   };
 
-  static py::tuple nothing() { return py::make_tuple(py::none(), py::none()); }
+  static py::tuple nothing() { return py::make_tuple(py::none(), py::none(), py::none()); }
   static bool is_true(const py::object& found) { return found.ptr() == Py_True; }
   static py::object call(const py::object& function) { return checked(PyObject_CallNoArgs(function.ptr())); }
   static bool is_empty(py::handle options) {
@@ -111,7 +116,7 @@ class IdleLoops {
     const py::object attributes = py::reinterpret_steal<py::object>(own);
     for (const py::handle name : ask_.callbacks)
       if ((attributes && PyDict_Contains(attributes.ptr(), name.ptr()) != 0) ||
-          PyObject_HasAttr(reinterpret_cast<PyObject*>(type), name.ptr()))
+          _PyType_Lookup(type, name.ptr()) != nullptr)
         return false;
     return true;
   }

@@ -188,9 +188,13 @@ PYBIND11_MODULE(_C, m) {
            py::keep_alive<1, 2>())
       .def("set", &Calls::set)
       .def("settle", &Calls::settle)
+      .def_readonly("func", &Calls::func)
       .def_readwrite("n", &Calls::n)
       .def_readonly("settled", &Calls::settled)
       .def_readonly("copies", &Calls::copies);
+  py::class_<SolveAgain, std::shared_ptr<SolveAgain>>(m, "SolveAgain")
+      .def(py::init<Steps&, Calls&, py::object, py::ssize_t, py::object, py::object>(), py::keep_alive<1, 2>(),
+           py::keep_alive<1, 3>());
   py::class_<Kind, std::shared_ptr<Kind>>(m, "Kind");
   py::class_<IdleLoops>(m, "IdleLoops")
       .def(py::init([](const Inspector& inspector, py::object compiled_type, py::tuple callbacks, py::object backend,
@@ -203,7 +207,7 @@ PYBIND11_MODULE(_C, m) {
                                   most);
            }),
            py::keep_alive<1, 2>())
-      .def("take", &IdleLoops::take)
+      .def("solve", &IdleLoops::solve)
       .def("put", &IdleLoops::put)
       .def("clear", &IdleLoops::clear)
       .def("__len__", &IdleLoops::size);

@@ -175,15 +175,15 @@ class Steps {
 
   /// Takes steps from y until there is something for Python to do: a discontinuity, some samples moving and others not,
   /// the end. Returns the start and the end of the last one, its flags, and `out`: all outputs that were passed are
-  /// written to their rows of it. Where t0 is given, the solve begins, see `begin`, and `out` is what makes them: after
-  /// the first evaluation, which has brought what that needs into the cache. The first output is the start.
+  /// written to their rows of it. Where t0 is given, the solve begins, see `begin`, and `out` makes them for the start:
+  /// after the first evaluation, which has brought what that needs into the cache. The first output is the start.
   py::tuple take(py::object y, const py::list& ks, py::handle dynamics, py::object out, py::handle t0) {
     Step step(where_, std::move(y), ks);
     Evaluator evaluator(dynamics);
     int64_t flags = kAnyRunning;
     if (!t0.is_none()) {
       step.put(0, evaluator(t0, step.start().tensor));
-      out = checked(PyObject_CallNoArgs(out.ptr()));
+      out = checked(PyObject_CallOneArg(out.ptr(), step.start().tensor.ptr()));
       step.copy_start(address(out));
       flags = begin(step, evaluator);
       if (!(flags & kAnyRunning)) return py::make_tuple(step.start().tensor, step.start().tensor, flags, out);
@@ -241,6 +241,42 @@ class Steps {
   Controller& controller_;
   py::object rtol_, atol_, read_flags_, one_;
   ErrorNorm tolerances_ = {};
+};
+
+/// Solves by the steps of one before, whose only sample nobody looked at, and which did not come to a discontinuity.
+class SolveAgain {
+ public:
+  /// Args:
+  ///   loop: an AdaptiveLoop (pyode/stepping/adaptive.py), with these steps, whose dynamics have these calls.
+  ///   n_derivatives: of a step.
+  ///   start: the time of the first evaluation, if nobody writes to it.
+  ///   make: makes the outputs for a start.
+  SolveAgain(Steps& steps, Calls& calls, py::object loop, py::ssize_t n_derivatives, py::object start, py::object make)
+      : steps_(steps),
+        calls_(calls),
+        loop_(std::move(loop)),
+        dynamics_(loop_.attr("dynamics")),
+        start_(std::move(start)),
+        make_(std::move(make)),
+        empty_(py::make_tuple(py::none()) * py::int_(n_derivatives)) {}
+
+  /// Returns the outputs.
+  py::object operator()(py::object func, py::object y0) {
+    calls_.set(std::move(func));
+    const py::list ks(empty_);
+    const bool touched = integer(attribute(start_, PYODE_NAME(_version))) != 0 ||
+                         attribute(start_, PYODE_NAME(requires_grad)).ptr() != Py_False;
+    const py::tuple end =
+        steps_.take(std::move(y0), ks, dynamics_, make_, touched ? call_method(loop_, PYODE_NAME(start)) : start_);
+    if (integer(end[2]) & kAnyFailed) loop_.attr("fail")(end[0], ks[0]);
+    calls_.set(py::none());
+    return end[3];
+  }
+
+ private:
+  Steps& steps_;
+  Calls& calls_;
+  py::object loop_, dynamics_, start_, make_, empty_;
 };
 
 }  // namespace bindings

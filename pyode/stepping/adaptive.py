@@ -102,7 +102,7 @@ class AdaptiveLoop(Outcome):
         """A joint solve at whose steps nobody looks, from discontinuity to discontinuity."""
         self.n_jumps, y = 0, y0
         t0: Tensor | None = self.start()
-        out: Any = partial(self.ops.new_states, y0, len(self.times.values))  # a tensor when the first step is chosen
+        out: Any = self.new_outputs  # a tensor when the first step is chosen
         ks: list[Any] = [None] * (len(self.table.rows) + 1)
         while True:
             y, y1, flags, out = self.steps.take(y, ks, self.dynamics, out, t0)
@@ -113,9 +113,18 @@ class AdaptiveLoop(Outcome):
             behind, y = self.pass_jump(y)
             t0, ks[0] = None, self.dynamics(behind, y)
         if flags & FAILED:
-            self.hooks.fail(self.error(y, ks[0]))
+            self.fail(y, ks[0])
             out = torch.where(column(self.left(), out), y, out)
         return out  # type: ignore[no-any-return]
+
+    @property
+    def new_outputs(self) -> Callable[[Tensor], Tensor]:
+        """What makes a place for all outputs, [T, *y0.shape], for a start y0."""
+        return partial(self.ops.new_states, len(self.times.values))
+
+    def fail(self, y: Tensor, k: Tensor) -> None:
+        """Tells of a failure at a state, where the derivative is k."""
+        self.hooks.fail(self.error(y, k))
 
     @property
     def unwatched(self) -> bool:

@@ -137,7 +137,7 @@ class March:
         """All outputs; of a solve that has failed those that are left are its last state."""
         loop, hooks, y, ks, shift = self.loop, self.loop.hooks, self.y, self.ks, self._shift
         if self.flags & FAILED:
-            hooks.fail(loop.error(y, ks[0]))
+            loop.fail(y, ks[0])
         if self.flags & FAILED or hooks.watch_batch is not None:  # some outputs may not have been reached
             if shift is not None:
                 shift = shift.reshape(()) if loop.layout.samples == 1 else column(shift, y)
