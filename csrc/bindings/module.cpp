@@ -171,7 +171,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::tuple&, const py::tuple&>())
       .def("weights_at", &Interpolant::weights_at);
   py::class_<Steps>(m, "Steps")
-      .def(py::init<const OwnedLayout&, const Table&, const Interpolant&, Controller&, py::object, py::object,
+      .def(py::init<OwnedLayout&, const Table&, const Interpolant&, Controller&, py::object, py::object,
                     py::object, py::object>(),
            py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::keep_alive<1, 5>())
       .def("take", &Steps::take);

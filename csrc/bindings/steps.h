@@ -1,6 +1,7 @@
 // The loops over a step's stages, and over the steps after which Python has nothing to decide.
 #pragma once
 
+#include <chrono>
 #include <initializer_list>
 
 #include "controller.h"
@@ -159,7 +160,7 @@ class Steps {
   /// Args:
   ///   read_flags: tells the flags where the controller has left them on the device.
   ///   one: a step size of 1 for each sample.
-  Steps(const OwnedLayout& layout, const Table& table, const Interpolant& interpolant, Controller& controller,
+  Steps(OwnedLayout& layout, const Table& table, const Interpolant& interpolant, Controller& controller,
         py::object rtol, py::object atol, py::object read_flags, py::object one)
       : where_(layout),
         table_(table),
@@ -182,7 +183,9 @@ class Steps {
     Evaluator evaluator(dynamics);
     int64_t flags = kAnyRunning;
     if (!t0.is_none()) {
+      const auto began = std::chrono::steady_clock::now();
       step.put(0, evaluator(t0, step.start().tensor));
+      where_.layout.func_is_long = std::chrono::steady_clock::now() - began > std::chrono::microseconds(100);
       out = checked(PyObject_CallOneArg(out.ptr(), step.start().tensor.ptr()));
       step.copy_start(address(out));
       flags = begin(step, evaluator);
@@ -235,7 +238,7 @@ class Steps {
     return flags < 0 ? integer(read_flags_(flags)) : flags;
   }
 
-  const OwnedLayout& where_;
+  OwnedLayout& where_;
   const Table& table_;
   const Interpolant& interpolant_;
   Controller& controller_;
