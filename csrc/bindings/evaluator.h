@@ -38,8 +38,8 @@ struct Calls {
   }
 };
 
-/// What is called for a derivative: func itself, where `dynamics`, a RightHandSide (pyode/_ops/contract.py), says so and
-/// what func returns can be used without a look from Python, or else `dynamics`.
+/// What is called for a derivative: func itself, where `dynamics`, a RightHandSide (pyode/_ops/contract.py), says so
+/// and what func returns can be used without a look from Python, or else `dynamics`.
 class Evaluator {
  public:
   explicit Evaluator(py::handle dynamics) : dynamics_(dynamics) { look_for_direct(); }

@@ -24,8 +24,8 @@ struct Look {
   }
 };
 
-/// Looks at tensors: through DLPack's exchange API (version 1.3, by its ABI), which is one call, without a Python object
-/// for each answer; of a torch that has none, by attributes.
+/// Looks at tensors: through DLPack's exchange API (version 1.3, by its ABI), which is one call, without a Python
+/// object for each answer; of a torch that has none, by attributes.
 class Inspector {
  public:
   /// Args:
@@ -106,8 +106,8 @@ class Inspector {
     look.shape.clear();
     for (const py::handle n : attribute(tensor, PYODE_NAME(shape))) look.shape.push_back(n.cast<int64_t>());
     look.bytes = integer(attribute(tensor, PYODE_NAME(nbytes)));
-    look.may_be_lazy = is_true(call_method(tensor, PYODE_NAME(is_complex))) ||
-                       integer(call_method(tensor, PYODE_NAME(numel))) == 1;
+    look.may_be_lazy =
+        is_true(call_method(tensor, PYODE_NAME(is_complex))) || integer(call_method(tensor, PYODE_NAME(numel))) == 1;
     look.data = address(tensor);
     return true;
   }

@@ -171,8 +171,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::tuple&, const py::tuple&>())
       .def("weights_at", &Interpolant::weights_at);
   py::class_<Steps>(m, "Steps")
-      .def(py::init<OwnedLayout&, const Table&, const Interpolant&, Controller&, py::object, py::object,
-                    py::object, py::object>(),
+      .def(py::init<OwnedLayout&, const Table&, const Interpolant&, Controller&, py::object, py::object, py::object,
+                    py::object>(),
            py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::keep_alive<1, 5>())
       .def("take", &Steps::take);
   py::class_<GridTimes>(m, "GridTimes")
@@ -200,11 +200,11 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](const Inspector& inspector, py::object compiled_type, py::tuple callbacks, py::object backend,
                        py::object grad_enabled, py::object inference_mode, py::object transform, py::object threads,
                        py::object forward_mode, size_t most) {
-             return new IdleLoops(inspector,
-                                  {std::move(compiled_type), std::move(callbacks), std::move(backend),
-                                   std::move(grad_enabled), std::move(inference_mode), std::move(transform),
-                                   std::move(threads), std::move(forward_mode)},
-                                  most);
+             return new IdleLoops(
+                 inspector,
+                 {std::move(compiled_type), std::move(callbacks), std::move(backend), std::move(grad_enabled),
+                  std::move(inference_mode), std::move(transform), std::move(threads), std::move(forward_mode)},
+                 most);
            }),
            py::keep_alive<1, 2>())
       .def("solve", &IdleLoops::solve)
