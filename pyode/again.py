@@ -144,6 +144,4 @@ def _without_python(loop: Any) -> SolveAgain | None:
     """What solves by a loop's steps alone, for one sample at whose steps nobody looks."""
     if not isinstance(loop, AdaptiveLoop) or not loop.single or loop.ops is not native:
         return None
-    assert isinstance(loop.dynamics, Dynamics)
-    n = len(loop.table.rows) + 1
-    return SolveAgain(loop.steps, loop.dynamics.calls, loop, n, loop.start(), loop.new_outputs)
+    return SolveAgain(loop)

@@ -220,7 +220,8 @@ class Dynamics:
 
         With None it lets go of its func and of all that this has returned, until there is another.
         """
-        self.calls.set(func)
+        self.func: Any = func
+        self.calls.restart()
 
     def without_func(self) -> Dynamics:
         """A copy without func."""
@@ -230,13 +231,8 @@ class Dynamics:
         return new
 
     @property
-    def func(self) -> Any:
-        """As the user gave it."""
-        return self.calls.func
-
-    @property
     def n_evals(self) -> int:
-        """How often it was called."""
+        """How often func was called."""
         return self.calls.n
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:

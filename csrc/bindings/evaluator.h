@@ -15,17 +15,16 @@ struct State {
 };
 
 /// The calls of a func: whether they may be made without a look from Python at what they return, and their number.
+/// The func itself is Python's to hold, which looks for cycles.
 struct Calls {
   const Inspector& inspector;
   const bool direct;  // whether func returns what can be used as it is, if it is like its input
   const bool watch;   // whether the version of func's input is to stay 0
-  py::object func;
   int64_t n = 0;
   bool settled = false, copies = false;  // whether func has let go of what it returned first, or holds it
 
   /// From now on they are another func's.
-  void set(py::object its) {
-    func = std::move(its);
+  void restart() {
     n = 0;
     settled = copies = false;
   }
@@ -51,7 +50,9 @@ class Evaluator {
     found_ = attribute(dynamics_, PYODE_NAME(calls));
     if (found_.is_none()) return;
     Calls& calls = found_.cast<Calls&>();
-    if (calls.direct && !calls.copies) calls_ = &calls;
+    if (!calls.direct || calls.copies) return;
+    calls_ = &calls;
+    func_ = attribute(dynamics_, PYODE_NAME(func));
   }
 
   State operator()(py::handle t, py::handle y) {
@@ -60,7 +61,7 @@ class Evaluator {
     if (calls_ == nullptr || (!std::exchange(began_, true) && is_written(y)))
       return with_data(checked(PyObject_Vectorcall(dynamics_.ptr(), arguments, 2, nullptr)));
     ++calls_->n;
-    State k{checked(PyObject_Vectorcall(calls_->func.ptr(), arguments, 2, nullptr)), nullptr};
+    State k{checked(PyObject_Vectorcall(func_.ptr(), arguments, 2, nullptr)), nullptr};
     if (fits(k, y) && is_ours(k.tensor)) return k;
     return with_data(
         checked(PyObject_CallMethodObjArgs(dynamics_.ptr(), PYODE_NAME(accept), k.tensor.ptr(), y.ptr(), nullptr)));
@@ -93,7 +94,7 @@ class Evaluator {
   }
 
   py::handle dynamics_;
-  py::object found_;
+  py::object found_, func_;
   Calls* calls_ = nullptr;
   Look y_, k_;  // any state, and a derivative
   bool knows_y_ = false, began_ = false;

@@ -74,7 +74,7 @@ class IdleLoops {
       const Entry found = std::move(entries_[i]);
       entries_.erase(entries_.begin() + static_cast<std::ptrdiff_t>(i));
       if (found.again == nullptr) return py::make_tuple(py::none(), found.loop, found.kind);
-      py::object ys = (*found.again)(py::reinterpret_borrow<py::object>(func), py::reinterpret_borrow<py::object>(y0));
+      py::object ys = (*found.again)(func, py::reinterpret_borrow<py::object>(y0));
       put(found.kind, found.loop, found.again);
       return py::make_tuple(std::move(ys), py::none(), py::none());
     }

@@ -182,19 +182,15 @@ PYBIND11_MODULE(_C, m) {
   py::class_<AdamsTable>(m, "AdamsTable").def(py::init<const py::tuple&, const py::tuple&, int64_t>());
   py::class_<Inspector>(m, "Inspector").def(py::init<py::object, const py::object&, py::object, py::handle>());
   py::class_<Calls>(m, "Calls")
-      .def(py::init([](const Inspector& inspector, bool direct, bool watch) {
-             return new Calls{inspector, direct, watch, py::none()};
-           }),
+      .def(py::init(
+               [](const Inspector& inspector, bool direct, bool watch) { return new Calls{inspector, direct, watch}; }),
            py::keep_alive<1, 2>())
-      .def("set", &Calls::set)
+      .def("restart", &Calls::restart)
       .def("settle", &Calls::settle)
-      .def_readonly("func", &Calls::func)
       .def_readwrite("n", &Calls::n)
       .def_readonly("settled", &Calls::settled)
       .def_readonly("copies", &Calls::copies);
-  py::class_<SolveAgain, std::shared_ptr<SolveAgain>>(m, "SolveAgain")
-      .def(py::init<Steps&, Calls&, py::object, py::ssize_t, py::object, py::object>(), py::keep_alive<1, 2>(),
-           py::keep_alive<1, 3>());
+  py::class_<SolveAgain, std::shared_ptr<SolveAgain>>(m, "SolveAgain").def(py::init<py::object>());
   py::class_<Kind, std::shared_ptr<Kind>>(m, "Kind");
   py::class_<IdleLoops>(m, "IdleLoops")
       .def(py::init([](const Inspector& inspector, py::object compiled_type, py::tuple callbacks, py::object backend,

@@ -174,6 +174,8 @@ class Steps {
   }
   Steps(const Steps&) = delete;
 
+  size_t n_derivatives() const { return table_.rows.size() + 1; }
+
   /// Takes steps from y until there is something for Python to do: a discontinuity, some samples moving and others not,
   /// the end. Returns the start and the end of the last one, its flags, and `out`: all outputs that were passed are
   /// written to their rows of it. Where t0 is given, the solve begins, see `begin`, and `out` makes them for the start:
@@ -249,37 +251,39 @@ class Steps {
 /// Solves by the steps of one before, whose only sample nobody looked at, and which did not come to a discontinuity.
 class SolveAgain {
  public:
-  /// Args:
-  ///   loop: an AdaptiveLoop (pyode/stepping/adaptive.py), with these steps, whose dynamics have these calls.
-  ///   n_derivatives: of a step.
-  ///   start: the time of the first evaluation, if nobody writes to it.
-  ///   make: makes the outputs for a start.
-  SolveAgain(Steps& steps, Calls& calls, py::object loop, py::ssize_t n_derivatives, py::object start, py::object make)
-      : steps_(steps),
-        calls_(calls),
-        loop_(std::move(loop)),
+  /// Args: an AdaptiveLoop (pyode/stepping/adaptive.py).
+  explicit SolveAgain(py::object loop)
+      : loop_(std::move(loop)),
         dynamics_(loop_.attr("dynamics")),
-        start_(std::move(start)),
-        make_(std::move(make)),
-        empty_(py::make_tuple(py::none()) * py::int_(n_derivatives)) {}
+        start_(call_method(loop_, PYODE_NAME(start))),
+        make_(loop_.attr("new_outputs")),
+        steps_(loop_.attr("steps").cast<Steps&>()),
+        calls_(dynamics_.attr("calls").cast<Calls&>()),
+        empty_(py::make_tuple(py::none()) * py::int_(steps_.n_derivatives())) {}
 
   /// Returns the outputs.
-  py::object operator()(py::object func, py::object y0) {
-    calls_.set(std::move(func));
+  py::object operator()(py::handle func, py::object y0) {
+    set(func);
     const py::list ks(empty_);
     const bool touched = integer(attribute(start_, PYODE_NAME(_version))) != 0 ||
                          attribute(start_, PYODE_NAME(requires_grad)).ptr() != Py_False;
     const py::tuple end =
         steps_.take(std::move(y0), ks, dynamics_, make_, touched ? call_method(loop_, PYODE_NAME(start)) : start_);
     if (integer(end[2]) & kAnyFailed) loop_.attr("fail")(end[0], ks[0]);
-    calls_.set(py::none());
+    set(py::none());
     return end[3];
   }
 
  private:
+  void set(py::handle func) {
+    if (PyObject_SetAttr(dynamics_.ptr(), PYODE_NAME(func), func.ptr()) != 0) throw py::error_already_set();
+    calls_.restart();
+  }
+
+  py::object loop_, dynamics_, start_, make_;
   Steps& steps_;
   Calls& calls_;
-  py::object loop_, dynamics_, start_, make_, empty_;
+  py::object empty_;
 };
 
 }  // namespace bindings

@@ -28,11 +28,15 @@ class RightHandSide(Protocol):
 
     @property
     def calls(self) -> Calls | None:
-        """By which func itself may be called, and be counted; None: all evaluations are made here.
+        """By which `func` itself may be called, and is counted; None: all evaluations are made here.
 
         What it returns is used as it is if it is contiguous and like its input, and nobody else holds it; otherwise
         `accept` has to look at it.
         """
+
+    @property
+    def func(self) -> Any:
+        """The user's; None where it is not called for itself."""
 
     def accept(self, k: Any, y: Tensor) -> Tensor:
         """Checks and packs what func returned directly for y, in memory that it does not hold."""

@@ -55,7 +55,7 @@ class AugmentedDynamics:
         state: the form of the augmented state.
     """
 
-    calls = None
+    calls = func = None
     wanted = True
 
     def __init__(self, dynamics: Any, state: AugmentedState) -> None:

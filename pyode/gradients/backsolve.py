@@ -106,7 +106,7 @@ class AdjointDynamics:
         self.survey = Survey(params) if warns else None
         self.zeros = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
 
-    calls = None
+    calls = func = None
 
     @property
     def n_evals(self) -> int:

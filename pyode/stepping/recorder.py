@@ -80,6 +80,11 @@ class Recorder:
         """See RightHandSide."""
         return None if self._recording else self.dynamics.calls
 
+    @property
+    def func(self) -> Any:
+        """See RightHandSide."""
+        return self.dynamics.func
+
     def accept(self, k: Any, y: Tensor) -> Tensor:
         """See RightHandSide."""
         return self.dynamics.accept(k, y)
