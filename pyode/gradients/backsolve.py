@@ -83,6 +83,11 @@ def backwards(times: Times, options: dict[str, Any]) -> tuple[Times, dict[str, A
     return ends, options
 
 
+def interval(times: Times, i: int) -> Times:
+    """That which ends at output time i, backwards."""
+    return Times(times.tensor.detach()[[i, i - 1]], [times.values[i], times.values[i - 1]])
+
+
 def stack_for(ops: ModuleType, form: Form, y: Tensor) -> Stack:
     """What makes a state of the backward solve of two like y, a state of the forward one."""
     half = ops.Layout(1, form.segments[-1], form.segments, y.dtype, y.device)
@@ -259,13 +264,15 @@ class Backsolve:
 
     def _interval_by_interval(self, z: Tensor, quadrature: Quadrature) -> Tensor:
         """A solve for every output interval, from the last to the first."""
-        values = self.times.values
-        for i in range(len(values) - 1, 0, -1):
-            times = Times(self.times.tensor.detach()[[i, i - 1]], [values[i], values[i - 1]])
-            z = self._run(z, times, self.config.options, quadrature)
+        for i in range(len(self.times.values) - 1, 0, -1):
+            z = self._over_interval(i, z, quadrature)
             if i > 1:
                 z = self._jump(i - 1, z, quadrature)
         return z
+
+    def _over_interval(self, i: int, z: Tensor, quadrature: Quadrature) -> Tensor:
+        """Solves from output i to the one before it."""
+        return self._run(z, interval(self.times, i), self.config.options, quadrature)
 
     def _norm(self, error: Tensor, integral_errors: list[Tensor]) -> Any:
         """The norm of the scaled errors of the whole adjoint state."""
