@@ -19,7 +19,7 @@ from .compiled.samples import samples_again
 from .compiling import not_compiled
 from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
 from .errors import InvalidValue, SolveError
-from .gradients.backsolve_samples import SampleBacksolveConfig, warn_of_host
+from .gradients.backsolve_samples import SampleBacksolveConfig
 from .methods import Tableau
 from .methods.external import ScipySolver
 from .odeint import GRADIENTS, odeint
@@ -296,9 +296,8 @@ def _adjoint_of(
         for name in ("rtol", "atol")
     )
     check_options(options, method, strict=True)
-    warn_of_host(options)
     policy = replace(_policy_of(policy_from(options, method), controller), resume=True)
-    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options.get("stats"), warns, compact)
+    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options, warns, compact)
 
 
 def _policy_of(policy: Policy, controller: Any) -> Policy:

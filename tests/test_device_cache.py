@@ -81,7 +81,7 @@ def test_the_cache_is_bounded_and_lets_go(tmp_path, monkeypatch):
     assert not kept._kept
 
 
-@pytest.mark.parametrize("options", [{}, {"jump_t": [0.7]}, {"method": "rk4"}])
+@pytest.mark.parametrize("options", [{}, {"jump_t": [0.7]}, {"control": "per_sample"}, {"method": "rk4"}])
 def test_what_is_captured_goes_with_func(options):
     func, y, t = Field(), normal(4, 3).requires_grad_(), times()
     method = options.pop("method", None)
