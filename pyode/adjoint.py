@@ -22,7 +22,7 @@ from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.twice import backsolve_with_graph
 from .odeint import odeint
 from .parameters import find_parameters, lost_gradient, named_parameters
-from .problem import PER_SAMPLE, Problem, pose
+from .problem import PER_SAMPLE, Problem, one_of, pose
 from .samples.adjoint import with_adjoint
 from .samples.batch import Samples
 from .solving import solve
@@ -183,7 +183,7 @@ def _configure_samples(
         )
     check_options(options, method)
     rtol, atol = (
-        check_tolerance(tolerance, name, problem.form, problem.y0[0])
+        check_tolerance(tolerance, name, problem.form, one_of(problem.y0, problem.form))
         for tolerance, name in ((rtol, "adjoint_rtol"), (atol, "adjoint_atol"))
     )
     policy = policy_from(options, method, clip=True, resume=True)

@@ -92,6 +92,16 @@ def test_of_a_single_sample_in_a_structure_with_args():
     check_same(by_solve_ivp, func, y0, times(4), (rate,), backwards={"method": "tsit5"}, args=(rate,))
 
 
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("samples", [0, 2])
+def test_where_nothing_moves(samples, n):
+    t = torch.ones(n, samples, device=DEVICE).requires_grad_()  # of each sample all times are one
+    func = Field()
+    (theirs, their_stats), (ours, our_stats) = both(by_solve_ivp, func, normal(samples, 3), t, tuple(func.parameters()))
+    assert all(map(torch.equal, theirs, ours))
+    assert our_stats == their_stats == pyode.Stats()
+
+
 def test_a_tolerance_for_each_number():
     func, rtol = Field(), torch.tensor([1e-3, 1e-5, 1e-4], dtype=torch.float64)
     check_same(by_solve_ivp, func, normal(4, 3), times(4), tuple(func.parameters()), backwards={"rtol": rtol})

@@ -211,7 +211,7 @@ class SampleBacksolve:
                 continue
             c = (0.0, *tableau.abscissae)[j]
             stage = self.ops.stage_combine(self.layout, tableau.rows[j - 1], z, ks, dt) if j else z
-            y, a = stage.reshape(len(z), 2, -1).unbind(1)
+            y, a = stage.reshape(len(z), 2, self.ys.shape[-1]).unbind(1)
             t = (segment.t0 + c * segment.size).to(y.device, self.layout.real_dtype)
             if self.with_time:
                 t = t.requires_grad_()
