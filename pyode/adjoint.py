@@ -17,7 +17,7 @@ from .compiled.dynamics import CompiledDynamics
 from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidValue, warn
-from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
+from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig, Found
 from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.twice import backsolve_with_graph
 from .odeint import odeint
@@ -267,7 +267,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         norm = ctx.adjoint_options["norm"]
         if norm is not config.norm:
             config = replace(config, norm=norm, fused=False)
-        found: tuple[Tensor, Tensor | None, list[Tensor]] | None = None
+        found: Found | None = None
         with ctx.circumstances.again():
             if torch.is_grad_enabled():
                 reached = t[:n] if len(values) == n else torch.cat([t[:n], t.new_tensor(values[n:])])

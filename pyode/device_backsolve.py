@@ -13,9 +13,9 @@ from ._ops.autograd import plain
 from ._ops.contract import Layout
 from .captures import BoundFunc, Captured, Key, captured_for, captured_solves, standing_for, surroundings
 from .control import Times, grid_from
-from .device_grid_backsolve import DeviceGridBacksolve, Found
+from .device_grid_backsolve import DeviceGridBacksolve
 from .device_solve import DeviceSolve, Given, launch, obstacle, unless
-from .gradients.backsolve import AdjointDynamics, BacksolveConfig, backwards, effect_of_time, stack_for
+from .gradients.backsolve import AdjointDynamics, BacksolveConfig, Found, backwards, effect_of_time, stack_for
 from .methods import Tableau
 from .problem import Problem
 from .state import Dynamics, Func

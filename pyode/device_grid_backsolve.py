@@ -15,15 +15,13 @@ from .captures import BoundFunc, Captured, Key, captured_for, standing_for, surr
 from .control import Times
 from .device_grid import check_steps, within
 from .device_solve import launch
-from .gradients.backsolve import Backsolve, BacksolveConfig, interval
+from .gradients.backsolve import Backsolve, BacksolveConfig, Found, interval
 from .problem import Problem
 from .solution import Stats
 from .state import Func
 from .stepping.captured_grid import CapturedGrid, PreparedGrid
 from .stepping.fixed_grid import grid_of
 from .stepping.quadrature import Quadrature
-
-Found = tuple[Tensor, Tensor | None, list[Tensor]]
 
 
 class PreparedBacksolve(Backsolve):

@@ -39,6 +39,7 @@ from .survey import Survey
 from .vjp import vjp
 
 AdjointNorm = Callable[[tuple[Tensor, ...]], Any]
+Found = tuple[Tensor, Tensor | None, list[Tensor]]  # the gradients of y0, the times if wanted, and the parameters
 Stack = Callable[[Tensor, Tensor], Tensor]  # of x and y to [x, -y]
 
 
@@ -202,7 +203,7 @@ class Backsolve:
         self.dynamics = AdjointDynamics(self.forward, self.stack, params, self.time_carried, config.warns)
         self.rtol, self.atol = (x if isinstance(x, float) else torch.stack([x, x]) for x in (config.rtol, config.atol))
 
-    def solve(self) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    def solve(self) -> Found:
         """Returns the gradients with respect to y0 (packed), t (None if not wanted) and the parameters."""
         last = len(self.times.values) - 1
         if last == 0:
