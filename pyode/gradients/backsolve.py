@@ -86,7 +86,7 @@ def backwards(times: Times, options: dict[str, Any]) -> tuple[Times, dict[str, A
 
 def interval(times: Times, i: int) -> Times:
     """That which ends at output time i, backwards."""
-    return Times(times.tensor.detach()[[i, i - 1]], [times.values[i], times.values[i - 1]])
+    return Times(times.tensor.detach()[i - 1 : i + 1].flip(0), [times.values[i], times.values[i - 1]])
 
 
 def stack_for(ops: ModuleType, form: Form, y: Tensor) -> Stack:
