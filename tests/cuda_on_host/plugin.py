@@ -47,10 +47,11 @@ def _load() -> None:
     LentFunc.take_back = lambda func: None  # it is called again
 
     class Capture(TorchDispatchMode):
-        """Within it what reads numbers back to the host, or makes tensors from the host's, fails."""
+        """Within it most of what reads numbers back to the host, or makes tensors from the host's, fails."""
 
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            if op.name().split(".")[0] in NOT_CAPTURED:
+            masks = op.name() == "aten::index.Tensor" and any(i is not None and i.dtype is torch.bool for i in args[1])
+            if masks or op.name().split(".")[0] in NOT_CAPTURED:
                 raise RuntimeError(f"{op} while a stream is captured")
             return op(*args, **(kwargs or {}))
 
