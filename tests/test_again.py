@@ -8,12 +8,11 @@ import weakref
 
 import pytest
 import torch
+from factories import inspector_by_attributes
 from torch import nn
 
 import pyode
 from pyode import again, state
-from pyode._ops.memory import storage_uses
-from pyode._ops.native import Inspector
 from pyode.again import Idle, idle
 
 T = torch.tensor([0.0, 0.5, 1.0])
@@ -25,7 +24,7 @@ def _none_idle(request, monkeypatch):
     """No loops, and tensors looked at as torch's age has it."""
     if not request.param:
         for module in (state, again):
-            monkeypatch.setattr(module, "inspector", Inspector(torch.Tensor, None, storage_uses, torch.empty(1)))
+            monkeypatch.setattr(module, "inspector", inspector_by_attributes())
     monkeypatch.setattr(idle, "loops", Idle().loops)
 
 

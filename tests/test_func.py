@@ -8,13 +8,12 @@ from itertools import cycle
 import numpy as np
 import pytest
 import torch
+from factories import inspector_by_attributes
 from problems import growth, kepler, kepler_start, linear, tensor
 from torch import Tensor, nn
 
 import pyode
 from pyode import DynamicsError, state
-from pyode._ops.memory import storage_uses
-from pyode._ops.native import Inspector
 from pyode.methods import TABLEAUS
 
 UNIT = tensor(0.0, 1.0)
@@ -93,9 +92,8 @@ RETURNS = {
 @pytest.mark.parametrize("name", RETURNS)
 @pytest.mark.parametrize("exchange", [True, False])
 def test_what_func_may_return(exchange, name, method, monkeypatch):
-    # Whether torch tells of a tensor through DLPack's exchange API, as newer ones do, or has to be asked each thing.
     if not exchange:
-        monkeypatch.setattr(state, "inspector", Inspector(Tensor, None, storage_uses, torch.empty(1)))
+        monkeypatch.setattr(state, "inspector", inspector_by_attributes())
     f, plain = RETURNS[name]
     with torch.no_grad():
         assert torch.equal(solve(f, method=method), solve(plain, method=method))
