@@ -28,6 +28,7 @@ from .samples.batch import Samples
 from .solving import solve
 from .state import Dynamics, Form, Func, State
 from .stepping.fixed_grid import check_interp
+from .stepping.loops import SampleLoop
 from .stepping.outcome import Outcome
 from .vmapped import check_transforms
 
@@ -193,18 +194,17 @@ def _configure_samples(
 def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: SampleBacksolveConfig) -> State:
     """The same for samples with steps of their own."""
     samples = Samples(problem.form, problem.y0, t)
-    # Not compiled: the loop tells where samples have ended.
-    quiet = replace(problem, y0=problem.y0.detach(), times=problem.times.in_tensor(t.detach()), compiled=None)
+    quiet = replace(problem, y0=problem.y0.detach(), times=problem.times.in_tensor(t.detach()))
     with torch.no_grad():
         solved = solve(quiet)
     loop, flat = solved.loop, solved.ys.reshape(len(solved.ys), *samples.y0.shape)
     if loop is None:  # there is only one time
         return samples.of_user(samples.y0[None])
-    assert isinstance(loop, Outcome)
+    assert isinstance(loop, (Outcome, SampleLoop))
     left = loop.left()
     reached = ~(left if left.dim() == 2 else left[:, None])
     failed = ~reached[-1]  # from there on the last state stands for the rest
-    end_t = torch.where(failed.to(samples.clock), loop.controller.field("t").to(samples.clock), torch.nan)
+    end_t = torch.where(failed.to(samples.clock), loop.ends_of_samples().to(samples.clock), torch.nan)
     end = end_t, torch.where(failed[:, None], flat[-1], torch.nan)
     flat, end_y = with_adjoint(
         odeint, config, problem, samples, t, flat, reached, loop.stats_of_samples().last_dt, end, params

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._ops import backend_for
-from .._ops.contract import Grid, Policy
+from .._ops.contract import Grid, Policy, neighbour
 from ..control import Times
 from ..methods import Tableau
 from ..state import Func
@@ -109,6 +109,7 @@ class SampleBacksolve:
         self.survey = Survey(params) if config.warns else None
         self.param_gradients: list[Tensor] = [torch.zeros_like(p) for p in params]
         self.time_gradients = torch.zeros_like(times)
+        self.behind = torch.zeros_like(times[0], dtype=torch.bool)  # which samples are just behind a discontinuity
         samples, size = ys.shape[1:]
         self.ops = backend_for(ys)
         both = (*segments, *(size + s for s in segments[1:]))
@@ -137,8 +138,10 @@ class SampleBacksolve:
 
     def begin(self) -> Tensor:
         """(y, a) at the last times, [B, 2, D]."""
-        start, everywhere = self.times[-1], torch.ones_like(self.times[-1], dtype=torch.bool)
-        return self.arrive(start, everywhere, torch.stack([self.ys[-1], torch.zeros_like(self.ys[-1])], 1))
+        y = self.ys[-1]
+        z = self.arrive(self.times[-1], torch.ones_like(self.behind), torch.stack([y, torch.zeros_like(y)], 1))
+        self.behind.zero_()  # the start is where the forward solve's end is
+        return z
 
     def found(self, z: Tensor) -> Found:
         """What has come of it, from (y, a) at the first times."""
@@ -153,6 +156,7 @@ class SampleBacksolve:
             z: [B, 2, D] (y, a) before it.
         """
         now, there = now.to(self.times.device), there.to(self.times.device)
+        self.behind |= there
         here = (self.times == now) & there
         here[0].zero_()  # the start: its gradient is added at the end
         arriving = here.to(z.device)
@@ -195,6 +199,7 @@ class SampleBacksolve:
             if self.moved is not None:
                 self.moved.only(segment.accepted)
             self._add_integrals(segment)
+            self.behind &= ~segment.accepted
         if self.running is not None:
             self.running.look(segment.controller)
 
@@ -202,13 +207,18 @@ class SampleBacksolve:
         """Adds an accepted step's share of the parameters' and the times' integrals."""
         tableau, dt = self.config.tableau, torch.where(segment.accepted, segment.size, 0.0)
         z, ks = segment.y.contiguous(), [k.contiguous() for k in segment.ks]
+        # Like the step itself its integrals see f as it is between discontinuities.
+        inwards = {0.0: segment.size.sign() * self.behind, 1.0: -segment.size.sign()}
         for j, weight in enumerate(tableau.weights):
             if weight == 0:
                 continue
             c = (0.0, *tableau.abscissae)[j]
             stage = self.ops.stage_combine(self.layout, tableau.rows[j - 1], z, ks, dt) if j else z
             y, a = stage.reshape(len(z), 2, self.ys.shape[-1]).unbind(1)
-            t = (segment.t0 + c * segment.size).to(y.device, self.layout.real_dtype)
+            t = segment.t1 if c == 1 else segment.t0 + c * segment.size
+            t = t.to(y.device, self.layout.real_dtype)
+            if c in inwards:
+                t = neighbour(t, inwards[c].to(t))
             if self.with_time:
                 t = t.requires_grad_()
             v = a * (-weight * dt).to(y.device, self.layout.real_dtype)[:, None]

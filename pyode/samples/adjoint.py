@@ -57,6 +57,10 @@ def with_adjoint(
             from ..device_backsolve_samples import backsolve_samples_on_device  # only those who ask wait for its import
 
             found = backsolve_samples_on_device(quiet, flat, config, *given)
+        elif problem.compiled is not None:
+            from ..compiled.backsolve import backsolve_samples_compiled  # as those who compile do
+
+            found = backsolve_samples_compiled(problem.compiled, problem.form, config, *given)
         if found is None:
             found = SampleBacksolve(func, config, *given, compacted=compacted if config.compact else None).solve()
         return found
