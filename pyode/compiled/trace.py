@@ -128,12 +128,16 @@ class _Again(Interpreter):
 
     def functional(self) -> Callable[..., Any]:
         """The same without writes; closed-over tensors are arguments, so that none is left in what they alone give."""
-        places = [n for n in self.graph.nodes if n.op == "get_attr" and not is_made_by_func(n)]
-        closed_over = {n.target: self.fetch_attr(n.target) for n in places}
-        wrapped = torch.func.functionalize(self._run_with)
+        closed_over, wrapped = self.closed_over(), torch.func.functionalize(self.run_with)
         return lambda *args: wrapped(closed_over, *args)
 
-    def _run_with(self, closed_over: dict[Any, Tensor], *args: Tensor) -> Any:
+    def closed_over(self) -> dict[Any, Tensor]:
+        """The tensors that func has closed over, by their names in the graph."""
+        places = [n for n in self.graph.nodes if n.op == "get_attr" and not is_made_by_func(n)]
+        return {n.target: self.fetch_attr(n.target) for n in places}
+
+    def run_with(self, closed_over: dict[Any, Tensor], *args: Tensor) -> Any:
+        """What the graph returns with others in the places of closed-over tensors."""
         self._closed_over = closed_over
         return self.run(*args)
 
@@ -249,12 +253,18 @@ def trace_vjp(
         A graph of a list: what func returns, then the gradient of every part, then of every tensor, at last of t.
     """
 
+    again = _Again(traced)
+    originals = again.closed_over()
+    # One may have been computed from another: in their places are leaves, over the same memory.
+    leaves = {id(x): x.detach() for x in originals.values()}
+    asked = [leaves[id(x)].requires_grad_() for x in wanted]
+
     def pull_back(t: Tensor, *parts: Tensor) -> list[Tensor]:
         n = len(shapes)
         ys = [part.detach().requires_grad_() for part in parts[:n]]
         t = t.detach().requires_grad_(time)
-        inputs = [*ys, *wanted, *([t] if time else [])]
-        returned = _Again(traced).run(t, *ys)
+        inputs = [*ys, *asked, *([t] if time else [])]
+        returned = again.run_with({name: leaves[id(x)] for name, x in originals.items()}, t, *ys)
         pairs = [(out, g) for out, g in zip(returned, parts[n:]) if out.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(inputs)
         if pairs:
@@ -265,6 +275,9 @@ def trace_vjp(
 
     with torch.enable_grad():
         graph = _graph_of(pull_back, shapes * 2, dtype, rows, own_times)
+    for name, leaf in _Again(graph).closed_over().items():
+        original = next((x for x in originals.values() if leaves[id(x)] is leaf), leaf)
+        setattr(graph, name, original)
     return taken_apart(graph, shapes * 2, dtype, rows, own_times)
 
 

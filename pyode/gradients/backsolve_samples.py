@@ -26,7 +26,9 @@ from ..stepping.adaptive import AdaptiveLoop
 from ..stepping.hooks import Hooks
 from ..stepping.running_rows import RunningRows
 from ..stepping.segment import BatchSegment
+from .partials import partial_derivatives
 from .survey import Survey
+from .vjp import Vjp
 
 Compacted = Callable[[], tuple[RunningRows, Func]]
 
@@ -95,6 +97,7 @@ class SampleBacksolve:
         self.times, self.ys, self.gradients, self.first_step = times, ys, gradients, first_step
         self.n_evals = 0
         self.survey = Survey(params) if config.warns else None
+        self.vjp = Vjp()
         self.param_gradients: list[Tensor] = [torch.zeros_like(p) for p in params]
         self.time_gradients = torch.zeros_like(times)
         samples, size = ys.shape[1:]
@@ -122,7 +125,8 @@ class SampleBacksolve:
                 z = loop.solve(z, self.first_step)[1]
             finally:
                 loop.add_to(self.config.stats)
-        return z[:, 1] + self.gradients[0], self.time_gradients, self.param_gradients
+        of_params = partial_derivatives(self.params, self.param_gradients)
+        return z[:, 1] + self.gradients[0], self.time_gradients, of_params
 
     def _loop(self) -> AdaptiveLoop:
         """From the last time to the first; where gradients arrive in between, there is a discontinuity."""
@@ -175,10 +179,7 @@ class SampleBacksolve:
             f = func(t, y)
             if self.survey is not None and self.survey.look(f, (t, y)) is not None:
                 self.survey = None
-            inputs = others or (y,)
-            if not f.requires_grad:
-                return f, (None,) * len(inputs)
-            return f.detach(), torch.autograd.grad(f, inputs, v, allow_unused=True)
+            return f.detach(), self.vjp(f, others or (y,), v)
 
     def _watch(self, segment: BatchSegment) -> None:
         """Looks at a step that some sample has accepted."""
