@@ -41,7 +41,7 @@ _SCALARS = {
 _TEAM = address_of_team()
 _C.join_team(_TEAM)  # next to torch's ops ours run on the same threads
 
-is_unshared = _C.Unshared(storage_uses, torch.empty(1))  # csrc/bindings/arrays.h; Python is not asked
+is_unshared = _C.Unshared(storage_uses, torch.empty(1, device="cpu"))  # csrc/bindings/arrays.h; Python is not asked
 
 Kind = _C.Kind  # csrc/bindings/idle_loops.h
 IdleLoops = _C.IdleLoops

@@ -73,7 +73,7 @@ def backsolve_compiled(
     grid = grid_from(options, ends, ys.device)
     rows = entry.rows_of(form.shapes[0])
     plan = Plan(library, z.shape, z.dtype, rows, grid, config.policy, rtol, atol, config.first_step)
-    values = torch.tensor(times.values, dtype=torch.float64)
+    values = torch.tensor(times.values, dtype=torch.float64, device="cpu")
     inputs = [entry.inputs[i] for i in wanted]
     tolerances = least_rtol, least_atol
     start, of_times, found, solve = plan.run_back(

@@ -299,15 +299,18 @@ def _graph_of(
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     mode.cache_enabled = False  # for shapes with a symbol it takes longer than what it saves
     single = rows and shapes[0][0] == 1
-    example = torch.empty((_EXAMPLE_ROWS, *shapes[0][1:]) if single else shapes[0], dtype=dtype)
+    example = torch.empty((_EXAMPLE_ROWS, *shapes[0][1:]) if single else shapes[0], dtype=dtype, device="cpu")
     dynamic = [DimDynamic.DYNAMIC if rows and i == 0 else DimDynamic.STATIC for i in range(example.dim())]
     context: Any = StatelessSymbolicContext(dynamic)
     first = mode.from_tensor(example, source=ConstantSource("state"), symbolic_context=context)
-    time: Tensor = mode.from_tensor(torch.tensor(0.0, dtype=dtype))
+    time: Tensor = mode.from_tensor(torch.tensor(0.0, dtype=dtype, device="cpu"))
     with mode:  # the other parts have as many rows
         if own_times:
-            time = torch.empty(first.shape[0], dtype=dtype)
-        parts = [torch.empty((first.shape[0], *shape[1:]) if rows else shape, dtype=dtype) for shape in shapes[1:]]
+            time = torch.empty(first.shape[0], dtype=dtype, device="cpu")
+        parts = [
+            torch.empty((first.shape[0], *shape[1:]) if rows else shape, dtype=dtype, device="cpu")
+            for shape in shapes[1:]
+        ]
     try:
         # einsum's search for the best order of its operands would depend on the number of rows.
         with warnings.catch_warnings(), torch.backends.opt_einsum.flags(enabled=False):

@@ -194,7 +194,7 @@ def backsolve_samples_with_graph(
     moved = (times,) if times.requires_grad else ()
     interval = _Interval(circumstances, (*moved, *params), solve, norm)
     integrals = interval.start(ys)
-    a, both_ends = torch.zeros_like(gradients[0]), torch.tensor([1.0, 0.0], dtype=torch.float64)
+    a, both_ends = torch.zeros_like(gradients[0]), torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu")
     for i in reversed(range(1, len(times))):
         f = partial(stretched, times[i - 1], times[i])
         a, integrals = interval.back(f, both_ends, ys[i], a + gradients[i], integrals)
