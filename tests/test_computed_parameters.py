@@ -99,6 +99,20 @@ def test_what_all_evaluations_share_is_gone_through_again_and_again(kind, in_arg
     assert_close(found, gradients(pyode.odeint), 1e-5)
 
 
+@pytest.mark.parametrize("gradient", ["checkpoint", "adjoint"])
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_a_tensor_that_is_named_twice_has_its_gradient_once(gradient, control):
+    # As networks that share weights, and have their parameters joined.
+    weight = torch.eye(2, dtype=F64, requires_grad=True)
+
+    def found(gradient, **kwargs):
+        func, given = (lambda t, y, w: torch.sin(y @ w)), {"args": (weight,), "control": control, **TOLERANCES}
+        ys = pyode.solve_ivp(func, Y0, T, gradient=gradient, **given, **kwargs).ys
+        return list(torch.autograd.grad(loss_of(ys), weight))
+
+    assert_close(found(gradient, params=[weight, weight]), found("direct"), 1e-6)
+
+
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
 def test_second_derivatives_through_computed_tensors(control):
     def solve(y0, raw):
