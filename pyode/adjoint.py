@@ -224,11 +224,11 @@ def _norm_of(form: Form, state_norm: Any, norm: Any) -> AdjointNorm:
     def rms(x: Tensor) -> Tensor:
         return x.abs().square().mean().sqrt()
 
-    def of_state(y: Tensor) -> Tensor:
+    def of_state(y: Tensor) -> Any:
         state = form.unpack(y)
-        return max(map(rms, form.parts(state))) if state_norm is None else torch.as_tensor(state_norm(state))
+        return max(map(rms, form.parts(state))) if state_norm is None else state_norm(state)
 
-    def largest(whole: tuple[Tensor, ...]) -> Tensor:
+    def largest(whole: tuple[Tensor, ...]) -> Any:
         time, y, adj_y, *params = whole
         return max([time.abs(), of_state(y), of_state(adj_y), *([] if norm == "seminorm" else map(rms, params))])
 

@@ -169,7 +169,7 @@ class Form:
             raise InvalidValue(
                 f"{name} must have one entry for each of the {len(self.sizes)} parts of y0, not {len(each)}"
             )
-        tensors = [torch.as_tensor(part, dtype=torch.float64) for part in each]
+        tensors = [torch.as_tensor(part, dtype=torch.float64, device="cpu") for part in each]
         shapes = [shape[1:] for shape in self.shapes] if self.per_sample else self.shapes
         for part, shape, its_name, whole in zip(tensors, shapes, self.names(name), self.names("y0")):
             if part.numel() != 1 and part.numel() != shape.numel():

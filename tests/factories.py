@@ -31,7 +31,7 @@ ROUNDOFF = {
 
 def inspector_by_attributes() -> native.Inspector:
     """One that looks at tensors as it has to where torch is older than DLPack's exchange API."""
-    return native.Inspector(Tensor, None, storage_uses, torch.empty(1))
+    return native.Inspector(Tensor, None, storage_uses, torch.empty(1, device="cpu"))
 
 
 def arithmetic_roundoff(dtype: torch.dtype) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Freed, this makes glibc's malloc keep twice as much from now on (mallopt(3), M_MMAP_THRESHOLD): what a solve frees at
 # its end would go back to the system otherwise, for the next one to fetch page by page.
-torch.empty(1 << 24, dtype=torch.uint8)
+torch.empty(1 << 24, dtype=torch.uint8, device="cpu")
 
 # Tells of a tensor what there is to know, without Python objects; None in older torch.
 exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)

@@ -42,7 +42,7 @@ _TEAM = address_of_team()
 _C.join_team(_TEAM)  # next to torch's ops ours run on the same threads
 
 Inspector = _C.Inspector  # csrc/bindings/inspector.h
-inspector = Inspector(Tensor, exchange, storage_uses, torch.empty(1))
+inspector = Inspector(Tensor, exchange, storage_uses, torch.empty(1, device="cpu"))
 
 Calls = _C.Calls  # csrc/bindings/evaluator.h
 Kind = _C.Kind  # csrc/bindings/idle_loops.h

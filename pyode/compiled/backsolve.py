@@ -73,7 +73,7 @@ def backsolve_compiled(
     grid = grid_from(options, ends, ys.device)
     rows = entry.rows_of(form.shapes[0])
     plan = Plan(library, z.shape, z.dtype, rows, grid, config.policy, rtol, atol, config.first_step)
-    values = torch.tensor(times.values, dtype=torch.float64)
+    values = torch.tensor(times.values, dtype=torch.float64, device="cpu")
     start, of_times, of_wanted, solve = plan.run_back(
         z, entry.inputs, values, ys, gradients, wanted, (least_rtol, least_atol), config.seminorm
     )

@@ -35,8 +35,9 @@ from ..stepping.loops import Loop, loop_for
 from ..stepping.quadrature import Quadrature
 from ..stepping.recorder import with_graph
 from .augmented import AugmentedDynamics, AugmentedState
+from .partials import partial_derivatives
 from .survey import Survey
-from .vjp import vjp
+from .vjp import Vjp
 
 AdjointNorm = Callable[[tuple[Tensor, ...]], Any]
 Found = tuple[Tensor, Tensor | None, list[Tensor]]  # the gradients of y0, the times if wanted, and the parameters
@@ -110,6 +111,7 @@ class AdjointDynamics:
         self.forward, self.stack, self.params, self.time = forward, stack, params, time
         self.quadrature: Quadrature | None = None
         self.survey = Survey(params) if warns else None
+        self.vjp = Vjp()
         self.zeros = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
 
     calls = func = None
@@ -137,7 +139,7 @@ class AdjointDynamics:
         f = with_graph(self.forward, t, y)
         if wanted and self.survey is not None and self.survey.look(f, (t, y)) is not None:
             self.survey = None
-        product, *integrands = vjp(f, inputs, b)
+        product, *integrands = self.vjp(f, inputs, b)
         if quadrature is not None:
             quadrature.note(self._plain(t, integrands) if wanted else None)
         return self.stack(f, torch.zeros_like(b) if product is None else plain(product))
@@ -220,7 +222,7 @@ class Backsolve:
         return (
             self.gradients[0] - z[1],
             torch.stack(self.time_gradients) if self.time else None,
-            results,
+            partial_derivatives(self.dynamics.params, results),
         )
 
     def _quadrature(self) -> Quadrature:

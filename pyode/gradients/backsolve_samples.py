@@ -24,7 +24,9 @@ from ..stepping.adaptive import AdaptiveLoop
 from ..stepping.hooks import Hooks
 from ..stepping.running_rows import RunningRows
 from ..stepping.segment import BatchSegment
+from .partials import partial_derivatives
 from .survey import Survey
+from .vjp import Vjp
 
 Found = tuple[Tensor, Tensor, list[Tensor]]  # the gradients of y0, [B, D], of the times, [T, B], and the parameters
 Compacted = Callable[[], tuple[RunningRows, Func]]
@@ -107,6 +109,7 @@ class SampleBacksolve:
         self.times, self.ys, self.gradients, self.first_step = times, ys, gradients, first_step
         self.n_evals = 0
         self.survey = Survey(params) if config.warns else None
+        self.vjp = Vjp()
         self.param_gradients: list[Tensor] = [torch.zeros_like(p) for p in params]
         self.time_gradients = torch.zeros_like(times)
         self.behind = torch.zeros_like(times[0], dtype=torch.bool)  # which samples are just behind a discontinuity
@@ -145,7 +148,8 @@ class SampleBacksolve:
 
     def found(self, z: Tensor) -> Found:
         """What has come of it, from (y, a) at the first times."""
-        return z[:, 1] + self.gradients[0], self.time_gradients, self.param_gradients
+        of_params = partial_derivatives(self.params, self.param_gradients)
+        return z[:, 1] + self.gradients[0], self.time_gradients, of_params
 
     def arrive(self, now: Tensor, there: Tensor, z: Tensor) -> Tensor:
         """The state behind outputs: y from the forward solve, a with the gradients that arrive.
@@ -188,10 +192,7 @@ class SampleBacksolve:
             f = func(t, y)
             if self.survey is not None and self.survey.look(f, (t, y)) is not None:
                 self.survey = None
-            inputs = others or (y,)
-            if not f.requires_grad:
-                return f, (None,) * len(inputs)
-            return f.detach(), torch.autograd.grad(f, inputs, v, allow_unused=True)
+            return f.detach(), self.vjp(f, others or (y,), v)
 
     def watch(self, segment: BatchSegment) -> None:
         """Looks at a step that some sample has accepted."""

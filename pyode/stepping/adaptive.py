@@ -27,7 +27,7 @@ from .quadrature import Quadrature
 from .segment import BatchSegment, RungeKuttaSegment
 
 AtJump = Callable[[Tensor, Tensor, Tensor], Tensor]
-_THE_ONLY = torch.ones(1, dtype=torch.bool)  # sample, of those on a discontinuity
+_THE_ONLY = torch.ones(1, dtype=torch.bool, device="cpu")  # sample, of those on a discontinuity
 
 
 class AdaptiveLoop(Outcome):

@@ -223,7 +223,7 @@ class March:
         jumping = loop.controller.field("on_jump").to(stage_times)
         if not bool(jumping.any()):
             return stage_times + shift.to(stage_times), dt
-        c = torch.tensor(loop.tableau.abscissae, dtype=torch.float64).to(stage_times)
+        c = torch.tensor(loop.tableau.abscissae, dtype=torch.float64, device="cpu").to(stage_times)
         if loop.layout.samples != 1:
             c = c[:, None]
         return stage_times + (1 - c * jumping) * shift.to(stage_times), dt - (jumping * shift).to(dt)
