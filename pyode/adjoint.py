@@ -17,12 +17,12 @@ from .compiled.dynamics import CompiledDynamics
 from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidValue, warn
-from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
-from .gradients.backsolve_samples import SampleBacksolveConfig, warn_of_host
+from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig, Found
+from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.twice import backsolve_with_graph
 from .odeint import odeint
 from .parameters import find_parameters, lost_gradient, named_parameters
-from .problem import PER_SAMPLE, Problem, pose
+from .problem import PER_SAMPLE, Problem, one_of, pose
 from .samples.adjoint import with_adjoint
 from .samples.batch import Samples
 from .solving import solve
@@ -183,13 +183,12 @@ def _configure_samples(
             "norm is that of its state and adjoint"
         )
     check_options(options, method)
-    warn_of_host(options)
     rtol, atol = (
-        check_tolerance(tolerance, name, problem.form, problem.y0[0])
+        check_tolerance(tolerance, name, problem.form, one_of(problem.y0, problem.form))
         for tolerance, name in ((rtol, "adjoint_rtol"), (atol, "adjoint_atol"))
     )
     policy = policy_from(options, method, clip=True, resume=True)
-    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options.get("stats"), warns)
+    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options, warns)
 
 
 def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: SampleBacksolveConfig) -> State:
@@ -225,11 +224,11 @@ def _norm_of(form: Form, state_norm: Any, norm: Any) -> AdjointNorm:
     def rms(x: Tensor) -> Tensor:
         return x.abs().square().mean().sqrt()
 
-    def of_state(y: Tensor) -> Tensor:
+    def of_state(y: Tensor) -> Any:
         state = form.unpack(y)
-        return max(map(rms, form.parts(state))) if state_norm is None else torch.as_tensor(state_norm(state))
+        return max(map(rms, form.parts(state))) if state_norm is None else state_norm(state)
 
-    def largest(whole: tuple[Tensor, ...]) -> Tensor:
+    def largest(whole: tuple[Tensor, ...]) -> Any:
         time, y, adj_y, *params = whole
         return max([time.abs(), of_state(y), of_state(adj_y), *([] if norm == "seminorm" else map(rms, params))])
 
@@ -268,7 +267,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         norm = ctx.adjoint_options["norm"]
         if norm is not config.norm:
             config = replace(config, norm=norm, fused=False)
-        found: tuple[Tensor, Tensor | None, list[Tensor]] | None = None
+        found: Found | None = None
         with ctx.circumstances.again():
             if torch.is_grad_enabled():
                 reached = t[:n] if len(values) == n else torch.cat([t[:n], t.new_tensor(values[n:])])

@@ -91,7 +91,8 @@ def check_options(options: dict[str, Any], method: Method, strict: bool = False)
 def single_time(t: Any, name: str) -> Tensor:
     """A time that is a number, then float64, or a tensor of one, as a 0-dim tensor."""
     try:
-        return torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64).reshape(())
+        given = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        return given.reshape(())
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidType(f"{name} must be a number or a tensor of one number, not {t!r}") from error
 
@@ -335,7 +336,7 @@ def grid_from(options: dict[str, Any], times: Times, device: torch.device) -> Gr
 def numbers_of(times: Any) -> list[float]:
     """Times that are numbers or a tensor on any device."""
     times = times.detach().cpu() if isinstance(times, Tensor) else times
-    return torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()
+    return torch.as_tensor(times, dtype=torch.float64, device="cpu").reshape(-1).tolist()
 
 
 def _stops(value: Any, name: str, times: Times) -> list[float]:

@@ -45,7 +45,7 @@ class DenseOutput:
         Raises:
             InvalidValue: a time lies outside.
         """
-        t = torch.as_tensor(t, dtype=torch.float64) if not isinstance(t, Tensor) else t
+        t = torch.as_tensor(t, dtype=torch.float64, device="cpu") if not isinstance(t, Tensor) else t
         times = t.reshape(-1)
         values = times.detach().cpu().double().tolist()
         low, high = min(self.t0, self.t1), max(self.t0, self.t1)
@@ -63,8 +63,8 @@ class DenseOutput:
                 j += 1
             rows.append(self._segments[places[order[i]]].sample(times[order[i:j]]))
             i = j
-        back = torch.empty(len(order), dtype=torch.long)
-        back[order] = torch.arange(len(order))
+        back = torch.empty(len(order), dtype=torch.long, device="cpu")
+        back[order] = torch.arange(len(order), device="cpu")
         states = torch.cat(rows)[back.to(self._y0.device)]
         return self._form.unpack(states.reshape(*t.shape, *self._y0.shape), tuple(t.shape))
 

@@ -37,7 +37,7 @@ def find_parameters(func: Any) -> list[Tensor]:
 
 
 def named_parameters(params: Iterable[Tensor], name: str, args: Any) -> list[Tensor]:
-    """Those that an argument of this name lists, and those in args.
+    """Those that an argument of this name lists, and those in args, each once.
 
     Raises:
         InvalidType: one of them is no tensor.
@@ -46,8 +46,8 @@ def named_parameters(params: Iterable[Tensor], name: str, args: Any) -> list[Ten
     for i, param in enumerate(params):
         if not isinstance(param, Tensor):
             raise InvalidType(f"{name}[{i}] must be a tensor, not a {type(param).__name__}")
-    known = set(map(id, params))
-    return [*params, *(x for _, x in reachable(args, "args") if x.requires_grad and id(x) not in known)]
+    found = [*params, *(x for _, x in reachable(args, "args") if x.requires_grad)]
+    return list({id(x): x for x in found}.values())
 
 
 def lost_gradient(func: Any, listed: Iterable[Tensor]) -> str | None:

@@ -126,7 +126,7 @@ def norm_by(norm: Callable[[State], Any], form: Form, scaled_error: Tensor) -> A
     """The user's norm of a scaled error, packed: a number, for each sample that has a step size of its own."""
     value = norm(form.unpack(scaled_error))
     try:
-        shape = torch.as_tensor(value).shape
+        shape = value.shape if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu").shape
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidType(f"options['norm'] must return a number, not {value!r}") from error
     if form.per_sample and shape != (form.samples,):

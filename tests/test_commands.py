@@ -24,6 +24,14 @@ def test_info_says_what_runs(capsys):
     assert {"compiler", "SIMD level", "threads", "CUDA build", "Python"} <= set(lines)
 
 
+def test_the_help_writes_names_as_they_are_written(capsys):
+    with pytest.raises(SystemExit):
+        main(["info", "--help"])
+    text = capsys.readouterr().out
+    assert "SIMD" in text
+    assert "CUDA" in text
+
+
 @pytest.mark.parametrize("wrong", ["0", "-1", "1.5", "many"])
 def test_the_demo_takes_a_positive_number_of_steps(wrong, capsys):
     with pytest.raises(SystemExit) as caught:

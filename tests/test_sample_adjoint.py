@@ -79,6 +79,16 @@ def test_nested_states_methods_tolerances_and_a_single_time():
     assert start["a"].requires_grad
 
 
+def test_without_samples():
+    func, y0, t = nn.Linear(3, 3), torch.zeros(0, 3, requires_grad=True), torch.linspace(0, 1, 3)
+    ys = odeint_adjoint(
+        lambda t, y: func(y), y0, t, options={"control": "per_sample"}, adjoint_params=tuple(func.parameters())
+    )
+    (ys.sum() + solve_ivp(lambda t, y: func(y), y0, t, gradient="adjoint").ys.sum()).backward()
+    assert y0.grad.shape == (0, 3)
+    assert not func.weight.grad.any()
+
+
 @pytest.mark.filterwarnings("ignore:the solve failed")
 def test_behind_a_failure_gradients_are_those_of_the_last_state():
     y0 = torch.tensor([[0.1], [2.0]], dtype=F64, requires_grad=True)

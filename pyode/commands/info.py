@@ -15,7 +15,7 @@ from .._version import __version__
 def add_to(commands: Any) -> None:
     """Adds the command to the parser's."""
     text = "print version, compiler, SIMD level, threads, CUDA build and devices"
-    parser = commands.add_parser("info", help=text, description=text.capitalize() + ".")
+    parser = commands.add_parser("info", help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.set_defaults(run=run)
 
 

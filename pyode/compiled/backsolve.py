@@ -10,7 +10,7 @@ from torch import Tensor
 from ..control import Times, grid_from
 from ..errors import Status
 from ..gradients.backsolve import BacksolveConfig, backwards
-from ..gradients.backsolve_samples import SampleBacksolveConfig
+from ..gradients.backsolve_samples import Found, SampleBacksolveConfig
 from ..gradients.survey import warn_of_loss
 from ..methods import Tableau
 from ..solution import Stats
@@ -73,7 +73,7 @@ def backsolve_compiled(
     grid = grid_from(options, ends, ys.device)
     rows = entry.rows_of(form.shapes[0])
     plan = Plan(library, z.shape, z.dtype, rows, grid, config.policy, rtol, atol, config.first_step)
-    values = torch.tensor(times.values, dtype=torch.float64)
+    values = torch.tensor(times.values, dtype=torch.float64, device="cpu")
     start, of_times, of_wanted, solve = plan.run_back(
         z, entry.inputs, values, ys, gradients, wanted, (least_rtol, least_atol), config.seminorm
     )
@@ -96,14 +96,15 @@ def backsolve_samples_compiled(
     ys: Tensor,
     gradients: Tensor,
     first_step: Tensor,
+    _segments: tuple[int, ...],  # as the library has them
     params: tuple[Tensor, ...],
     with_time: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]] | None:
+) -> Found | None:
     """The same of samples with steps of their own: what `SampleBacksolve.solve` returns, or None.
 
     Args:
         compiled, form: the dynamics, and the form of the user's state.
-        config, times, ys, gradients, first_step, params, with_time: as `SampleBacksolve`'s.
+        config, and all others: as `SampleBacksolve`'s.
 
     Raises:
         SolveError: the backward solve of a sample failed.
@@ -117,13 +118,14 @@ def backsolve_samples_compiled(
     times, ys, gradients = (x.detach().contiguous() for x in (times, ys, gradients))
     z = torch.stack([ys[-1], torch.zeros_like(ys[-1])], 1)
     rtol, atol = config.tolerances
-    grid, states = config.grid_back(times), RowStates(len(z))
+    grid, states = config.grid_of(times), RowStates(len(z))
     plan = Plan(library, z.shape, z.dtype, len(z), grid, config.policy, rtol, atol, None, per_sample=True)
     end, of_times, of_wanted, solve = plan.run_back(
         z, entry.inputs, times, ys, gradients, wanted, states=states, first_steps=first_step.contiguous()
     )
-    if config.stats is not None:
-        states.add_to(config.stats)
+    stats = config.options.get("stats")
+    if stats is not None:
+        states.add_to(stats)
     if solve.n_failed > 0:
         raise states.error()
     return end[:, 1] + gradients[0], of_times, _by_params(params, wanted, of_wanted)

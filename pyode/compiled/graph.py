@@ -92,9 +92,9 @@ def contiguous(shape: Index) -> Index:
 
 def _positions(shape: Index, strides: Index, offset: int) -> Tensor:
     """Where in memory the numbers of an array lie."""
-    positions = torch.full(shape, offset)
+    positions = torch.full(shape, offset, device="cpu")
     for axis, (size, stride) in enumerate(zip(shape, strides)):
-        positions += (stride * torch.arange(size)).reshape(-1, *[1] * (len(shape) - 1 - axis))
+        positions += (stride * torch.arange(size, device="cpu")).reshape(-1, *[1] * (len(shape) - 1 - axis))
     return positions
 
 
@@ -192,7 +192,7 @@ class Graph:
                 raise CompileError("mixes rows")
             return self._pick(nodes, ends, out, None)
         first, *others = out.movedim(rows, 0).unbind()
-        moving = torch.cat([torch.full((node.base.numel,), node.rows is not None) for node in nodes])
+        moving = torch.cat([torch.full((node.base.numel,), node.rows is not None, device="cpu") for node in nodes])
         # In row r stands the number of the first row, r rows on.
         if len(others) != ROWS - 1 or bool((first >= step).any()):
             raise CompileError("mixes rows")

@@ -29,7 +29,7 @@ class RowStates:
     """How the solve of every row has ended, where each has steps of its own: kRowWords of csrc/compiled/solve.h."""
 
     def __init__(self, rows: int) -> None:
-        self.words = torch.empty(len(_ROW_FIELDS), rows, dtype=torch.float64)
+        self.words = torch.empty(len(_ROW_FIELDS), rows, dtype=torch.float64, device="cpu")
 
     def __getitem__(self, name: str) -> Tensor:
         """[rows] of a field."""
@@ -72,7 +72,7 @@ class Tape:
     def __init__(self, capacity: int, bytes_a_step: int, record: int = 0) -> None:
         self.capacity, self.record, self.size = capacity, record, capacity * bytes_a_step
         # Vectors want to begin at multiples of 64 bytes, which torch gives.
-        self.memory = torch.empty(self.size, dtype=torch.uint8)
+        self.memory = torch.empty(self.size, dtype=torch.uint8, device="cpu")
         self.steps = (TapeStep * capacity)()
         self._addresses = self.memory.data_ptr(), ctypes.addressof(self.steps)
 
@@ -103,11 +103,13 @@ def _policy(policy: Policy) -> PolicyForm:
 def _places_for(wanted: list[Tensor], dtype: torch.dtype, timed: bool) -> tuple[list[Tensor], array[int]]:
     """Memory for gradients, that to time behind the others if there is one, and the addresses."""
     found = [
-        torch.empty_like(x) if x.dtype is dtype and x.is_contiguous() else torch.empty(x.shape, dtype=dtype)
+        torch.empty_like(x)
+        if x.dtype is dtype and x.is_contiguous()
+        else torch.empty(x.shape, dtype=dtype, device="cpu")
         for x in wanted
     ]
     if timed:
-        found.append(torch.empty((), dtype=dtype))
+        found.append(torch.empty((), dtype=dtype, device="cpu"))
     return found, _addresses_of(found)
 
 
@@ -156,7 +158,8 @@ class Plan:
         n = len(grid.times)
         self.library, self.rows, self.per_sample = library, rows, per_sample
         self.shape, self.dtype = (n, *shape), dtype
-        self._like = torch.empty((), dtype=dtype).expand(self.shape)  # an empty tensor is sooner made like another
+        # An empty tensor is sooner made like another.
+        self._like = torch.empty((), dtype=dtype, device="cpu").expand(self.shape)
         self._kept = grid, rtol, atol, steps  # whose memory the form points to
         self._form = Solve(
             rows=rows,
@@ -267,7 +270,7 @@ class Plan:
         """
         out = torch.empty_like(self._like, memory_format=torch.contiguous_format)
         found, places = _places_for(wanted, self.dtype, self.library.timed)
-        of_times = torch.zeros(times.shape, dtype=torch.float64)
+        of_times = torch.zeros(times.shape, dtype=torch.float64, device="cpu")
         solve = Solve.from_buffer_copy(self._form)
         if states is not None:
             solve.states, solve.first_steps = states.words.data_ptr(), _address(first_steps)
@@ -297,7 +300,9 @@ class Plan:
         solve = Solve.from_buffer_copy(solved)  # another thread may be at it too
         if timed:
             rows, n = self.rows if self.per_sample else 1, self.shape[0]
-            outputs, ends = (torch.zeros(*x, dtype=torch.float64) for x in ((n, rows), (solved.n_steps + 1,)))
+            outputs, ends = (
+                torch.zeros(*x, dtype=torch.float64, device="cpu") for x in ((n, rows), (solved.n_steps + 1,))
+            )
             solve.output_time_gradient, solve.end_gradient = outputs.data_ptr(), ends.data_ptr()
         solve.gradient, solve.y0_gradient = gradient.data_ptr(), start.data_ptr()
         solve.gradients = places.buffer_info()[0]

@@ -136,7 +136,7 @@ class CompiledSamples:
 
     def left(self) -> Tensor:
         """Which outputs have not been reached: [T, B]."""
-        return torch.arange(self._n_times)[:, None] >= self._states["output_end"]
+        return torch.arange(self._n_times, device="cpu")[:, None] >= self._states["output_end"]
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
         """Adds the solve's counts."""

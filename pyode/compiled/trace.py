@@ -128,12 +128,16 @@ class _Again(Interpreter):
 
     def functional(self) -> Callable[..., Any]:
         """The same without writes; closed-over tensors are arguments, so that none is left in what they alone give."""
-        places = [n for n in self.graph.nodes if n.op == "get_attr" and not is_made_by_func(n)]
-        closed_over = {n.target: self.fetch_attr(n.target) for n in places}
-        wrapped = torch.func.functionalize(self._run_with)
+        closed_over, wrapped = self.closed_over(), torch.func.functionalize(self.run_with)
         return lambda *args: wrapped(closed_over, *args)
 
-    def _run_with(self, closed_over: dict[Any, Tensor], *args: Tensor) -> Any:
+    def closed_over(self) -> dict[Any, Tensor]:
+        """The tensors that func has closed over, by their names in the graph."""
+        places = [n for n in self.graph.nodes if n.op == "get_attr" and not is_made_by_func(n)]
+        return {n.target: self.fetch_attr(n.target) for n in places}
+
+    def run_with(self, closed_over: dict[Any, Tensor], *args: Tensor) -> Any:
+        """What the graph returns with others in the places of closed-over tensors."""
         self._closed_over = closed_over
         return self.run(*args)
 
@@ -249,12 +253,18 @@ def trace_vjp(
         A graph of a list: what func returns, then the gradient of every part, then of every tensor, at last of t.
     """
 
+    again = _Again(traced)
+    originals = again.closed_over()
+    # One may have been computed from another: in their places are leaves, over the same memory.
+    leaves = {id(x): x.detach() for x in originals.values()}
+    asked = [leaves[id(x)].requires_grad_() for x in wanted]
+
     def pull_back(t: Tensor, *parts: Tensor) -> list[Tensor]:
         n = len(shapes)
         ys = [part.detach().requires_grad_() for part in parts[:n]]
         t = t.detach().requires_grad_(time)
-        inputs = [*ys, *wanted, *([t] if time else [])]
-        returned = _Again(traced).run(t, *ys)
+        inputs = [*ys, *asked, *([t] if time else [])]
+        returned = again.run_with({name: leaves[id(x)] for name, x in originals.items()}, t, *ys)
         pairs = [(out, g) for out, g in zip(returned, parts[n:]) if out.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(inputs)
         if pairs:
@@ -265,6 +275,9 @@ def trace_vjp(
 
     with torch.enable_grad():
         graph = _graph_of(pull_back, shapes * 2, dtype, rows, own_times)
+    for name, leaf in _Again(graph).closed_over().items():
+        original = next((x for x in originals.values() if leaves[id(x)] is leaf), leaf)
+        setattr(graph, name, original)
     return taken_apart(graph, shapes * 2, dtype, rows, own_times)
 
 
@@ -286,15 +299,18 @@ def _graph_of(
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     mode.cache_enabled = False  # for shapes with a symbol it takes longer than what it saves
     single = rows and shapes[0][0] == 1
-    example = torch.empty((_EXAMPLE_ROWS, *shapes[0][1:]) if single else shapes[0], dtype=dtype)
+    example = torch.empty((_EXAMPLE_ROWS, *shapes[0][1:]) if single else shapes[0], dtype=dtype, device="cpu")
     dynamic = [DimDynamic.DYNAMIC if rows and i == 0 else DimDynamic.STATIC for i in range(example.dim())]
     context: Any = StatelessSymbolicContext(dynamic)
     first = mode.from_tensor(example, source=ConstantSource("state"), symbolic_context=context)
-    time: Tensor = mode.from_tensor(torch.tensor(0.0, dtype=dtype))
+    time: Tensor = mode.from_tensor(torch.tensor(0.0, dtype=dtype, device="cpu"))
     with mode:  # the other parts have as many rows
         if own_times:
-            time = torch.empty(first.shape[0], dtype=dtype)
-        parts = [torch.empty((first.shape[0], *shape[1:]) if rows else shape, dtype=dtype) for shape in shapes[1:]]
+            time = torch.empty(first.shape[0], dtype=dtype, device="cpu")
+        parts = [
+            torch.empty((first.shape[0], *shape[1:]) if rows else shape, dtype=dtype, device="cpu")
+            for shape in shapes[1:]
+        ]
     try:
         # einsum's search for the best order of its operands would depend on the number of rows.
         with warnings.catch_warnings(), torch.backends.opt_einsum.flags(enabled=False):

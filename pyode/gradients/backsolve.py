@@ -35,10 +35,12 @@ from ..stepping.loops import Loop, loop_for
 from ..stepping.quadrature import Quadrature
 from ..stepping.recorder import with_graph
 from .augmented import AugmentedDynamics, AugmentedState
+from .partials import partial_derivatives
 from .survey import Survey
-from .vjp import vjp
+from .vjp import Vjp
 
 AdjointNorm = Callable[[tuple[Tensor, ...]], Any]
+Found = tuple[Tensor, Tensor | None, list[Tensor]]  # the gradients of y0, the times if wanted, and the parameters
 Stack = Callable[[Tensor, Tensor], Tensor]  # of x and y to [x, -y]
 
 
@@ -83,6 +85,11 @@ def backwards(times: Times, options: dict[str, Any]) -> tuple[Times, dict[str, A
     return ends, options
 
 
+def interval(times: Times, i: int) -> Times:
+    """That which ends at output time i, backwards."""
+    return Times(times.tensor.detach()[i - 1 : i + 1].flip(0), [times.values[i], times.values[i - 1]])
+
+
 def stack_for(ops: ModuleType, form: Form, y: Tensor) -> Stack:
     """What makes a state of the backward solve of two like y, a state of the forward one."""
     half = ops.Layout(1, form.segments[-1], form.segments, y.dtype, y.device)
@@ -104,18 +111,15 @@ class AdjointDynamics:
         self.forward, self.stack, self.params, self.time = forward, stack, params, time
         self.quadrature: Quadrature | None = None
         self.survey = Survey(params) if warns else None
+        self.vjp = Vjp()
         self.zeros = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
 
-    direct = None
+    calls = func = None
 
     @property
     def n_evals(self) -> int:
         """See RightHandSide."""
         return self.forward.n_evals
-
-    def count(self, n: int) -> None:
-        """See RightHandSide."""
-        self.forward.count(n)
 
     def accept(self, k: Any, y: Tensor) -> Tensor:
         """See RightHandSide."""
@@ -135,7 +139,7 @@ class AdjointDynamics:
         f = with_graph(self.forward, t, y)
         if wanted and self.survey is not None and self.survey.look(f, (t, y)) is not None:
             self.survey = None
-        product, *integrands = vjp(f, inputs, b)
+        product, *integrands = self.vjp(f, inputs, b)
         if quadrature is not None:
             quadrature.note(self._plain(t, integrands) if wanted else None)
         return self.stack(f, torch.zeros_like(b) if product is None else plain(product))
@@ -197,7 +201,7 @@ class Backsolve:
         self.dynamics = AdjointDynamics(self.forward, self.stack, params, self.time_carried, config.warns)
         self.rtol, self.atol = (x if isinstance(x, float) else torch.stack([x, x]) for x in (config.rtol, config.atol))
 
-    def solve(self) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    def solve(self) -> Found:
         """Returns the gradients with respect to y0 (packed), t (None if not wanted) and the parameters."""
         last = len(self.times.values) - 1
         if last == 0:
@@ -218,7 +222,7 @@ class Backsolve:
         return (
             self.gradients[0] - z[1],
             torch.stack(self.time_gradients) if self.time else None,
-            results,
+            partial_derivatives(self.dynamics.params, results),
         )
 
     def _quadrature(self) -> Quadrature:
@@ -259,13 +263,15 @@ class Backsolve:
 
     def _interval_by_interval(self, z: Tensor, quadrature: Quadrature) -> Tensor:
         """A solve for every output interval, from the last to the first."""
-        values = self.times.values
-        for i in range(len(values) - 1, 0, -1):
-            times = Times(self.times.tensor.detach()[[i, i - 1]], [values[i], values[i - 1]])
-            z = self._run(z, times, self.config.options, quadrature)
+        for i in range(len(self.times.values) - 1, 0, -1):
+            z = self._over_interval(i, z, quadrature)
             if i > 1:
                 z = self._jump(i - 1, z, quadrature)
         return z
+
+    def _over_interval(self, i: int, z: Tensor, quadrature: Quadrature) -> Tensor:
+        """Solves from output i to the one before it."""
+        return self._run(z, interval(self.times, i), self.config.options, quadrature)
 
     def _norm(self, error: Tensor, integral_errors: list[Tensor]) -> Any:
         """The norm of the scaled errors of the whole adjoint state."""

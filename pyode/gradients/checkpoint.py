@@ -22,6 +22,7 @@ from ..methods import Tableau
 from ..stepping.recorder import Recorder
 from ..stepping.tape import Tape
 from .explicit import ExplicitReversal
+from .partials import partial_derivatives
 from .retaken import RetakenReversal
 from .reversal import Recipe
 from .survey import Survey
@@ -85,6 +86,6 @@ class _Checkpointed(torch.autograd.Function):
         on_device = torch.cuda.device(gradient.device) if gradient.is_cuda else nullcontext()
         with on_device, ctx.circumstances.again(), torch.enable_grad():
             start = reversal.run(states)
-        found = iter(reversal.totals.settled())
+            found = iter(partial_derivatives(params, reversal.totals.settled()))
         times = reversal.of_times(t) if time_wanted else None
         return None, None, times, start if y0_wanted else None, *(next(found) if want else None for want in wanted)

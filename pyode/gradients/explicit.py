@@ -29,7 +29,6 @@ from ..stepping.tape import Step
 from .arrivals import Shares
 from .reversal import Reversal
 from .time import TimeGradients, through_grid
-from .vjp import vjp
 
 
 class ExplicitReversal(Reversal):
@@ -163,7 +162,7 @@ class ExplicitReversal(Reversal):
         t, y, _, root = evaluation
         unwanted = not (n or i or self.start)  # the gradient of the start
         own = (() if unwanted else (y,)) + ((t,) if self.time else ())
-        gradients = vjp(root, own + self.params, g, shared=self.recipe.graph_bytes > 0)
+        gradients = self.vjp(root, own + self.params, g)
         if self.clock is not None:
             self.clock.add_evaluation(n, i, gradients[len(own) - 1])
         if self.params:

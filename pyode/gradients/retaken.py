@@ -14,7 +14,6 @@ from .arrivals import inner
 from .reversal import Reversal
 from .survey import Survey
 from .time import through_grid
-from .vjp import vjp
 
 
 class RetakenReversal(Reversal):
@@ -61,7 +60,7 @@ class RetakenReversal(Reversal):
         if self.survey is not None and self.survey.look(states, tuple(leaves)) is not None:
             self.survey = None
         rows = [passed.index for passed in step.outputs]
-        found = vjp(states, (*leaves, *self.params), torch.cat([self.gradient[rows], lam[None]]))
+        found = self.vjp(states, (*leaves, *self.params), torch.cat([self.gradient[rows], lam[None]]))
         if self.time:
             of_ends, of_inside = found[1:3]
             if of_ends is not None:

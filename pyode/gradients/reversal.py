@@ -16,7 +16,7 @@ from ..stepping.recorder import Evaluation
 from ..stepping.tape import Step
 from .arrivals import arrivals_at
 from .revolve import backwards
-from .vjp import Totals
+from .vjp import Totals, Vjp
 
 Retake = Callable[[Step, Tensor, Tensor, Tensor], Tensor]
 
@@ -77,7 +77,7 @@ class Reversal(ABC):
         last: list[Evaluation | None],
     ) -> None:
         self.recipe, self.steps, self.end, self.left, self.params = recipe, steps, end, left, params
-        self.totals = Totals(params)
+        self.totals, self.vjp = Totals(params), Vjp()
         self.gradient = plain(gradient.detach())
         self.ops = ops = backend_for(end)
         samples, size = recipe.form.samples, recipe.form.segments[-1]

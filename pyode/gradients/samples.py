@@ -12,7 +12,7 @@ from torch import Tensor
 from .._ops.batched import one_by_one
 from ..circumstances import Circumstances
 from ..state import Func
-from .backsolve_samples import Compacted, SampleBacksolve, SampleBacksolveConfig
+from .backsolve_samples import Found, SampleBacksolveConfig
 from .twice import backsolve_samples_with_graph
 
 
@@ -31,9 +31,7 @@ class SolvedSamples:
         end_t, end_y: [B] and [B, D] of each sample's event; nan where it had none.
         last_dt: [B] the size of each sample's last step.
         odeint: records a graph, for gradients of gradients.
-        compacted: as SampleBacksolve's.
-        natively: returns what its `solve` does, from what it is given for times, ys, gradients, first_step, params and
-            with_time; None where it can't. None if func is not compiled.
+        backsolve: carries out the backward solve, of what SampleBacksolve is given behind its func and config.
     """
 
     written: Func
@@ -47,8 +45,7 @@ class SolvedSamples:
     end_y: Tensor
     last_dt: Tensor
     odeint: Callable[..., Any]
-    compacted: Compacted | None
-    natively: Callable[..., tuple[Tensor, Tensor, list[Tensor]] | None] | None
+    backsolve: Callable[[Tensor, Tensor, Tensor, Tensor, tuple[int, ...], tuple[Tensor, ...], bool], Found]
 
 
 class SampleAdjoint(torch.autograd.Function):
@@ -85,7 +82,6 @@ class SampleAdjoint(torch.autograd.Function):
         ys = torch.cat([torch.where(reached, solved_ys, end_y), end_y[None]])
         arriving = torch.where(reached, gradients[0], 0.0), torch.where(ended[:, None], gradients[1], 0.0)[None]
         gradient, params = torch.cat(arriving), tuple(params)
-        found: tuple[Tensor, Tensor, list[Tensor]] | None = None
         with ctx.circumstances.again():
             if torch.is_grad_enabled():
                 found = backsolve_samples_with_graph(
@@ -93,13 +89,7 @@ class SampleAdjoint(torch.autograd.Function):
                     params,
                 )  # fmt: skip
             else:
-                back = times, ys, gradient, -solved.last_dt
-                if solved.natively is not None:
-                    found = solved.natively(*back, params, t_wanted)
-                if found is None:
-                    found = SampleBacksolve(
-                        solved.func, solved.config, *back, solved.segments, params, t_wanted, solved.compacted
-                    ).solve()
+                found = solved.backsolve(times, ys, gradient, -solved.last_dt, solved.segments, params, t_wanted)
         y0_gradient, time_gradients, param_gradients = found
         t_gradient = None
         if t_wanted:

@@ -20,6 +20,7 @@ from ..state import Dynamics, Func
 from .augmented import AugmentedState
 from .backsolve import BacksolveConfig
 from .backsolve_samples import SampleBacksolveConfig
+from .partials import partial_derivatives
 
 
 class _AdjointSlopes(torch.autograd.Function):
@@ -50,7 +51,8 @@ class _AdjointSlopes(torch.autograd.Function):
             if not pairs:
                 return (None,) * (2 + len(inputs))
             outputs, cotangents = zip(*pairs)
-            return None, None, *torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+            found = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True)
+            return None, None, *found[:3], *partial_derivatives(params, found[3:])
 
 
 def _slopes(
@@ -60,11 +62,12 @@ def _slopes(
     with torch.enable_grad():
         t, y, a = (x.detach().requires_grad_() for x in (t, y, a))
         k = f(t, y)
-        found: tuple[Tensor | None, ...] = (None,) * (2 + len(params))
-        if k.requires_grad:
-            found = torch.autograd.grad(k, (t, y, *params), -a, allow_unused=True, create_graph=create_graph)
-        zeros = (torch.zeros_like(x) for x in (t, y, *params))
-        return [t, y, a, *params], [k, *(zero if g is None else g for g, zero in zip(found, zeros))]
+        if not k.requires_grad:
+            return [t, y, a, *params], [k, *(torch.zeros_like(x) for x in (t, y, *params))]
+        by_t, by_y, *by_params = torch.autograd.grad(
+            k, (t, y, *params), -a, retain_graph=True, create_graph=create_graph, materialize_grads=True
+        )
+        return [t, y, a, *params], [k, by_t, by_y, *partial_derivatives(params, by_params, create_graph)]
 
 
 class _Interval:
@@ -191,7 +194,7 @@ def backsolve_samples_with_graph(
     moved = (times,) if times.requires_grad else ()
     interval = _Interval(circumstances, (*moved, *params), solve, norm)
     integrals = interval.start(ys)
-    a, both_ends = torch.zeros_like(gradients[0]), torch.tensor([1.0, 0.0], dtype=torch.float64)
+    a, both_ends = torch.zeros_like(gradients[0]), torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu")
     for i in reversed(range(1, len(times))):
         f = partial(stretched, times[i - 1], times[i])
         a, integrals = interval.back(f, both_ends, ys[i], a + gradients[i], integrals)

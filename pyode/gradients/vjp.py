@@ -13,23 +13,32 @@ from torch.autograd.graph import GradientEdge
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
 
 
-def vjp(
-    f: Tensor | GradientEdge | None, inputs: tuple[Tensor, ...], g: Tensor, shared: bool = False
-) -> tuple[Tensor | None, ...]:
-    """The gradients of <g, f> with respect to the inputs; None for those that f does not depend on.
+class Vjp:
+    """Vector-Jacobian products of the evaluations of one func.
 
-    f may be given by the root of its graph. g is of f's shape, dtype and device. Nothing is kept of the graph, unless
-    it is `shared`: func may have computed something once, with a graph, that several evaluations use.
+    Their graphs may have a part in common, of what was computed once for all of them. So they are kept, but where
+    torch.compile made them, whose backward passes can't.
     """
-    if not inputs or f is None or (isinstance(f, Tensor) and not f.requires_grad):
-        return (None,) * len(inputs)
-    if shared:
+
+    def __init__(self) -> None:
+        self._keep = True
+
+    def __call__(
+        self, f: Tensor | GradientEdge | None, inputs: tuple[Tensor, ...], g: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of <g, f> with respect to the inputs; None for those that f does not depend on.
+
+        f may be given by the root of its graph. g is of f's shape, dtype and device.
+        """
+        if not inputs or f is None or (isinstance(f, Tensor) and not f.requires_grad):
+            return (None,) * len(inputs)
         try:
-            return _run_backward((f,), (g,), True, False, inputs, True, False)
+            return _run_backward((f,), (g,), self._keep, False, inputs, True, False)
         except RuntimeError as error:
-            if "donated buffers" not in str(error):  # what torch.compile's backward passes can't keep
+            if not self._keep or "donated buffers" not in str(error):
                 raise
-    return _run_backward((f,), (g,), False, False, inputs, True, False)
+            self._keep = False
+            return self(f, inputs, g)
 
 
 class Totals:

@@ -102,15 +102,15 @@ class Formulas:
 
     def dense_at(self, x: Tensor) -> Tensor:
         """The same at any number of positions, float64 on the CPU, with their gradients: [..., k + 2]."""
-        scale, whole = map(torch.as_tensor, self._scales)
-        integrals, vanishing = node_integrals(torch.as_tensor(self.positions), x)
+        scale, whole = (torch.as_tensor(x, device="cpu") for x in self._scales)
+        integrals, vanishing = node_integrals(torch.as_tensor(self.positions, device="cpu"), x)
         weights = integrals / scale
         predicted = (self.corrector[0] * vanishing / whole).unsqueeze(-1)
         return torch.cat([weights[..., :1] - predicted, predicted, weights[..., 1:]], -1)
 
     def stretched(self, factor: Tensor) -> Formulas:
         """The formulas of a step that is longer by a factor, 0-dim, with its gradient; not those of errors."""
-        past = torch.as_tensor(self.positions)[1:] / factor
+        past = torch.as_tensor(self.positions, device="cpu")[1:] / factor
         positions = torch.cat([past.new_ones(1), past])
         predictor, corrector, _ = predictor_and_corrector(positions)
         return replace(self, predictor=predictor, corrector=corrector, positions=positions)

@@ -60,7 +60,7 @@ class SampleDenseOutput:
         Raises:
             InvalidValue: a time lies outside of a sample's.
         """
-        t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
+        t = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64, device="cpu")
         samples, B = self.samples, self.samples.count
         times = t.to(samples.clock, torch.float64)
         times = times.reshape(-1, 1).expand(-1, B) if times.dim() < 2 else times

@@ -82,14 +82,16 @@ def results_of(loop: Any, failures: list[SolveError], problem: Problem) -> Resul
     counts = Stats()
     loop.add_to(counts)
     n_f_evals, n_accepted, n_rejected = (
-        torch.tensor([n]) for n in (counts.n_f_evals, counts.n_accepted, counts.n_rejected)
+        torch.tensor([n], device="cpu") for n in (counts.n_f_evals, counts.n_accepted, counts.n_rejected)
     )
-    last_dt = torch.tensor([loop.last_step or 0.0], dtype=torch.float64)
+    last_dt = torch.tensor([loop.last_step or 0.0], dtype=torch.float64, device="cpu")
     sign, values = problem.times.sign, problem.times.values
     end = failures[0].t if failures else values[-1]
-    status = torch.tensor([int(failures[0].status if failures else Status.SUCCESS)])
+    status = torch.tensor([int(failures[0].status if failures else Status.SUCCESS)], device="cpu")
     stats = SampleStats(n_f_evals, n_accepted, n_rejected, last_dt)
-    return Results(lambda: (status, stats), torch.tensor([[sign * (value - end) <= 0] for value in values]))
+    return Results(
+        lambda: (status, stats), torch.tensor([[sign * (value - end) <= 0] for value in values], device="cpu")
+    )
 
 
 def solution_of(
@@ -140,7 +142,7 @@ def solution_of_native(loop: CompiledSamples, y0: Tensor, t: Tensor, ys: Tensor)
         status=status,
         stats=stats,
         interpolant=None,
-        event_t=torch.full((B,), math.nan, dtype=torch.float64),
-        event_index=torch.full((B,), -1),
-        event_y=torch.full(y0.shape, math.nan, dtype=y0.dtype),
+        event_t=torch.full((B,), math.nan, dtype=torch.float64, device="cpu"),
+        event_index=torch.full((B,), -1, device="cpu"),
+        event_y=torch.full(y0.shape, math.nan, dtype=y0.dtype, device="cpu"),
     )

@@ -147,7 +147,7 @@ class JointEvent(EventSearch):
         tolerance: float,
         skip_initial: bool = False,
     ) -> None:
-        start = torch.tensor([t0], dtype=torch.float64)
+        start = torch.tensor([t0], dtype=torch.float64, device="cpu")
         super().__init__(event, start, y0.reshape(1, -1), tolerance, skip_initial, nan_counts=True)  # as in torchdiffeq
         self.shape, self.last = y0.shape, last
 
@@ -164,22 +164,22 @@ class JointEvent(EventSearch):
 class _Alone:
     """The step of the only sample, up to a last time, as a BatchSegment is that of several."""
 
-    accepted = torch.ones(1, dtype=torch.bool)
+    accepted = torch.ones(1, dtype=torch.bool, device="cpu")
 
     def __init__(self, segment: Segment, last: float) -> None:
         self.segment, self.polynomial = segment, segment.polynomial
         sign = math.copysign(1.0, segment.t1 - segment.t0)
         self.end = sign * min(sign * segment.t1, sign * last)
-        self.t1 = torch.tensor([self.end], dtype=torch.float64)
+        self.t1 = torch.tensor([self.end], dtype=torch.float64, device="cpu")
 
     @cached_property
     def t0(self) -> Tensor:
         """See BatchSegment."""
-        return torch.tensor([self.segment.t0], dtype=torch.float64)
+        return torch.tensor([self.segment.t0], dtype=torch.float64, device="cpu")
 
     def position(self, t: Tensor) -> Tensor:
         """See BatchSegment."""
-        return torch.tensor([self.segment.position(float(t))])
+        return torch.tensor([self.segment.position(float(t))], device="cpu")
 
     def at(self, t: Tensor) -> Tensor:
         """See BatchSegment."""

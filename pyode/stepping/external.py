@@ -94,7 +94,7 @@ class ScipyLoop:
             status = Status.STEP_TOO_SMALL if self._finite else Status.NON_FINITE
             self.hooks.fail(SolveError(status, t, 0.0, self.n_accepted))
             outputs.extend([y] * (len(values) - len(outputs)))
-        return torch.as_tensor(np.stack(outputs)).to(y0).reshape(-1, *y0.shape)
+        return torch.as_tensor(np.stack(outputs), device="cpu").to(y0).reshape(-1, *y0.shape)
 
     def _steps(self, y0: Tensor, first_step: float | None) -> Iterator[Any]:
         """SciPy's solver after each step that it has taken, up to the end or a failure."""
@@ -102,7 +102,7 @@ class ScipyLoop:
         def func(t: float, y: Any) -> Any:
             self._finite = True  # an exception that func raises is its own
             time = torch.tensor(t, dtype=self.layout.real_dtype, device=y0.device)
-            k = _array(self.dynamics(time, torch.tensor(y).to(y0).view(y0.shape)))
+            k = _array(self.dynamics(time, torch.tensor(y, device="cpu").to(y0).view(y0.shape)))
             self._finite = bool(np.isfinite(k).all())
             if not (self._finite or begun):
                 raise FloatingPointError  # SciPy would look for a first step forever

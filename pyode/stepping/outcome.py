@@ -53,7 +53,7 @@ class Outcome(ABC):
         field = self.controller.field
         accepted, rejected = field("n_accepted").cpu().clone(), field("n_rejected").cpu().clone()
         if self.layout.samples == 1:
-            evals = torch.tensor([self.n_evals])
+            evals = torch.tensor([self.n_evals], device="cpu")
         else:
             evals = self.evals_before_steps + (accepted + rejected) * len(self.tableau.rows) + self.n_jumps
         return SampleStats(evals, accepted, rejected, field("size1").cpu().clone())

@@ -179,7 +179,7 @@ class AdamsSegment:
         if moved is None and self.shift is None:
             weights = self.formulas.dense(self.position(t))
             return autograd.stage_combine(backend_of(self.layout), self.layout, weights, self.y, self.ks, self.dt)
-        elapsed = torch.tensor(t, dtype=torch.float64)
+        elapsed = torch.tensor(t, dtype=torch.float64, device="cpu")
         return self.sample(elapsed if moved is None else elapsed + moved.to(elapsed))
 
     def sample(self, t: Tensor) -> Tensor:

@@ -87,13 +87,13 @@ class Controller:
         times = grid.times.tolist()
         rows = [list(row) for row in zip(*times)] if grid.times.dim() == 2 else [times] * state.samples
         step_t = [] if grid.step_t is None else grid.step_t.tolist()
-        jump_t = torch.empty(0) if grid.jump_t is None else grid.jump_t
+        jump_t = torch.empty(0, device="cpu") if grid.jump_t is None else grid.jump_t
         jumps = jump_t.T.tolist() if jump_t.dim() == 2 else [jump_t.tolist()] * state.samples
         self._times = [_Times(row, step_t, jump) for row, jump in zip(rows, jumps)]
         self._samples: list[Sample] = []
         self._means = [[0.0] * state.samples] * (2 * sum(layout.n_segments for layout in layouts))
-        self.dt, self.one = (torch.full((state.samples,), v, dtype=torch.float64) for v in (0.0, 1.0))
-        self.stage_times = torch.empty(0)
+        self.dt, self.one = (torch.full((state.samples,), v, dtype=torch.float64, device="cpu") for v in (0.0, 1.0))
+        self.stage_times = torch.empty(0, device="cpu")
 
     def error_norm(
         self,
@@ -115,19 +115,20 @@ class Controller:
 
     def put_norm(self, norm: Tensor | float, slot: int = 0) -> None:
         """See native.Controller.put_norm."""
-        self._means[slot] = torch.as_tensor(norm).detach().to("cpu", torch.float64).square().reshape(-1).tolist()
+        norm = torch.as_tensor(norm, dtype=torch.float64, device="cpu")
+        self._means[slot] = norm.detach().square().reshape(-1).tolist()
 
     def finish(self, which: Tensor, status: int) -> None:
         """See native.Controller.finish."""
         for sample, one in zip(self._samples, which.tolist()):
             if one:
                 sample.status, sample.dt = status, 0.0
-        self.dt = torch.tensor([sample.dt for sample in self._samples], dtype=torch.float64)
+        self.dt = torch.tensor([sample.dt for sample in self._samples], dtype=torch.float64, device="cpu")
 
     def field(self, name: str) -> Tensor:
         """See native.Controller.field; a copy."""
         dtype = torch.float64 if name in REAL_FIELDS else torch.int64
-        return torch.tensor([getattr(sample, name) for sample in self._samples], dtype=dtype)
+        return torch.tensor([getattr(sample, name) for sample in self._samples], dtype=dtype, device="cpu")
 
     def run(self, phase: Phase, first_step: float = 0.0, unseen: int = 0) -> int:
         """See native.Controller.run."""
@@ -158,7 +159,7 @@ class Controller:
             flags |= Flag.OUTPUT if sample.output_end > sample.output_begin else 0
             flags |= Flag.JUMP if sample.accepted and was_on_jump else 0
             flags |= Flag.FAILED if sample.status > _RUNNING else 0
-        self.dt = torch.tensor([sample.dt for sample in self._samples], dtype=torch.float64)
+        self.dt = torch.tensor([sample.dt for sample in self._samples], dtype=torch.float64, device="cpu")
         self.stage_times = self._times_of(phase)
         return unseen or (int(flags) if phase is Phase.TRY_FIRST else self.read(int(flags)))
 

@@ -55,7 +55,7 @@ def interpolate(
         for i in range(s.output_begin, s.output_end):
             time = times.sign * times.outputs[i]
             weights = interpolant.weights_at(1.0 if time == s.t else (time - s.t_prev) / s.dt_prev)
-            step = torch.tensor([s.dt_prev], dtype=torch.float64)
+            step = torch.tensor([s.dt_prev], dtype=torch.float64, device="cpu")
             if layout.samples == 1:
                 out[i] = stage_combine(single, weights, y, ks, step)
             else:

@@ -32,7 +32,7 @@ def scaled_step_error(
 ) -> Tensor:
     """The scaled error of dt sum_j w_j k_j, of the state's shape."""
     wide = widened(y0)
-    error = torch.as_tensor(per_sample(dt, layout, wide) * weighted_sum(weights, ks)).expand(wide.shape)
+    error = (per_sample(dt, layout, wide) * weighted_sum(weights, ks)).expand(wide.shape)
     return scaled_error(error, wide, widened(y1), rtol, atol)
 
 

@@ -18,7 +18,7 @@ def _positions(graph: Graph, x: Node, axis: int) -> Node:
     """0, 1, 2, ... along an axis."""
     sizes = [1] * len(x.sizes())
     sizes[axis] = x.sizes()[axis]
-    return graph.constant(torch.arange(sizes[axis]).reshape(sizes))
+    return graph.constant(torch.arange(sizes[axis], device="cpu").reshape(sizes))
 
 
 def _extreme(formula: str) -> Callable[..., Any]:
@@ -78,7 +78,7 @@ def op_index_put(graph: Graph, x: Node, indices: Any, values: Node, accumulate: 
     if any(isinstance(index, Node) for index in indices):
         raise CompileError("takes indices from a tensor that may change")
     sizes = x.sizes()
-    everywhere = torch.arange(math.prod(sizes)).reshape(sizes)
+    everywhere = torch.arange(math.prod(sizes), device="cpu").reshape(sizes)
     targets = everywhere[tuple(slice(None) if index is None else index for index in indices)]
     rows = None if values.rows is None else targets.dim() - len(values.sizes()) + values.rows
     values = graph.expand(graph.number(values), tuple(targets.shape), rows)
@@ -101,7 +101,7 @@ def _turns(targets: Tensor) -> Tensor:
     order = flat.argsort(stable=True)
     _, counts = flat[order].unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
     turns = torch.empty_like(flat)
-    turns[order] = torch.cat([torch.arange(int(n)) for n in counts]) if len(flat) else flat
+    turns[order] = torch.cat([torch.arange(int(n), device="cpu") for n in counts]) if len(flat) else flat
     return turns.reshape(targets.shape)
 
 
