@@ -15,6 +15,7 @@ struct Layout {
   int64_t samples;          // B
   int64_t size;             // D
   int threads;              // cpu: at most so many
+  bool func_is_long;        // cpu: whether evaluations take long, mostly on the threads that ops are shared among
   void* stream;             // cuda: a cudaStream_t
   const int64_t* segments;  // [n_segments + 1] offsets into D, rising from 0 to D
   int64_t n_segments;

@@ -17,17 +17,18 @@ from .compiled.dynamics import CompiledDynamics
 from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidValue, warn
-from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig
-from .gradients.backsolve_samples import SampleBacksolveConfig, warn_of_host
+from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig, Found
+from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.twice import backsolve_with_graph
 from .odeint import odeint
 from .parameters import find_parameters, lost_gradient, named_parameters
-from .problem import PER_SAMPLE, Problem, pose
+from .problem import PER_SAMPLE, Problem, one_of, pose
 from .samples.adjoint import with_adjoint
 from .samples.batch import Samples
 from .solving import solve
 from .state import Dynamics, Form, Func, State
 from .stepping.fixed_grid import check_interp
+from .stepping.loops import SampleLoop
 from .stepping.outcome import Outcome
 from .vmapped import check_transforms
 
@@ -182,30 +183,28 @@ def _configure_samples(
             "norm is that of its state and adjoint"
         )
     check_options(options, method)
-    warn_of_host(options)
     rtol, atol = (
-        check_tolerance(tolerance, name, problem.form, problem.y0[0])
+        check_tolerance(tolerance, name, problem.form, one_of(problem.y0, problem.form))
         for tolerance, name in ((rtol, "adjoint_rtol"), (atol, "adjoint_atol"))
     )
     policy = policy_from(options, method, clip=True, resume=True)
-    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options.get("stats"), warns)
+    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options, warns)
 
 
 def _solve_samples(problem: Problem, params: list[Tensor], t: Tensor, config: SampleBacksolveConfig) -> State:
     """The same for samples with steps of their own."""
     samples = Samples(problem.form, problem.y0, t)
-    # Not compiled: the loop tells where samples have ended.
-    quiet = replace(problem, y0=problem.y0.detach(), times=problem.times.in_tensor(t.detach()), compiled=None)
+    quiet = replace(problem, y0=problem.y0.detach(), times=problem.times.in_tensor(t.detach()))
     with torch.no_grad():
         solved = solve(quiet)
     loop, flat = solved.loop, solved.ys.reshape(len(solved.ys), *samples.y0.shape)
     if loop is None:  # there is only one time
         return samples.of_user(samples.y0[None])
-    assert isinstance(loop, Outcome)
+    assert isinstance(loop, (Outcome, SampleLoop))
     left = loop.left()
     reached = ~(left if left.dim() == 2 else left[:, None])
     failed = ~reached[-1]  # from there on the last state stands for the rest
-    end_t = torch.where(failed.to(samples.clock), loop.controller.field("t").to(samples.clock), torch.nan)
+    end_t = torch.where(failed.to(samples.clock), loop.ends_of_samples().to(samples.clock), torch.nan)
     end = end_t, torch.where(failed[:, None], flat[-1], torch.nan)
     flat, end_y = with_adjoint(
         odeint, config, problem, samples, t, flat, reached, loop.stats_of_samples().last_dt, end, params
@@ -268,7 +267,7 @@ class _OdeintAdjoint(torch.autograd.Function):
         norm = ctx.adjoint_options["norm"]
         if norm is not config.norm:
             config = replace(config, norm=norm, fused=False)
-        found: tuple[Tensor, Tensor | None, list[Tensor]] | None = None
+        found: Found | None = None
         with ctx.circumstances.again():
             if torch.is_grad_enabled():
                 reached = t[:n] if len(values) == n else torch.cat([t[:n], t.new_tensor(values[n:])])

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._ops import forced
-from ._ops.native import IdleLoops, Kind
+from ._ops import forced, native
+from ._ops.native import IdleLoops, Kind, SolveAgain, inspector
 from ._ops.transforms import innermost_transform
 from .callbacks import NAMES as CALLBACKS
 from .compiled.dynamics import CompiledDynamics
@@ -44,12 +43,11 @@ def solve_again(
         The states at the output times, [T, *y0.shape], or None if there was no such solve; and the kind, by which a
         solve is to be kept for the next one, or None if none is kept.
     """
-    loop, kind = idle.loops.take(func, y0, t, rtol, atol, method, options, args)
-    if loop is None or kind is None:
-        return None, kind
-    loop.dynamics.set(func)
-    ys = loop.solve(y0)
-    _put(kind, loop)
+    ys, loop, kind = idle.loops.solve(func, y0, t, rtol, atol, method, options, args)
+    if loop is not None and kind is not None:
+        loop.dynamics.set(func)
+        ys = loop.solve(y0)
+        _put(kind, loop)
     return ys, kind
 
 
@@ -109,7 +107,7 @@ class Idle(threading.local):
 
     def __init__(self) -> None:
         self.loops = IdleLoops(
-            Tensor, CompiledDynamics, CALLBACKS, forced,
+            inspector, CompiledDynamics, CALLBACKS, forced,
             torch.is_grad_enabled, torch.is_inference_mode_enabled, innermost_transform, torch.get_num_threads,
             forward_ad, self.MOST,
         )  # fmt: skip
@@ -133,7 +131,17 @@ def keep(kind: Any, loop: Any) -> None:
 
 def _put(kind: Kind, loop: Any) -> None:
     """Makes a loop idle, with nothing of what it solved."""
+    again = None
     if torch.is_grad_enabled():  # the solve's own are needed again where it is differentiated
-        loop.dynamics = copy(loop.dynamics)
-    loop.dynamics.forget()
-    idle.loops.put(kind, loop)
+        loop.dynamics = loop.dynamics.without_func()
+    else:
+        loop.dynamics.set(None)
+        again = _without_python(loop)
+    idle.loops.put(kind, loop, again)
+
+
+def _without_python(loop: Any) -> SolveAgain | None:
+    """What solves by a loop's steps alone, for one sample at whose steps nobody looks."""
+    if not isinstance(loop, AdaptiveLoop) or not loop.single or loop.ops is not native:
+        return None
+    return SolveAgain(loop)

@@ -10,7 +10,7 @@ import contextlib
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from ._ops import graph_loop
 from .compiled.arguments import Slots, kind_of
 from .compiled.guards import Guards
 from .parameters import all_tensors
-from .state import Func
+from .state import Func, State
 from .stepping.captured import CapturedLoop
 from .stepping.captured_grid import CapturedGrid
 from .tree import Tree
@@ -68,6 +68,11 @@ class BoundFunc:
             owner = partial(_itself, self.owner)
         return owner, [leaf for leaf in self.leaves if not isinstance(leaf, Tensor)]
 
+    def which(self, params: Sequence[Tensor]) -> Key:
+        """Tells tensors from others: those in args by their places, the rest by themselves and where they lie."""
+        places = {id(x): i for i, x in enumerate(self.tensors)}
+        return tuple(places.get(id(p), (id(p), p.data_ptr())) for p in params)
+
     def with_slots(self) -> tuple[Func, list[Tensor]]:
         """A function of (t, y) with empty tensors in the places of those in args, and these tensors."""
         if self.tree is None:
@@ -76,6 +81,33 @@ class BoundFunc:
         for slot, given in zip(slots.tensors, self.tensors):
             slot.requires_grad_(given.requires_grad)
         return slots, slots.tensors
+
+
+class LentFunc:
+    """A func that is called until it is taken back: what is captured lives on, for its memory, and must not hold it."""
+
+    def __init__(self, func: Func) -> None:
+        self.func: Func | None = func
+
+    def __call__(self, t: Tensor, y: State) -> Any:
+        """Calls it."""
+        assert self.func is not None
+        return self.func(t, y)
+
+    def take_back(self) -> None:
+        """Lets go of it."""
+        self.func = None
+
+
+def standing_for(params: Sequence[Tensor], stand_ins: dict[int, Tensor]) -> tuple[Tensor, ...]:
+    """What func finds in the places of these tensors while it is captured; see Make.
+
+    Raises:
+        CaptureError: one stays where it is.
+    """
+    if any(id(p) not in stand_ins for p in params):
+        raise CaptureError("a tensor that wants a gradient is a global variable of func's, or in a tuple")
+    return tuple(stand_ins[id(p)] for p in params)
 
 
 def _itself(x: Any) -> Any:
@@ -245,7 +277,8 @@ def _capture(
         with before.replaced(others) as replaced:
             stand_ins = {id(x): slot for x, slot in zip(bound.tensors, slots)}
             stand_ins |= {name: x for name, x in others.items() if name in replaced}
-            loop, inputs = make(func, stand_ins)
+            lent = LentFunc(func)
+            loop, inputs = make(lent, stand_ins)
             captured = Captured(loop, graph, slots, inputs, bound.kept(), before)
             fill(captured)
             _warm_up(loop, device)
@@ -257,7 +290,7 @@ def _capture(
     # Those that no guard knows, in global variables, are to live on at least: the graph has their addresses.
     used = {id(x): x for x in (*captured.guards.tensors, *all_tensors(bound.func))}
     captured.tensors = [(x, x.data_ptr()) for x in used.values()]
-    loop.dynamics = None  # type: ignore[assignment]  # func may go
+    lent.take_back()
     captured_solves.n_captures += 1
     return captured
 

@@ -11,18 +11,17 @@ from torch import Tensor
 from ._ops import graph_loop, native
 from ._ops.autograd import plain
 from ._ops.contract import Layout
-from .captures import BoundFunc, Captured, CaptureError, Key, captured_for, captured_solves, surroundings
+from .captures import BoundFunc, Captured, Key, captured_for, captured_solves, standing_for, surroundings
 from .control import Times, grid_from
+from .device_grid_backsolve import DeviceGridBacksolve
 from .device_solve import DeviceSolve, Given, launch, obstacle, unless
-from .gradients.backsolve import AdjointDynamics, BacksolveConfig, backwards, effect_of_time, stack_for
+from .gradients.backsolve import AdjointDynamics, BacksolveConfig, Found, backwards, effect_of_time, stack_for
 from .methods import Tableau
 from .problem import Problem
 from .state import Dynamics, Func
 from .stepping.captured import CapturedLoop
 from .stepping.hooks import raise_it
 from .stepping.quadrature import Quadrature
-
-Found = tuple[Tensor, Tensor | None, list[Tensor]]
 
 
 def backsolve_on_device(
@@ -43,22 +42,23 @@ def backsolve_on_device(
     """
 
     def solve() -> Found:
-        return DeviceBacksolve(problem, outputs, config, ys, plain(gradients), params, with_time).solve()
+        kind = DeviceBacksolve if config.method.adaptive else DeviceGridBacksolve
+        return kind(problem, outputs, config, ys, plain(gradients), params, with_time).solve()
 
+    if len(outputs) == 1:  # there is nothing to solve
+        return None
     why = obstacle(ys, config.method) or _what_looks_on(config)
     return unless(why, solve, config.options, "adjoint_options")
 
 
 def _what_looks_on(config: BacksolveConfig) -> str | None:
     """What the host has to see of the solve, if anything."""
-    if not config.method.adaptive:
-        return f"{config.method.name!r} does not choose its steps"
-    if config.restart:
-        return "adjoint_options['restart'] has a solve for every output time"
-    if not config.fused:
-        return "the norm is a function of the user's"
     if config.callbacks:
         return "callbacks look at every step"
+    if config.restart and config.method.adaptive:
+        return "adjoint_options['restart'] has a solve for every output time"
+    if not config.fused and config.method.adaptive:
+        return "the norm is a function of the user's"
     return None
 
 
@@ -85,18 +85,13 @@ class DeviceBacksolve(DeviceSolve):
         self.problem, self.outputs, self.config = problem, outputs, config
         self.ys, self.gradients, self.params, self.with_time = ys, gradients, params, with_time
         self.bound = BoundFunc(problem.written, problem.args)
-        in_args = {id(x): i for i, x in enumerate(self.bound.tensors)}
-        wanted = tuple(in_args.get(id(p), (id(p), p.data_ptr())) for p in params)
         self.key: Key = (
             self.bound.key, "backwards", ys.shape, ys.dtype, ys.device, tuple(problem.form.shapes), config.method.name,
-            astuple(config.policy), config.seminorm, wanted, with_time, given.kind, surroundings(),
+            astuple(config.policy), config.seminorm, self.bound.which(params), with_time, given.kind, surroundings(),
         )  # fmt: skip
 
     def solve(self) -> Found:
         """Returns the gradients of y0 (packed), of the times (None if not wanted), and of the parameters."""
-        if len(self.outputs.values) == 1:
-            of_times = torch.zeros_like(self.outputs.tensor) if self.with_time else None
-            return self.gradients[0], of_times, [torch.zeros_like(p) for p in self.params]
         wanted = self.with_time and captured_solves.refused(self.key) is None
         self.effects = self._effects_of_times() if wanted else []
         captured = captured_for(self.key, self.bound, self.ys.device, self._make, self._fill, graph_loop.GraphLoop)
@@ -130,9 +125,7 @@ class DeviceBacksolve(DeviceSolve):
     def _make(self, func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedLoop, list[Tensor]]:
         config, ys, form, here = self.config, self.ys, self.problem.form, self.layout
         layout = native.Layout(here.samples, here.size, here.segments, here.dtype, here.device)
-        if any(id(p) not in stand_ins for p in self.params):
-            raise CaptureError("a tensor that wants a gradient is a global variable of func's, or in a tuple")
-        params = tuple(stand_ins[id(p)] for p in self.params)
+        params = standing_for(self.params, stand_ins)
         forward = Dynamics(func, form, ys[0], partial(native.copy, layout))
         dynamics = AdjointDynamics(forward, stack_for(native, form, ys[0]), params, self.with_time, config.warns)
         outputs, gradients = torch.empty_like(ys), torch.empty_like(ys)
@@ -142,6 +135,7 @@ class DeviceBacksolve(DeviceSolve):
         effects = torch.empty(len(ys), dtype=layout.real_dtype, device=ys.device)
         if self.with_time:
             values, in_norm = [torch.empty_like(effects[0]), *values], [True, *in_norm]
+        with_time = self.with_time  # what the loop keeps must not lead to func, as self does
         quadrature = Quadrature(values, self.tableau, native, rtol, atol, in_norm)
         quadrature.first = effects[-1] if self.with_time else None
         dynamics.quadrature = quadrature
@@ -150,7 +144,7 @@ class DeviceBacksolve(DeviceSolve):
             """At an output time y is the forward solve's, and a jumps by the gradient that arrives there."""
             here = output_times == now
             i = here.to(torch.uint8).argmax(0, keepdim=True)
-            if self.with_time:
+            if with_time:
                 effect = torch.where(here.any() & jumped, effects.index_select(0, i), 0)
                 quadrature.values[0].add_(effect[0])
             arrived = torch.stack([outputs.index_select(0, i)[0], z[1] - gradients.index_select(0, i)[0]])

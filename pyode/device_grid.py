@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._ops import graph_loop, native
@@ -13,10 +15,21 @@ from .methods import Tableau
 from .problem import Problem
 from .solution import Stats
 from .state import Dynamics, Func
-from .stepping.captured_grid import CapturedGrid
+from .stepping.captured_grid import CapturedGrid, PreparedGrid
 from .stepping.fixed_grid import grid_of
 
 MOST_STEPS = 2000  # of a graph, which has all their kernels
+
+
+def check_steps(n: int) -> None:
+    """Raises CaptureError for more steps than a graph takes."""
+    if n > MOST_STEPS:
+        raise CaptureError(f"{n} steps are too many for one graph, which takes {MOST_STEPS}")
+
+
+def within(options: dict[str, Any]) -> dict[str, Any]:
+    """Those options that tell what a solve does within its steps."""
+    return {"interp": options.get("interp", "linear"), "perturb": bool(options.get("perturb", False))}
 
 
 class DeviceGrid:
@@ -33,14 +46,12 @@ class DeviceGrid:
         form, y0, options = problem.form, problem.y0, problem.options
         self.problem, self.bound = problem, BoundFunc(problem.written, problem.args)
         self.grid = grid_of(options, problem.times, problem.func, form.unpack(y0)).detach().cpu()
-        steps = tuple(self.grid.tolist())
-        if len(steps) > MOST_STEPS + 1:
-            raise CaptureError(f"{len(steps) - 1} steps are too many for one graph, which takes {MOST_STEPS}")
+        check_steps(len(self.grid) - 1)
         structure = tuple(form.shapes), form.tree and str(form.tree.spec)
-        within = options.get("interp", "linear"), bool(options.get("perturb", False))
         self.key: Key = (
-            self.bound.key, y0.shape, y0.dtype, y0.device, structure, problem.method.name, within,
-            self.grid.dtype, steps, tuple(problem.times.values), surroundings(),
+            self.bound.key, y0.shape, y0.dtype, y0.device, structure, problem.method.name,
+            *within(options).values(), self.grid.dtype, tuple(self.grid.tolist()), tuple(problem.times.values),
+            surroundings(),
         )  # fmt: skip
         self.taken = Stats()
         # Taken at once: whether func can be captured decides who drives the solve.
@@ -52,13 +63,20 @@ class DeviceGrid:
         problem, form, y0 = self.problem, self.problem.form, self.problem.y0
         layout = native.Layout(form.samples, form.segments[-1], form.segments, y0.dtype, y0.device)
         dynamics = Dynamics(func, form, y0, partial(native.copy, layout))
-        options = {name: problem.options[name] for name in ("interp", "perturb") if name in problem.options}
-        return CapturedGrid(
-            dynamics, problem.method, layout, problem.times, self.grid, options, problem.rtol, problem.atol, y0=y0
-        ), []
+        counts, start, options = Stats(), torch.empty_like(y0), within(problem.options)
+        loop = PreparedGrid(
+            dynamics, problem.method, layout, problem.times, self.grid, options, problem.rtol, problem.atol
+        )
+
+        def work() -> Tensor:
+            out = loop.solve(native.copy(layout, start))  # one that nobody has written before
+            loop.add_to(counts)
+            return out
+
+        return CapturedGrid(work, counts), [start]
 
     def _fill(self, captured: Captured) -> None:
-        captured.loop.y.copy_(self.problem.y0)
+        captured.inputs[0].copy_(self.problem.y0)
         captured.fill_slots(self.bound)
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
@@ -68,7 +86,8 @@ class DeviceGrid:
         self.taken = captured.loop.taken
 
         def collect(loop: CapturedGrid) -> Tensor:
-            return loop.out.clone()
+            out: Tensor = loop.out.clone()
+            return out
 
         return launch(captured, self.key, partial(self._fill, captured), collect)
 

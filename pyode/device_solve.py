@@ -30,7 +30,7 @@ class Given:
         times: the output times.
         grid: with their values on the device.
         rtol, atol: numbers or tensors.
-        first_step: None if it is to be chosen.
+        first_step: a number, or of samples a tensor; None if it is to be chosen.
 
     Attributes:
         mark: equal where all is; where that can't be told, equal to nothing else.
@@ -40,7 +40,7 @@ class Given:
     grid: Grid
     rtol: float | Tensor
     atol: float | Tensor
-    first_step: float | None
+    first_step: float | Tensor | None
     mark: object = field(init=False)
 
     def __post_init__(self) -> None:

@@ -118,7 +118,7 @@ def pose(
         func = compiled.func
     bound = with_args(func, args)
     packed = form.pack(y0)
-    one = packed.new_empty(packed.shape[1:]) if form.per_sample else packed
+    one = one_of(packed, form)
     if t.device != packed.device:
         warn("t is not on the same device as y0. Coercing to y0.device.")
     return Problem(
@@ -139,6 +139,11 @@ def pose(
         event=None if event_fn is None else event_of(event_fn, args, form, packed.shape),
         compiled=None if compiled is None else compiled.with_args(args),
     )
+
+
+def one_of(y0: Tensor, form: Form) -> Tensor:
+    """What a sample of a packed state is like, which may have none."""
+    return y0.new_empty(y0.shape[1:]) if form.per_sample else y0
 
 
 def is_per_sample(options: dict[str, Any], method: Method) -> bool:

@@ -19,11 +19,11 @@ from .compiled.samples import samples_again
 from .compiling import not_compiled
 from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
 from .errors import InvalidValue, SolveError
-from .gradients.backsolve_samples import SampleBacksolveConfig, warn_of_host
+from .gradients.backsolve_samples import SampleBacksolveConfig
 from .methods import Tableau
 from .methods.external import ScipySolver
 from .odeint import GRADIENTS, odeint
-from .problem import Problem, pose
+from .problem import Problem, one_of, pose
 from .samples.adjoint import with_adjoint
 from .samples.batch import Samples
 from .samples.observers import Observers, observers_of
@@ -290,15 +290,14 @@ def _adjoint_of(
     method = methods.find(options.pop("method", problem.method.name), "adjoint_options['method']")
     if not isinstance(method, Tableau) or not method.adaptive:
         raise InvalidValue(f"adjoint_options['method'] must be explicit and choose its steps; {method.name!r} does not")
-    y0 = problem.y0[0] if problem.form.per_sample else problem.y0
+    y0 = one_of(problem.y0, problem.form)
     rtol, atol = (
         check_tolerance(options.pop(name, getattr(problem, name)), f"adjoint_options[{name!r}]", problem.form, y0)
         for name in ("rtol", "atol")
     )
     check_options(options, method, strict=True)
-    warn_of_host(options)
     policy = replace(_policy_of(policy_from(options, method), controller), resume=True)
-    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options.get("stats"), warns, compact)
+    return SampleBacksolveConfig(method, rtol, atol, policy, problem.grid, options, warns, compact)
 
 
 def _policy_of(policy: Policy, controller: Any) -> Policy:

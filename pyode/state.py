@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from copy import copy
 from functools import partial, reduce
 from itertools import accumulate
 from sys import getrefcount
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._ops.autograd import plain
-from ._ops.native import is_unshared
+from ._ops.native import Calls, inspector
 from .errors import DynamicsError, InvalidType, InvalidValue
 from .tree import Tree
 
@@ -184,9 +185,6 @@ class Form:
         return tolerance if several and not self.is_tensor else None
 
 
-_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # None in older torch
-
-
 def _owners_of_new() -> int:
     k = object()
     return getrefcount(k)
@@ -211,28 +209,35 @@ class Dynamics:
         self._names = form.names("func()")
         self._may_be_lazy = y0.is_complex() or y0.numel() == 1  # a conj() or neg view that is contiguous all the same
         self._watch = not (y0.is_inference() or torch.is_inference_mode_enabled())
+        self._make_calls()
         self.set(func)
 
-    def set(self, func: Func) -> None:
-        """Makes it another func's, for states of the same shape, dtype and device, and as much of inference mode."""
-        self.func, self.n_evals = func, 0
-        self._copies = self._settled = False  # whether func holds what it returned first, or does not
+    def _make_calls(self) -> None:
+        self.calls = Calls(inspector, self.form.is_tensor and not self._may_be_lazy, self._watch)
+
+    def set(self, func: Func | None) -> None:
+        """Makes it another func's, for states of the same shape, dtype and device, and as much of inference mode.
+
+        With None it lets go of its func and of all that this has returned, until there is another.
+        """
+        self.func: Any = func
+        self.calls.restart()
+
+    def without_func(self) -> Dynamics:
+        """A copy without func."""
+        new = copy(self)
+        new._make_calls()
+        new.set(None)
+        return new
 
     @property
-    def direct(self) -> tuple[Any, ...] | None:
-        """See RightHandSide."""
-        if not self.form.is_tensor or self._copies or self._may_be_lazy:
-            return None
-        settle = None if self._settled else self._settle
-        return self.func, Tensor, self.dtype, self.shape, self.device, _EXCHANGE, self._watch, settle
-
-    def forget(self) -> None:
-        """Lets go of func and all that it has returned."""
-        self.func = None  # type: ignore[assignment]
+    def n_evals(self) -> int:
+        """How often func was called."""
+        return self.calls.n
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Returns func(t, y), packed."""
-        self.n_evals += 1
+        self.calls.n += 1
         version = y._version if self._watch else 0
         if not self.form.is_tensor:
             k = self._pack(self.func(t, self.form.unpack(y)))
@@ -247,19 +252,9 @@ class Dynamics:
             ) or (self._may_be_lazy and (k.is_conj() or k.is_neg())):
                 k = self._pack(k)
         self._check_version(y, version)
-        return k if self._settled and getrefcount(k) == _OURS else self._own(k)
+        return k if self.calls.settled and getrefcount(k) == _OURS else self._own(k)
 
     trial = __call__  # notes nothing, and the graph is torch's own
-
-    def count(self, n: int) -> None:
-        """Adds evaluations that were made directly."""
-        self.n_evals += n
-
-    def _settle(self, k: Tensor) -> bool:
-        """Whether func has let go of the memory of what it returned first; if not, it is copied from now on."""
-        self._settled = is_unshared(k)
-        self._copies = not self._settled
-        return self._settled
 
     def accept(self, k: Any, y: Tensor) -> Tensor:
         """See RightHandSide."""
@@ -277,8 +272,8 @@ class Dynamics:
         """
         if (k.requires_grad and k._version == 0) or torch._C._functorch.is_functorch_wrapped_tensor(k):
             return k
-        if not (self._settled or self._copies):
-            self._settle(k)
+        if not (self.calls.settled or self.calls.copies):
+            self.calls.settle(k)
         return k.clone() if k.requires_grad else self.copy(k)
 
     def _pack(self, k: Any) -> Tensor:

@@ -41,3 +41,11 @@ def counts(solution) -> Tensor:
     """[4, B] of a solution's statistics, last_dt among them."""
     stats = solution.stats
     return torch.stack([stats.n_f_evals, stats.n_accepted, stats.n_rejected, stats.last_dt])
+
+
+def columns(draw_sign: Tensor, lengths: Tensor, steps: Tensor) -> Tensor:
+    """[T, B] times in directions of their own, padded with their last."""
+    t = torch.cat([steps.new_zeros(1, steps.shape[1]), steps.cumsum(0)])
+    last = t.gather(0, lengths[None])
+    index = torch.arange(len(t))[:, None]
+    return draw_sign * torch.where(index <= lengths, t, last)

@@ -31,6 +31,14 @@ class Field(nn.Module):
         return [self.matrix, self.bias, self.rate]
 
 
+class Driven(Field):
+    """The same, with a time for each row."""
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return self.frozen * torch.tanh(y @ self.matrix + self.bias) * (1 + torch.sin(self.rate * t))[:, None]
+
+
 def loss_of(y: Tensor) -> Tensor:
     """With a different gradient for every output."""
     return (torch.linspace(-1, 2, y.numel(), dtype=y.real.dtype).view(y.shape) * y).abs().square().sum()

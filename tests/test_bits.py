@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,12 +58,17 @@ def test_one_thread_and_two_compute_the_same_bits(samples, size, dtype):
         assert all(map(torch.equal, results(samples, size, dtype), alone))
 
 
-def solve(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A nonlinear problem of n numbers."""
+def solve(n: int, device: torch.device, dtype: torch.dtype = torch.float32, pause: float = 0.0) -> torch.Tensor:
+    """A nonlinear problem of n numbers, whose func also waits for some seconds."""
+
+    def f(t, y):
+        time.sleep(pause)
+        return torch.cos(y + t) - 0.1 * y
+
     y0 = torch.linspace(-1, 1, n, device=device, dtype=dtype)
     t = torch.linspace(0, 2, 4, device=device)
     with torch.no_grad():
-        return pyode.odeint(lambda t, y: torch.cos(y + t) - 0.1 * y, y0, t, rtol=1e-5, atol=1e-6)
+        return pyode.odeint(f, y0, t, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [3, 100_000])
@@ -71,11 +77,12 @@ def test_a_solve_has_the_same_bits_from_run_to_run(n, device):
     assert all(torch.equal(solve(n, device), first) for _ in range(3))
 
 
-def test_a_solve_has_the_same_bits_for_one_thread_and_two():
+@pytest.mark.parametrize(("n", "pause"), [(100_000, 0), (20_000, 2e-4)])  # the fewer are shared if func takes long
+def test_a_solve_has_the_same_bits_for_one_thread_and_two(n, pause):
     torch.set_num_threads(1)
-    one = solve(100_000, torch.device("cpu"))
+    one = solve(n, torch.device("cpu"), pause=pause)
     torch.set_num_threads(2)
-    assert torch.equal(solve(100_000, torch.device("cpu")), one)
+    assert torch.equal(solve(n, torch.device("cpu"), pause=pause), one)
 
 
 @pytest.mark.cuda

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import platform
+import subprocess
+import sys
 import weakref
 from collections import Counter
 
@@ -308,3 +312,30 @@ def test_the_outputs_go_with_the_last_reference_to_them(interface, gradient, con
             assert alive() is None
     finally:
         gc.enable()
+
+
+FAULTS = """
+import resource
+
+import torch
+
+import pyode
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+y0, t = torch.ones(200_000), torch.tensor([0.0, 1.0])
+with torch.no_grad():
+    for n in range(30):
+        if n == 20:
+            before = faults()
+        pyode.odeint(lambda t, y: -y, y0, t)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the system's malloc is another")
+def test_what_a_solve_frees_is_not_fetched_from_the_system_again():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 3000  # pages; the states of ten solves have 15 000

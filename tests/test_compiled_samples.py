@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
-from ensembles import blow_up, counts, decay, nan_above, oscillators, van_der_pol
-from fields import Field, assert_close, loss_of
+from ensembles import blow_up, columns, counts, decay, nan_above, oscillators, van_der_pol
+from fields import Driven, assert_close, loss_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import tensor
@@ -69,14 +69,6 @@ def test_steps_are_those_of_the_eager_solve(name):
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_every_method(method):
     check(oscillators(21, stiffest=4.0), T, method=method, rtol=1e-4)
-
-
-def columns(draw_sign: Tensor, lengths: Tensor, steps: Tensor) -> Tensor:
-    """[T, B] times in directions of their own, padded with their last."""
-    t = torch.cat([steps.new_zeros(1, steps.shape[1]), steps.cumsum(0)])
-    last = t.gather(0, lengths[None])
-    index = torch.arange(len(t))[:, None]
-    return draw_sign * torch.where(index <= lengths, t, last)
 
 
 @settings(max_examples=40, deadline=None)
@@ -243,14 +235,6 @@ class TestWhatRunsEagerly:
             check(y0, T, **arguments)
 
 
-class Driven(Field):
-    """With a time for each row."""
-
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        self.calls += 1
-        return self.frozen * torch.tanh(y @ self.matrix + self.bias) * (1 + torch.sin(self.rate * t))[:, None]
-
-
 def gradients(compiled: bool, t: Tensor = T, samples: int = 21, time: bool = True, **arguments) -> list:
     """Of y0, t if wanted, and the parameters; func is called only to be traced, if compiled."""
     t = t.clone().requires_grad_(time)
@@ -308,16 +292,3 @@ class TestGradients:
             (g,) = torch.autograd.grad(loss_of(ys), y0, create_graph=True)
             found.append(torch.autograd.grad(g.square().sum(), y0))
         assert_close(*found, 1e-8)
-
-
-def test_the_adjoint_of_samples_is_the_eager_one():
-    w = (torch.arange(9.0, dtype=torch.float64).reshape(3, 3).sin() / 2).requires_grad_()
-
-    def f(t, y):
-        return torch.tanh(y @ w) * torch.cos(t)[:, None]
-
-    y0, found = torch.rand(7, 3, dtype=torch.float64, requires_grad=True), []
-    for func in (pyode.compile(f), f):
-        y = pyode.odeint_adjoint(func, y0, tensor(0.0, 0.4, 1.0), options={"control": "per_sample"})
-        found.append([y.detach(), *torch.autograd.grad(loss_of(y), [y0, w])])
-    assert_close(*found, 1e-12)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from device_loops import DEVICE, MARKS, ON, Field, n_captures, normal, times
@@ -119,23 +117,4 @@ def test_args_of_an_adjoint_solve():
         with torch.enable_grad():
             out = pyode.odeint_adjoint(func, normal(1, 3) * 0 + 1, times(), options=more, args=(rate,))
             gradients += torch.autograd.grad(out.sum(), rate)
-    assert torch.equal(*gradients)
-
-
-@pytest.mark.parametrize("interface", ["odeint_adjoint", "solve_ivp"])
-def test_a_backward_solve_of_samples_is_the_hosts(interface):
-    func, y0, t = Field(), normal(4, 3), times()
-    gradients = []
-    with torch.enable_grad():
-        for more in ({}, {**ON}):
-            y = y0.clone().requires_grad_()
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                if interface == "solve_ivp":
-                    out = pyode.solve_ivp(func, y, t, gradient="adjoint", options=more, adjoint_options=more).ys
-                else:
-                    out = pyode.odeint_adjoint(func, y, t, options={"control": "per_sample", **more})
-                gradients.append(torch.autograd.grad(out.square().sum(), y)[0])
-            told = [str(warning.message) for warning in caught if "device_loop" in str(warning.message)]
-            assert len(told) == len(more)
     assert torch.equal(*gradients)

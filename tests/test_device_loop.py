@@ -18,7 +18,6 @@ from device_loops import (
     n_captures,
     nobody_waits,
     normal,
-    on_gpu,
     times,
 )
 from torch import nn
@@ -137,6 +136,12 @@ def test_times_of_each_sample(clipped):
         check_same(Field(), normal(4, 3), t, options={"control": "per_sample"})
 
 
+def test_a_discontinuity_at_the_end_of_some_samples():
+    t = torch.stack([torch.linspace(0, end, 3) for end in (1.0, 2.0, 0.5)], 1).to(DEVICE)
+    for jump in (0.5, 1.0):
+        check_same(Field(), normal(3, 3), t, options={"control": "per_sample", "jump_t": [jump]})
+
+
 @pytest.mark.parametrize(
     ("what", "status"),
     [
@@ -251,7 +256,7 @@ class WithCallback(nn.Module):
     ("func", "kwargs", "reason"),
     [
         (Random(), {}, "random numbers"),
-        pytest.param(HostRead(), {}, "can't be captured", marks=on_gpu),
+        (HostRead(), {}, "can't be captured"),
         (WithCallback(), {}, "callbacks"),
         (Random(), {"method": "rk4"}, "random numbers"),
         (lambda t, y: -y, {"method": "explicit_adams"}, "not an explicit Runge-Kutta method"),

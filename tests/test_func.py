@@ -8,6 +8,7 @@ from itertools import cycle
 import numpy as np
 import pytest
 import torch
+from factories import inspector_by_attributes
 from problems import growth, kepler, kepler_start, linear, tensor
 from torch import Tensor, nn
 
@@ -91,8 +92,8 @@ RETURNS = {
 @pytest.mark.parametrize("name", RETURNS)
 @pytest.mark.parametrize("exchange", [True, False])
 def test_what_func_may_return(exchange, name, method, monkeypatch):
-    # Whether torch tells of a tensor through DLPack's exchange API, as newer ones do, or has to be asked each thing.
-    monkeypatch.setattr(state, "_EXCHANGE", getattr(Tensor, "__dlpack_c_exchange_api__", None) if exchange else None)
+    if not exchange:
+        monkeypatch.setattr(state, "inspector", inspector_by_attributes())
     f, plain = RETURNS[name]
     with torch.no_grad():
         assert torch.equal(solve(f, method=method), solve(plain, method=method))

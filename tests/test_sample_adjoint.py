@@ -79,6 +79,16 @@ def test_nested_states_methods_tolerances_and_a_single_time():
     assert start["a"].requires_grad
 
 
+def test_without_samples():
+    func, y0, t = nn.Linear(3, 3), torch.zeros(0, 3, requires_grad=True), torch.linspace(0, 1, 3)
+    ys = odeint_adjoint(
+        lambda t, y: func(y), y0, t, options={"control": "per_sample"}, adjoint_params=tuple(func.parameters())
+    )
+    (ys.sum() + solve_ivp(lambda t, y: func(y), y0, t, gradient="adjoint").ys.sum()).backward()
+    assert y0.grad.shape == (0, 3)
+    assert not func.weight.grad.any()
+
+
 @pytest.mark.filterwarnings("ignore:the solve failed")
 def test_behind_a_failure_gradients_are_those_of_the_last_state():
     y0 = torch.tensor([[0.1], [2.0]], dtype=F64, requires_grad=True)
@@ -231,17 +241,21 @@ def test_what_is_not_for_samples_is_told(wrong):
 
 class TestTimes:
     def test_a_discontinuity_is_met_on_the_way_back(self):
+        rate = torch.tensor(1.0, dtype=F64, requires_grad=True)
+
         def growth(t: Tensor, y: Tensor) -> Tensor:  # dy/dt = -y, then 2 y
-            return y * torch.where(t < 0.5, -1.0, 2.0)[:, None]
+            return rate * y * torch.where(t < 0.5, -1.0, 2.0)[:, None]
 
         y0, t = Y0.clone().requires_grad_(), torch.tensor([0.0, 1.0], dtype=F64)
         steps = []
         for jumps in ({}, {"jump_t": torch.tensor([0.5], dtype=F64)}):
             backward = pyode.Stats()
-            options = {"adjoint_options": {"stats": backward}, "adjoint_params": ()}
+            options = {"adjoint_options": {"stats": backward}, "adjoint_params": (rate,)}
             ys = odeint_adjoint(growth, y0, t, options={**SAMPLES, **jumps}, **TIGHT, **options)
-            (found,) = torch.autograd.grad(ys[-1].sum(), y0)
-            assert torch.allclose(found, torch.tensor(0.5, dtype=F64).exp().expand(3, 2), rtol=1e-5)
+            found, by_rate = torch.autograd.grad(ys[-1].sum(), (y0, rate))
+            factor = torch.tensor(0.5, dtype=F64).exp()
+            assert torch.allclose(found, factor.expand(3, 2), rtol=1e-5)
+            assert torch.allclose(by_rate, 0.5 * factor * Y0.sum(), rtol=1e-5)
             steps.append(backward.n_rejected)
         assert steps[1] == 0 < steps[0]
 

@@ -57,31 +57,6 @@ inline int64_t uses_of_storage(const py::object& storage_uses, const py::object&
   return integer(checked(PyObject_CallOneArg(storage_uses.ptr(), address.ptr())));
 }
 
-/// Whether a tensor is all that uses its memory, which is torch's, and nothing in C++ holds it.
-class Unshared {
- public:
-  /// Args:
-  ///   storage_uses: tells how many use a storage of a given address; None where torch doesn't tell.
-  ///   unshared: one such tensor.
-  Unshared(py::object storage_uses, py::handle unshared) : storage_uses_(std::move(storage_uses)) {
-    if (!storage_uses_.is_none()) alone_ = uses(unshared, call_method(unshared, PYODE_NAME(untyped_storage)));
-  }
-
-  bool operator()(py::handle x) const {
-    if (storage_uses_.is_none()) return false;
-    const py::object storage = call_method(x, PYODE_NAME(untyped_storage));
-    return uses(x, storage) == alone_ && call_method(storage, PYODE_NAME(resizable)).ptr() == Py_True;
-  }
-
- private:
-  std::pair<int64_t, int64_t> uses(py::handle x, const py::object& storage) const {
-    return {uses_of(x), uses_of_storage(storage_uses_, attribute(storage, PYODE_NAME(_cdata)))};
-  }
-
-  py::object storage_uses_;
-  std::pair<int64_t, int64_t> alone_;
-};
-
 /// Tensors that are made alike, again and again. One whose last user has gone is given out again: a new small tensor
 /// costs as much as an op on it, and the old one's memory is in the cache.
 class Supply {

@@ -1,11 +1,9 @@
 // Calls func.
 #pragma once
 
-#include <algorithm>
 #include <utility>
-#include <vector>
 
-#include "dlpack.h"
+#include "inspector.h"
 
 namespace pyode {
 namespace bindings {
@@ -16,36 +14,53 @@ struct State {
   void* data = nullptr;
 };
 
-/// What is called for a derivative: func itself, if what it returns can be used without a look from Python, or
-/// `dynamics`, a RightHandSide (pyode/_ops/contract.py). Evaluations made directly are counted at the end.
+/// The calls of a func: whether they may be made without a look from Python at what they return, and their number.
+/// The func itself is Python's to hold, which looks for cycles.
+struct Calls {
+  const Inspector& inspector;
+  const bool direct;  // whether func returns what can be used as it is, if it is like its input
+  const bool watch;   // whether the version of func's input is to stay 0
+  int64_t n = 0;
+  bool settled = false, copies = false;  // whether func has let go of what it returned first, or holds it
+
+  /// From now on they are another func's.
+  void restart() {
+    n = 0;
+    settled = copies = false;
+  }
+
+  /// Whether func has let go of k, which it returned first; if not, what it returns is copied from now on.
+  bool settle(py::handle k) {
+    settled = inspector.is_unshared(k);
+    copies = !settled;
+    return settled;
+  }
+};
+
+/// What is called for a derivative: func itself, where `dynamics`, a RightHandSide (pyode/_ops/contract.py), says so
+/// and what func returns can be used without a look from Python, or else `dynamics`.
 class Evaluator {
  public:
   explicit Evaluator(py::handle dynamics) : dynamics_(dynamics) { look_for_direct(); }
   Evaluator(const Evaluator&) = delete;
-  ~Evaluator() {
-    if (n_direct_ == 0) return;
-    const auto n = py::reinterpret_steal<py::object>(PyLong_FromSsize_t(n_direct_));
-    PyObject* const count = PyObject_CallMethodOneArg(dynamics_.ptr(), PYODE_NAME(count), n.ptr());
-    if (count == nullptr) PyErr_Clear();
-    Py_XDECREF(count);
-  }
 
   /// Asks again whether func may be called directly.
   void look_for_direct() {
-    if (func_) return;
-    const py::object direct = attribute(dynamics_, PYODE_NAME(direct));
-    if (direct.is_none()) return;
-    const auto parts = py::reinterpret_borrow<py::tuple>(direct);
-    func_ = parts[0], type_ = parts[1], dtype_ = parts[2], shape_ = parts[3], device_ = parts[4];
-    exchange_ = Exchange(parts[5]), watch_ = parts[6].cast<bool>(), settle_ = parts[7];
+    if (calls_ != nullptr) return;
+    found_ = attribute(dynamics_, PYODE_NAME(calls));
+    if (found_.is_none()) return;
+    Calls& calls = found_.cast<Calls&>();
+    if (!calls.direct || calls.copies) return;
+    calls_ = &calls;
+    func_ = attribute(dynamics_, PYODE_NAME(func));
   }
 
   State operator()(py::handle t, py::handle y) {
     PyObject* arguments[] = {t.ptr(), y.ptr()};
     // A start of the user's may have been written to; other states are new.
-    if (!func_ || (n_direct_ == 0 && is_written(y)))
+    if (calls_ == nullptr || (!std::exchange(began_, true) && is_written(y)))
       return with_data(checked(PyObject_Vectorcall(dynamics_.ptr(), arguments, 2, nullptr)));
-    ++n_direct_;
+    ++calls_->n;
     State k{checked(PyObject_Vectorcall(func_.ptr(), arguments, 2, nullptr)), nullptr};
     if (fits(k, y) && is_ours(k.tensor)) return k;
     return with_data(
@@ -53,7 +68,7 @@ class Evaluator {
   }
 
  private:
-  bool is_written(py::handle y) const { return watch_ && integer(attribute(y, PYODE_NAME(_version))) != 0; }
+  bool is_written(py::handle y) const { return calls_->watch && integer(attribute(y, PYODE_NAME(_version))) != 0; }
 
   static State with_data(py::object tensor) {
     void* const data = address(tensor);
@@ -62,53 +77,27 @@ class Evaluator {
 
   /// Whether k can be used as it is; then its data are found.
   bool fits(State& k, py::handle y) {
-    if (reinterpret_cast<PyObject*>(Py_TYPE(k.tensor.ptr())) != type_.ptr()) return false;
-    return (exchange_ ? is_like(k, y) : is_as_expected(k)) && !is_written(y);
-  }
-
-  bool is_like(State& k, py::handle y) {
-    if (!knows_y_) {
-      if (!exchange_.describe(y, y_)) return false;
-      shape_of_y_.assign(y_.shape, y_.shape + y_.dims);
-      knows_y_ = true;
-    }
-    Described found;
-    if (!exchange_.describe(k.tensor, found)) return false;
-    k.data = found.data;
-    return found.dtype == y_.dtype && found.device == y_.device && found.dims == y_.dims &&
-           std::equal(found.shape, found.shape + found.dims, shape_of_y_.begin()) && found.is_contiguous();
-  }
-
-  bool is_as_expected(State& k) const {
-    const py::object& tensor = k.tensor;
-    if (!attribute(tensor, PYODE_NAME(dtype)).is(dtype_) || !equal(attribute(tensor, PYODE_NAME(shape)), shape_) ||
-        !equal(attribute(tensor, PYODE_NAME(device)), device_) ||
-        call_method(tensor, PYODE_NAME(is_contiguous)).ptr() != Py_True)
-      return false;
-    k.data = address(tensor);
-    return true;
+    const Inspector& inspector = calls_->inspector;
+    if (!inspector.is_tensor(k.tensor)) return false;
+    knows_y_ = knows_y_ || inspector.look(y, y_);
+    if (!knows_y_ || !inspector.look(k.tensor, k_)) return false;
+    k.data = k_.data;
+    return k_.is_like(y_) && k_.is_contiguous && !is_written(y);
   }
 
   /// Whether func has let go of what it returned. Of the first result the memory is looked at, too.
   bool is_ours(const py::object& k) {
     if (Py_REFCNT(k.ptr()) != 1) return false;
-    if (!settle_.is_none()) {
-      if (checked(PyObject_CallOneArg(settle_.ptr(), k.ptr())).ptr() != Py_True) {
-        func_ = py::object();
-        return false;
-      }
-      settle_ = py::none();
-    }
-    return true;
+    if (calls_->settled || calls_->settle(k)) return true;
+    calls_ = nullptr;
+    return false;
   }
 
   py::handle dynamics_;
-  py::object func_, type_, dtype_, shape_, device_, settle_;
-  Exchange exchange_{py::none()};
-  Described y_;  // any state; its shape is that beside
-  std::vector<int64_t> shape_of_y_;
-  bool watch_ = false, knows_y_ = false;
-  Py_ssize_t n_direct_ = 0;
+  py::object found_, func_;
+  Calls* calls_ = nullptr;
+  Look y_, k_;  // any state, and a derivative
+  bool knows_y_ = false, began_ = false;
 };
 
 }  // namespace bindings

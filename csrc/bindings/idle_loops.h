@@ -5,23 +5,25 @@
 #include <string>
 #include <vector>
 
-#include "arrays.h"
+#include "steps.h"
 
 namespace pyode {
 namespace bindings {
 
 /// What solves must have in common for one's loop to serve the other.
 struct Kind {
-  py::object dtype, shape, time_dtype, time_shape, method;
+  uint64_t dtype = 0, time_dtype = 0;
+  std::vector<int64_t> shape, time_shape;
   std::string times;  // as they lie in memory
+  py::object method;
   double rtol = 0, atol = 0;
   int64_t threads = 0;
   bool grad = false;
 
   bool operator==(const Kind& other) const {
-    return dtype.is(other.dtype) && time_dtype.is(other.time_dtype) && rtol == other.rtol && atol == other.atol &&
-           threads == other.threads && grad == other.grad && times == other.times && equal(shape, other.shape) &&
-           equal(time_shape, other.time_shape) && equal(method, other.method);
+    return dtype == other.dtype && time_dtype == other.time_dtype && rtol == other.rtol && atol == other.atol &&
+           threads == other.threads && grad == other.grad && times == other.times && shape == other.shape &&
+           time_shape == other.time_shape && equal(method, other.method);
   }
 };
 
@@ -31,48 +33,58 @@ class IdleLoops {
  public:
   /// What of Python is asked; all functions are called without arguments.
   struct Surroundings {
-    py::object tensor_type, compiled_type;  // of states and times; of funcs that keep their last solve themselves
-    py::tuple callbacks;                    // names of attributes that a func must not have
-    py::object backend;                     // a ContextVar; "reference" if the compiled ops are not wanted
+    py::object compiled_type;  // of funcs that keep their last solve themselves
+    py::tuple callbacks;       // names of attributes that a func must not have
+    py::object backend;        // a ContextVar; "reference" if the compiled ops are not wanted
     py::object grad_enabled, inference_mode, transform, threads;  // the third returns None where there is none
     py::object forward_mode;  // a module whose _current_level is negative where there is none
   };
 
-  IdleLoops(Surroundings surroundings, size_t most) : ask_(std::move(surroundings)), most_(most) {}
+  IdleLoops(const Inspector& inspector, Surroundings surroundings, size_t most)
+      : inspector_(inspector), ask_(std::move(surroundings)), most_(most) {}
   IdleLoops(const IdleLoops&) = delete;
 
-  /// Args: those of odeint. Returns a loop for such a solve, or None, and its kind, or None if there is to be no loop.
-  py::tuple take(py::handle func, py::handle y0, py::handle t, py::handle rtol, py::handle atol, py::handle method,
-                 py::handle options, py::handle args) {
-    const bool plain = has_type(y0) && has_type(t) && PyFloat_CheckExact(rtol.ptr()) &&
+  /// Args: those of odeint. Returns what such a solve gives, if its loop can tell by itself; or that loop, or None; and
+  /// the solve's kind, or None if there is to be no loop.
+  py::tuple solve(py::handle func, py::handle y0, py::handle t, py::handle rtol, py::handle atol, py::handle method,
+                  py::handle options, py::handle args) {
+    const bool plain = inspector_.is_tensor(y0) && inspector_.is_tensor(t) && PyFloat_CheckExact(rtol.ptr()) &&
                        PyFloat_CheckExact(atol.ptr()) && (method.is_none() || PyUnicode_CheckExact(method.ptr())) &&
                        is_empty(options) && PyTuple_CheckExact(args.ptr()) && PyTuple_GET_SIZE(args.ptr()) == 0;
-    if (!plain || !is_func(func)) return nothing();
+    Look state, times;
+    if (!plain || !is_func(func) || !called_plainly() || !lies_on_cpu(y0, state) || !lies_on_cpu(t, times))
+      return nothing();
+    const bool grad = is_true(call(ask_.grad_enabled));
+    if (is_true(call_method(y0, PYODE_NAME(is_inference))) ||
+        (grad && is_true(attribute(t, PYODE_NAME(requires_grad)))))
+      return nothing();
     auto kind = std::make_shared<Kind>();
-    kind->grad = is_true(call(ask_.grad_enabled));
-    if (!lie_on_cpu(y0, t, kind->grad) || !called_plainly()) return nothing();
-    kind->dtype = attribute(y0, PYODE_NAME(dtype));
-    kind->shape = attribute(y0, PYODE_NAME(shape));
-    kind->time_dtype = attribute(t, PYODE_NAME(dtype));
-    kind->time_shape = attribute(t, PYODE_NAME(shape));
+    kind->dtype = state.dtype;
+    kind->shape = std::move(state.shape);
+    kind->time_dtype = times.dtype;
+    kind->time_shape = std::move(times.shape);
+    kind->times.assign(static_cast<const char*>(times.data), static_cast<size_t>(times.bytes));
     kind->method = py::reinterpret_borrow<py::object>(method);
     kind->rtol = PyFloat_AS_DOUBLE(rtol.ptr());
     kind->atol = PyFloat_AS_DOUBLE(atol.ptr());
     kind->threads = integer(call(ask_.threads));
-    kind->times.assign(address<const char>(t), static_cast<size_t>(integer(attribute(t, PYODE_NAME(nbytes)))));
+    kind->grad = grad;
     for (size_t i = entries_.size(); i-- > 0;) {
       if (!(*entries_[i].kind == *kind)) continue;
       const Entry found = std::move(entries_[i]);
       entries_.erase(entries_.begin() + static_cast<std::ptrdiff_t>(i));
-      return py::make_tuple(found.loop, found.kind);
+      if (found.again == nullptr) return py::make_tuple(py::none(), found.loop, found.kind);
+      py::object ys = (*found.again)(func, py::reinterpret_borrow<py::object>(y0));
+      put(found.kind, found.loop, found.again);
+      return py::make_tuple(std::move(ys), py::none(), py::none());
     }
-    return py::make_tuple(py::none(), kind);
+    return py::make_tuple(py::none(), py::none(), kind);
   }
 
-  /// Keeps a loop for the next solve of a kind.
-  void put(std::shared_ptr<Kind> kind, py::object loop) {
+  /// Keeps a loop for the next solve of a kind, and what solves by it without Python, if there is such a thing.
+  void put(std::shared_ptr<Kind> kind, py::object loop, std::shared_ptr<SolveAgain> again) {
     if (entries_.size() == most_) entries_.erase(entries_.begin());
-    entries_.push_back({std::move(kind), std::move(loop)});
+    entries_.push_back({std::move(kind), std::move(loop), std::move(again)});
   }
 
   void clear() { std::vector<Entry>().swap(entries_); }
@@ -82,16 +94,15 @@ class IdleLoops {
   struct Entry {
     std::shared_ptr<Kind> kind;
     py::object loop;
+    std::shared_ptr<SolveAgain> again;
   };
 
-  static py::tuple nothing() { return py::make_tuple(py::none(), py::none()); }
+  static py::tuple nothing() { return py::make_tuple(py::none(), py::none(), py::none()); }
   static bool is_true(const py::object& found) { return found.ptr() == Py_True; }
   static py::object call(const py::object& function) { return checked(PyObject_CallNoArgs(function.ptr())); }
   static bool is_empty(py::handle options) {
     return options.is_none() || (PyDict_CheckExact(options.ptr()) && PyDict_GET_SIZE(options.ptr()) == 0);
   }
-
-  bool has_type(py::handle x) const { return reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())) == ask_.tensor_type.ptr(); }
 
   /// Whether it is one that is not compiled and that carries no callbacks. A module's search for an attribute that it
   /// lacks takes long, so it isn't asked: only what it and its class have.
@@ -105,19 +116,16 @@ class IdleLoops {
     const py::object attributes = py::reinterpret_steal<py::object>(own);
     for (const py::handle name : ask_.callbacks)
       if ((attributes && PyDict_Contains(attributes.ptr(), name.ptr()) != 0) ||
-          PyObject_HasAttr(reinterpret_cast<PyObject*>(type), name.ptr()))
+          _PyType_Lookup(type, name.ptr()) != nullptr)
         return false;
     return true;
   }
 
-  /// Whether state and times are used as they lie in memory, and no gradient to the times is wanted.
-  static bool lie_on_cpu(py::handle y0, py::handle t, bool grad) {
-    for (const py::handle x : {y0, t})
-      if (!is_true(attribute(x, PYODE_NAME(is_cpu))) || !is_true(call_method(x, PYODE_NAME(is_contiguous))) ||
-          is_true(call_method(x, PYODE_NAME(is_neg))) || is_true(call_method(x, PYODE_NAME(is_conj))))
-        return false;
-    return !is_true(call_method(y0, PYODE_NAME(is_inference))) &&
-           !(grad && is_true(attribute(t, PYODE_NAME(requires_grad))));
+  /// Whether a tensor is used as it lies in memory.
+  bool lies_on_cpu(py::handle x, Look& look) const {
+    return inspector_.look(x, look) && look.on_cpu && look.is_contiguous &&
+           !(look.may_be_lazy &&
+             (is_true(call_method(x, PYODE_NAME(is_neg))) || is_true(call_method(x, PYODE_NAME(is_conj)))));
   }
 
   /// Whether the solve is for the compiled ops, and none of torch's transforms is under way.
@@ -129,6 +137,7 @@ class IdleLoops {
            integer(attribute(ask_.forward_mode, PYODE_NAME(_current_level))) < 0 && !is_true(call(ask_.inference_mode));
   }
 
+  const Inspector& inspector_;
   const Surroundings ask_;
   const size_t most_;
   std::vector<Entry> entries_;

@@ -171,8 +171,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::tuple&, const py::tuple&>())
       .def("weights_at", &Interpolant::weights_at);
   py::class_<Steps>(m, "Steps")
-      .def(py::init<const OwnedLayout&, const Table&, const Interpolant&, Controller&, py::object, py::object,
-                    py::object, py::object>(),
+      .def(py::init<OwnedLayout&, const Table&, const Interpolant&, Controller&, py::object, py::object, py::object,
+                    py::object>(),
            py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::keep_alive<1, 5>())
       .def("take", &Steps::take);
   py::class_<GridTimes>(m, "GridTimes")
@@ -180,18 +180,30 @@ PYBIND11_MODULE(_C, m) {
            py::keep_alive<1, 2>())
       .def_readonly("under_way", &GridTimes::under_way);
   py::class_<AdamsTable>(m, "AdamsTable").def(py::init<const py::tuple&, const py::tuple&, int64_t>());
-  py::class_<Unshared>(m, "Unshared").def(py::init<py::object, py::handle>()).def("__call__", &Unshared::operator());
+  py::class_<Inspector>(m, "Inspector").def(py::init<py::object, const py::object&, py::object, py::handle>());
+  py::class_<Calls>(m, "Calls")
+      .def(py::init(
+               [](const Inspector& inspector, bool direct, bool watch) { return new Calls{inspector, direct, watch}; }),
+           py::keep_alive<1, 2>())
+      .def("restart", &Calls::restart)
+      .def("settle", &Calls::settle)
+      .def_readwrite("n", &Calls::n)
+      .def_readonly("settled", &Calls::settled)
+      .def_readonly("copies", &Calls::copies);
+  py::class_<SolveAgain, std::shared_ptr<SolveAgain>>(m, "SolveAgain").def(py::init<py::object>());
   py::class_<Kind, std::shared_ptr<Kind>>(m, "Kind");
   py::class_<IdleLoops>(m, "IdleLoops")
-      .def(py::init([](py::object tensor_type, py::object compiled_type, py::tuple callbacks, py::object backend,
+      .def(py::init([](const Inspector& inspector, py::object compiled_type, py::tuple callbacks, py::object backend,
                        py::object grad_enabled, py::object inference_mode, py::object transform, py::object threads,
                        py::object forward_mode, size_t most) {
-        return new IdleLoops({std::move(tensor_type), std::move(compiled_type), std::move(callbacks),
-                              std::move(backend), std::move(grad_enabled), std::move(inference_mode),
-                              std::move(transform), std::move(threads), std::move(forward_mode)},
-                             most);
-      }))
-      .def("take", &IdleLoops::take)
+             return new IdleLoops(
+                 inspector,
+                 {std::move(compiled_type), std::move(callbacks), std::move(backend), std::move(grad_enabled),
+                  std::move(inference_mode), std::move(transform), std::move(threads), std::move(forward_mode)},
+                 most);
+           }),
+           py::keep_alive<1, 2>())
+      .def("solve", &IdleLoops::solve)
       .def("put", &IdleLoops::put)
       .def("clear", &IdleLoops::clear)
       .def("__len__", &IdleLoops::size);

@@ -1,6 +1,7 @@
 // The loops over a step's stages, and over the steps after which Python has nothing to decide.
 #pragma once
 
+#include <chrono>
 #include <initializer_list>
 
 #include "controller.h"
@@ -159,7 +160,7 @@ class Steps {
   /// Args:
   ///   read_flags: tells the flags where the controller has left them on the device.
   ///   one: a step size of 1 for each sample.
-  Steps(const OwnedLayout& layout, const Table& table, const Interpolant& interpolant, Controller& controller,
+  Steps(OwnedLayout& layout, const Table& table, const Interpolant& interpolant, Controller& controller,
         py::object rtol, py::object atol, py::object read_flags, py::object one)
       : where_(layout),
         table_(table),
@@ -173,17 +174,21 @@ class Steps {
   }
   Steps(const Steps&) = delete;
 
+  size_t n_derivatives() const { return table_.rows.size() + 1; }
+
   /// Takes steps from y until there is something for Python to do: a discontinuity, some samples moving and others not,
   /// the end. Returns the start and the end of the last one, its flags, and `out`: all outputs that were passed are
-  /// written to their rows of it. Where t0 is given, the solve begins, see `begin`, and `out` is what makes them: after
-  /// the first evaluation, which has brought what that needs into the cache. The first output is the start.
+  /// written to their rows of it. Where t0 is given, the solve begins, see `begin`, and `out` makes them for the start:
+  /// after the first evaluation, which has brought what that needs into the cache. The first output is the start.
   py::tuple take(py::object y, const py::list& ks, py::handle dynamics, py::object out, py::handle t0) {
     Step step(where_, std::move(y), ks);
     Evaluator evaluator(dynamics);
     int64_t flags = kAnyRunning;
     if (!t0.is_none()) {
+      const auto began = std::chrono::steady_clock::now();
       step.put(0, evaluator(t0, step.start().tensor));
-      out = checked(PyObject_CallNoArgs(out.ptr()));
+      where_.layout.func_is_long = std::chrono::steady_clock::now() - began > std::chrono::microseconds(100);
+      out = checked(PyObject_CallOneArg(out.ptr(), step.start().tensor.ptr()));
       step.copy_start(address(out));
       flags = begin(step, evaluator);
       if (!(flags & kAnyRunning)) return py::make_tuple(step.start().tensor, step.start().tensor, flags, out);
@@ -235,12 +240,50 @@ class Steps {
     return flags < 0 ? integer(read_flags_(flags)) : flags;
   }
 
-  const OwnedLayout& where_;
+  OwnedLayout& where_;
   const Table& table_;
   const Interpolant& interpolant_;
   Controller& controller_;
   py::object rtol_, atol_, read_flags_, one_;
   ErrorNorm tolerances_ = {};
+};
+
+/// Solves by the steps of one before, whose only sample nobody looked at, and which did not come to a discontinuity.
+class SolveAgain {
+ public:
+  /// Args: an AdaptiveLoop (pyode/stepping/adaptive.py).
+  explicit SolveAgain(py::object loop)
+      : loop_(std::move(loop)),
+        dynamics_(loop_.attr("dynamics")),
+        start_(call_method(loop_, PYODE_NAME(start))),
+        make_(loop_.attr("new_outputs")),
+        steps_(loop_.attr("steps").cast<Steps&>()),
+        calls_(dynamics_.attr("calls").cast<Calls&>()),
+        empty_(py::make_tuple(py::none()) * py::int_(steps_.n_derivatives())) {}
+
+  /// Returns the outputs.
+  py::object operator()(py::handle func, py::object y0) {
+    set(func);
+    const py::list ks(empty_);
+    const bool touched = integer(attribute(start_, PYODE_NAME(_version))) != 0 ||
+                         attribute(start_, PYODE_NAME(requires_grad)).ptr() != Py_False;
+    const py::tuple end =
+        steps_.take(std::move(y0), ks, dynamics_, make_, touched ? call_method(loop_, PYODE_NAME(start)) : start_);
+    if (integer(end[2]) & kAnyFailed) loop_.attr("fail")(end[0], ks[0]);
+    set(py::none());
+    return end[3];
+  }
+
+ private:
+  void set(py::handle func) {
+    if (PyObject_SetAttr(dynamics_.ptr(), PYODE_NAME(func), func.ptr()) != 0) throw py::error_already_set();
+    calls_.restart();
+  }
+
+  py::object loop_, dynamics_, start_, make_;
+  Steps& steps_;
+  Calls& calls_;
+  py::object empty_;
 };
 
 }  // namespace bindings

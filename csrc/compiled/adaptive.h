@@ -55,7 +55,7 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
   using Base::W;
   static constexpr int D = F::size, S = M::evaluations;  // the first stage and f(t1, y1) included
   static constexpr int64_t kStepOperations = (S - 1) * (F::operations + 2 * S * D);
-  static constexpr int kArrays = 6 + S - 2;  // of blocks
+  static constexpr int kArrays = 6;  // of blocks
   // Blocks that take a step together. In a short f each operation waits for the one before it; another block's fill in.
   static constexpr int kAbreast = F::operations + 8 * D <= 128 ? 2 : 1;
 
@@ -63,17 +63,19 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
   /// Bytes of memory that it wants.
   static int64_t workspace(CompiledSolve& solve) {
     const Base cut(solve);
-    return cut.blocks * kArrays * D * static_cast<int64_t>(sizeof(V)) + I::workspace(cut.parts);
+    return cut.blocks * kArrays * D * static_cast<int64_t>(sizeof(V)) + I::workspace(cut.parts) +
+           solve.grid.n_times * interpolated().n * static_cast<int64_t>(sizeof(T));
   }
 
   AdaptiveSolve(CompiledSolve& s, void* memory)
       : Base(s), integrals_(s, parts, fixed_, static_cast<V*>(memory) + blocks * kArrays * D) {
+    weights_ =
+        reinterpret_cast<T*>(static_cast<char*>(memory) + blocks * kArrays * D * sizeof(V) + I::workspace(parts));
     V* free = static_cast<V*>(memory);
     for (V** const array : {&y_, &y1_, &first_, &last_, &rtol_, &atol_}) {
       *array = free;
       free += blocks * D;
     }
-    between_ = free;
   }
 
   void run() {
@@ -122,7 +124,7 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
  private:
   V *y_, *y1_, *first_, *last_;  // [blocks, D]: the state, the step's end, f at both
   V *rtol_, *atol_;              // the same, where every number has a tolerance of its own
-  V* between_;                   // [S - 2, blocks, D]: the other stages, of steps that pass an output
+  T* weights_;                   // of the outputs inside a step, each with those of interpolated()
   T first_time_;                 // that f saw for first_
   bool chained_ = false;         // whether first_ is from the last step
   typename F::Fixed fixed_;
@@ -231,18 +233,18 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
       F::at(times[j], solve.inputs, fixed_, timed_[j]);
     }
     const T dt = static_cast<T>(s.dt);
-    const bool keep = direction(grid, 0) * (output_time(grid, s.output_end, 0) - s.t1) <= 0;
+    const Passed passed = outputs_before(s);
     const auto advance = [&](int64_t part, SquareSums<V>* sums) {
       for (int j = 1; j < S; ++j) integrals_.clear(part, j);
       this->template for_each_group<kAbreast>(
-          part, [&](int64_t b, auto n) { advance_blocks<n.value>(part, b, times, broadcast<V>(dt), keep, sums); });
+          part, [&](int64_t b, auto n) { advance_blocks<n.value>(part, b, times, broadcast<V>(dt), passed, sums); });
       integrals_.weigh(part);
     };
-    const double error = norm(kStepOperations, advance, [&] { return integrals_.of_step(dt); });
+    const double error = norm(kStepOperations + (passed.end - passed.begin) * 2 * S * D, advance,
+                              [&] { return integrals_.of_step(dt); });
     solve.evaluations += S - 1;
     const bool was_on_jump = s.on_jump != 0;
     judge_step(s, solve.policy, grid, 0, error);
-    if (s.accepted && s.output_end > s.output_begin) write_outputs(s);
     plan_step(s, solve.policy, grid, 0);
     if (!s.accepted) return;
     if (solve.tape) note_step(s, was_on_jump);
@@ -254,9 +256,31 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
     if (was_on_jump && s.status == kRunning) restart_behind_jump(s);
   }
 
-  /// All stages of a step for n blocks from b on.
+  /// Outputs [begin, end), of which those from `inside` on are the step's end.
+  struct Passed {
+    int64_t begin, inside, end;
+  };
+
+  /// Those that the step to take passes if it is accepted, and their weights.
+  Passed outputs_before(const Sample& s) {
+    constexpr auto used = interpolated();
+    Passed passed{s.output_end, s.output_end, s.output_end};
+    const double sign = direction(solve.grid, 0);
+    for (T* w = weights_; passed.end < solve.grid.n_times; ++passed.end) {
+      const double time = output_time(solve.grid, passed.end, 0);
+      if (sign * (time - s.t1) > 0) break;
+      const double x = time == s.t1 ? 1 : (time - s.t) / s.dt;
+      if (x == 1) continue;
+      for (int j = 0; j < used.n; ++j)
+        *w++ = static_cast<T>(interpolant_weight(M::interpolant[used.at[j]], M::degree, x));
+      passed.inside += 1;
+    }
+    return passed;
+  }
+
+  /// All stages of a step for n blocks from b on, and the outputs that it passes: written in vain if it is rejected.
   template <int n>
-  void advance_blocks(int64_t part, int64_t b, const T* times, V dt, bool keep, SquareSums<V>* sums) {
+  void advance_blocks(int64_t part, int64_t b, const T* times, V dt, Passed passed, SquareSums<V>* sums) {
     V k[S][n * D], stage[n * D];
     const int64_t begin = b * D;
     const V* const y = y_ + begin;
@@ -266,9 +290,7 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
       y1_[begin + i] = stage[i];
       last_[begin + i] = k[S - 1][i];
     }
-    if (keep)
-      for (int j = 1; j < S - 1; ++j)
-        for (int i = 0; i < n * D; ++i) between_[(j - 1) * blocks * D + begin + i] = k[j][i];
+    write_outputs<n>(b, passed, dt, y, k, stage);
     constexpr auto weights = terms_of<T>(M::error);
     for (int a = 0; a < n; ++a)
       add_squares(b + a, sums, [&](int d) {
@@ -287,35 +309,19 @@ class AdaptiveSolve : Blocks<F, I::most_parts> {
     if constexpr (j + 1 < S) evaluate_stages<j + 1, n>(part, b, times, dt, y, k, stage);
   }
 
-  /// f at the step's start, between, and at its end.
-  const V& slope(int j, int64_t i) const {
-    return j == 0 ? first_[i] : j == S - 1 ? last_[i] : between_[(j - 1) * blocks * D + i];
-  }
-
-  void write_outputs(const Sample& s) {
-    constexpr Terms<T, S> used = interpolated();
-    const V dt = broadcast<V>(static_cast<T>(s.dt_prev));
-    this->for_each_part((s.output_end - s.output_begin) * 4 * S * D, [&](int64_t part) {
-      for (int64_t i = s.output_begin; i < s.output_end; ++i) {
-        const double x = output_position(s, output_time(solve.grid, i, 0));
-        if (x == 1) {
-          this->for_each_block(part, [&](int64_t b) { this->store(y1_ + b * D, b, output(i)); });
-          continue;
-        }
-        V w[S];
-        for (int j = 0; j < used.n; ++j)
-          w[j] = broadcast<V>(static_cast<T>(interpolant_weight(M::interpolant[used.at[j]], M::degree, x)));
-        this->for_each_block(part, [&](int64_t b) {
-          V point[D];
-          for (int d = 0; d < D; ++d) {
-            const int64_t at = b * D + d;
-            const V sum = weighted_sum<S>(used.n, w, [&](int j) { return slope(used.at[j], at); });
-            point[d] = advance_state(y_[at], dt, sum);
-          }
-          this->store(point, b, output(i));
-        });
-      }
-    });
+  template <int n>
+  void write_outputs(int64_t b, Passed passed, V dt, const V* y, const V (*k)[n * D], const V* y1) {
+    constexpr auto used = interpolated();
+    const T* weights = weights_;
+    for (int64_t i = passed.begin; i < passed.inside; ++i, weights += used.n) {
+      V w[S], point[n * D];
+      for (int j = 0; j < used.n; ++j) w[j] = broadcast<V>(weights[j]);
+      for (int l = 0; l < n * D; ++l)
+        point[l] = advance_state(y[l], dt, weighted_sum<S>(used.n, w, [&](int j) { return k[used.at[j]][l]; }));
+      for (int a = 0; a < n; ++a) this->store(point + a * D, b + a, output(i));
+    }
+    for (int64_t i = passed.inside; i < passed.end; ++i)
+      for (int a = 0; a < n; ++a) this->store(y1 + a * D, b + a, output(i));
   }
 
   /// The stages that dense output is made of.

@@ -15,7 +15,7 @@ struct Augmented {
   using V = typename G::V;
   using Fixed = typename G::Fixed;
   using Timed = typename G::Timed;
-  struct Kept {};
+  using Kept = typename G::Sums;  // what a df/dp is takes off them
   static constexpr bool has_way_back = false;
   static constexpr int half = G::size, size = 2 * half, n_segments = 2 * G::n_segments;
   static constexpr int64_t operations = G::operations;
@@ -29,9 +29,10 @@ struct Augmented {
 
   static void prepare(const void* const* inputs, Fixed& fixed) { G::prepare(inputs, fixed); }
   static void at(T t, const void* const* inputs, const Fixed& fixed, Timed& timed) { G::at(t, inputs, fixed, timed); }
-  /// What a df/dp is takes off the sums.
-  static void rows(T t, const V* z, V* k, const void* const* inputs, const Fixed& fixed, const Timed& timed,
-                   typename G::Sums& sums) {
+  /// Time is T, or V where every row has a time of its own.
+  template <class Time>
+  static void rows(Time t, const V* z, V* k, const void* const* inputs, const Fixed& fixed, const Timed& timed,
+                   Kept& sums) {
     V g[half];
     typename G::Kept kept;
     for (int d = 0; d < half; ++d) g[d] = -z[half + d];

@@ -9,10 +9,30 @@ namespace pyode {
 inline namespace PYODE_LEVEL {
 namespace compiled {
 
-/// F is the emitted dynamics, M the emitted tableau.
-template <class F, class M>
-class SampleSolve : SideBySide<F> {
+/// A solve of rows without integrals beside their states, and without outputs at which something arrives.
+struct RowsAlone {
+  static constexpr bool in_parts = false;  // whoever has lanes to fill takes the next rows that wait
+  static constexpr int64_t most_parts = 64;
+  static constexpr int evaluations = 0;  // more, of an accepted step
+
+  static int64_t workspace(int64_t) { return 0; }
+  RowsAlone(CompiledSolve&, int64_t, void*) {}
+  void start() {}
+  template <class Lanes, class Integers>
+  void arrive(Lanes&, const Integers&) {}
+  template <class Lanes, class V, class Mask>
+  void add(const Lanes&, const V*, V, Mask) {}
+  void finish() {}
+};
+
+/// F is the emitted dynamics, M the emitted tableau, I what is integrated along with the rows.
+template <class F, class M, class I = RowsAlone>
+class SampleSolve : SideBySide<F>, Blocks<F, I::most_parts> {
   using Sides = SideBySide<F>;
+  using Base = Blocks<F, I::most_parts>;
+  using Base::blocks_a_part;
+  using Base::interruption;
+  using Base::solve;
   using Sides::D;
   using Sides::H;
   using Sides::W;
@@ -31,17 +51,19 @@ class SampleSolve : SideBySide<F> {
   static constexpr int kSpare = W / 8 > 1 ? W / 8 : 1;  // so many idle lanes are filled together
 
  public:
-  static int64_t workspace(const CompiledSolve&) { return 0; }
+  static int64_t workspace(CompiledSolve& solve) { return I::workspace(Base(solve).parts); }
 
-  SampleSolve(CompiledSolve& s, void*) : solve(s) {}
+  SampleSolve(CompiledSolve& s, void* memory) : Base(s), integrals_(s, this->parts, memory) {}
 
   void run() {
     F::prepare(solve.inputs, fixed_);
+    integrals_.start();
     solve.evaluations = is_finite(solve.first_step) || solve.first_steps ? 1 : 2;
-    const int64_t blocks = (solve.rows + W - 1) / W, workers = blocks < solve.threads ? blocks : solve.threads;
-    auto body = [&](int64_t) { work(); };
-    share(interruption_, workers, 50 * kStepOperations / W, body);  // how many steps it will be is not known
-    solve.sample.status = interruption_.stopped() ? kInterrupted : kSuccess;
+    const int64_t workers = I::in_parts ? this->parts : Base::smaller_of(this->blocks, solve.threads);
+    auto body = [&](int64_t part) { work(part); };
+    share(interruption, workers, 50 * kStepOperations / W, body);  // how many steps it will be is not known
+    solve.sample.status = interruption.stopped() ? kInterrupted : kSuccess;
+    integrals_.finish();
   }
 
  private:
@@ -51,12 +73,12 @@ class SampleSolve : SideBySide<F> {
     V first_time;               // that f saw for k[0]
     Steps steps;
     Integers row, busy, chained, jumps, last;  // busy: 1; the last step's index on the tape
-    int64_t next, end;                         // rows that are this block's and wait
+    Integers arriving;                         // the output that is the next to arrive
+    int64_t part, next, end;                   // [next, end): rows that are this block's and wait
     int idle = W;
   };
 
-  CompiledSolve& solve;
-  Interruption interruption_{solve};
+  I integrals_;
   typename F::Fixed fixed_;
   typename F::Timed timed_;
   int64_t next_ = 0;  // row that waits and is no block's yet
@@ -68,13 +90,14 @@ class SampleSolve : SideBySide<F> {
     F::rows(t, y, k, solve.inputs, fixed_, timed_, passing);
   }
 
-  void work() {
+  void work(int64_t part) {
     Lanes x;
     memset(static_cast<void*>(&x), 0, sizeof x);
+    x.part = part;
     x.idle = W;
     bool waiting = true;
     int64_t spent = 0;
-    while (!interruption_.after(kStepOperations, spent)) {
+    while (!interruption.after(kStepOperations, spent)) {
       if (waiting && x.idle >= kSpare) waiting = fill(x);
       if (x.idle < W)
         take_step(x);
@@ -83,37 +106,47 @@ class SampleSolve : SideBySide<F> {
     }
   }
 
+  /// Finds rows that wait; whether there are any.
+  bool take_rows(Lanes& x) {
+    if constexpr (I::in_parts) {
+      if (x.end > 0) return false;
+      x.next = x.part * blocks_a_part * W;
+      x.end = Base::smaller_of(x.next + blocks_a_part * W, solve.rows);
+    } else {
+      x.next = __atomic_fetch_add(&next_, kNeighbours, __ATOMIC_RELAXED);
+      x.end = Base::smaller_of(x.next + kNeighbours, solve.rows);
+    }
+    return x.next < x.end;
+  }
+
   /// Gives rows that wait to idle lanes, and plans their first steps; whether there may be more.
   bool fill(Lanes& x) {
     Integers fresh = {};
     bool more = true;
     for (int l = 0; l < W && more; ++l) {
       if (x.busy[l]) continue;
-      if (x.next == x.end) {
-        x.next = __atomic_fetch_add(&next_, kNeighbours, __ATOMIC_RELAXED);
-        x.end = x.next + kNeighbours;
-      }
-      more = x.next < solve.rows;
+      more = x.next < x.end || take_rows(x);
       if (!more) break;
       const int64_t row = x.next++;
-      const T* const y0 = static_cast<const T*>(solve.y0) + row * D;
-      this->set_row(x.y, l, y0);
-      const Sample s = start_sample(solve.grid, row);
-      x.steps.set(l, s);
+      this->set_row(x.y, l, static_cast<const T*>(solve.y0) + row * D);
+      x.steps.set(l, start_sample(solve.grid, row));
       x.row.set(l, row);
+      x.arriving.set(l, solve.n_arrivals - 1);
       x.jumps.set(l, 0);
       x.chained.set(l, 0);
       x.last.set(l, -1);
       x.busy.set(l, 1);
       fresh.set(l, 1);
       x.idle -= 1;
-      for (int64_t i = 0; i < s.output_end; ++i) memcpy(output(i, row), y0, sizeof(T) * D);
     }
     if (any(this->mask([&](int h) { return fresh.parts[h] != 0; }))) start(x, fresh);
     return more;
   }
 
   void start(Lanes& x, const Integers& fresh) {
+    integrals_.arrive(x, fresh);
+    for (int l = 0; l < W; ++l)
+      for (int64_t i = 0; fresh[l] && i < x.steps.get(l).output_end; ++i) this->get_row(x.y, l, output(i, x.row[l]));
     const mask_t<V> which = this->mask([&](int h) { return fresh.parts[h] != 0; });
     Steps steps = x.steps;
     const V t = this->numbers([&](int h) { return steps.parts[h].t; });
@@ -177,7 +210,7 @@ class SampleSolve : SideBySide<F> {
 
   void take_step(Lanes& x) {
     Samples<R>* const s = x.steps.parts;
-    V times[S];
+    V times[S] = {x.first_time};
     for (int j = 1; j < S; ++j) times[j] = this->stage_times(x.steps, M::c[j - 1]);
     const V dt = this->numbers([&](int h) { return s[h].dt; });
     evaluate_stages<1>(times, dt, x);
@@ -193,6 +226,7 @@ class SampleSolve : SideBySide<F> {
     write_outputs(x, dt);
     const mask_t<V> accepted = this->mask([&](int h) { return s[h].accepted != 0; });
     if (solve.tape) note_steps(x);
+    integrals_.add(x, times, dt, accepted);
     for (int h = 0; h < H; ++h) {
       plan_step(s[h], solve.policy, solve.grid, x.row.parts[h]);
       x.chained.parts[h] |= s[h].accepted;
@@ -274,6 +308,7 @@ class SampleSolve : SideBySide<F> {
     }
     const mask_t<V> which = this->mask([&](int h) { return jumped.parts[h] != 0; });
     if (!any(which)) return;
+    integrals_.arrive(x, jumped);
     Half<V> parts[H];
     for (int h = 0; h < H; ++h) {
       const Samples<R>& s = x.steps.parts[h];
@@ -302,7 +337,8 @@ class SampleSolve : SideBySide<F> {
       bool finite = true;
       for (int d = 0; d < D; ++d) finite = finite && is_finite(x.y[d][l]) && is_finite(x.k[0][d][l]);
       store_sample({solve.states, solve.rows, solve.rows}, row, s);
-      const int64_t evaluations = solve.evaluations + (s.n_accepted + s.n_rejected) * (S - 1) + x.jumps[l];
+      const int64_t evaluations =
+          solve.evaluations + (s.n_accepted + s.n_rejected) * (S - 1) + x.jumps[l] + s.n_accepted * I::evaluations;
       const int64_t more[] = {evaluations, x.last[l], finite};
       if (s.status != kSuccess) __atomic_fetch_add(&solve.n_failed, 1, __ATOMIC_RELAXED);
       for (int i = 0; i < kRowWords - kWords; ++i) memcpy(&solve.states[(kWords + i) * solve.rows + row], &more[i], 8);

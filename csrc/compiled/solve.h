@@ -49,7 +49,7 @@ struct CompiledSolve {
   double* end_gradient;          // [n_steps + 1]: of the ends of a state's steps
   // The backward solve of the continuous adjoint, whose state is (y, a).
   const void* arriving_states;  // [T] states of the forward solve, at whose times `gradient` arrives
-  const double* arrival_times;  // [n_arrivals], in the forward solve's order
+  const double* arrival_times;  // [n_arrivals], or of rows with steps of their own [n_arrivals, rows], in its order
   int64_t n_arrivals;
   double integral_rtol, integral_atol;
   int64_t seminorm;  // whether the integrals have no share in the norm

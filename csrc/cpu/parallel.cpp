@@ -188,7 +188,10 @@ void run_parallel(int64_t n, int threads, void (*body)(int64_t, void*), void* co
 
 void join_team(Team team) { shared->team = team; }
 
-int64_t worth_sharing() { return shared->team != nullptr ? 1 << 15 : 1 << 16; }
+int64_t worth_sharing(bool func_is_long) {
+  if (shared->team == nullptr) return 1 << 16;
+  return func_is_long ? 1 << 14 : 1 << 15;
+}
 
 void share(int64_t n, int threads, void (*body)(int64_t, void*), void* context) {
   static thread_local int largest = 1;  // team of this thread's that there has been

@@ -23,8 +23,10 @@ using Team = void (*)(void (*body)(void* context), void* context, unsigned threa
 /// Makes a team do what the pool would do for `parallel_for`; none: the pool.
 void join_team(Team team);
 
-/// Numbers of a state from which on its ops are shared: below, getting hold of another thread costs more than it saves.
-int64_t worth_sharing();
+/// Numbers of a state from which on its ops are shared: below, getting hold of another thread costs more than it saves,
+/// and func finds part of its input in another processor's cache. Where it has all processors at work itself, that part
+/// is where it belongs.
+int64_t worth_sharing(bool func_is_long = false);
 
 /// As run_parallel, by the team if there is one.
 void share(int64_t n, int threads, void (*body)(int64_t i, void* context), void* context);

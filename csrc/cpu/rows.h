@@ -35,7 +35,7 @@ using Side = double;
 #endif
 
 inline int threads_for(const Layout& layout) {
-  return layout.samples * layout.size < cpu::worth_sharing() ? 1 : layout.threads;
+  return layout.samples * layout.size < cpu::worth_sharing(layout.func_is_long) ? 1 : layout.threads;
 }
 
 /// What is summed: pointers to the first number of each array.

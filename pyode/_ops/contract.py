@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .native import Calls
 
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
@@ -24,18 +27,16 @@ class RightHandSide(Protocol):
         """How often it has been evaluated."""
 
     @property
-    def direct(self) -> tuple[Any, ...] | None:
-        """(func, type, dtype, shape, device, exchange, watch, settle) if func itself may be called, and its k used.
+    def calls(self) -> Calls | None:
+        """By which `func` itself may be called, and is counted; None: all evaluations are made here.
 
-        That is where k is of that type, dtype, shape and device, contiguous, and nobody else holds it; where not,
-        `accept` has to look at it. `exchange` is the type's __dlpack_c_exchange_api__, or None. `watch` says whether
-        the version of func's input is to stay 0. `settle`, or None where that is settled, takes the first k, and says
-        whether func has let go of its memory; if not, func is not to be called directly any more. The evaluations are
-        to be counted.
+        What it returns is used as it is if it is contiguous and like its input, and nobody else holds it; otherwise
+        `accept` has to look at it.
         """
 
-    def count(self, n: int) -> None:
-        """Adds evaluations that were made directly."""
+    @property
+    def func(self) -> Any:
+        """The user's; None where it is not called for itself."""
 
     def accept(self, k: Any, y: Tensor) -> Tensor:
         """Checks and packs what func returned directly for y, in memory that it does not hold."""

@@ -7,6 +7,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+# Freed, this makes glibc's malloc keep twice as much from now on (mallopt(3), M_MMAP_THRESHOLD): what a solve frees at
+# its end would go back to the system otherwise, for the next one to fetch page by page.
+torch.empty(1 << 24, dtype=torch.uint8, device="cpu")
+
+# Tells of a tensor what there is to know, without Python objects; None in older torch.
+exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+
 # How many hold on to a storage of a given address; None where torch doesn't tell: then no tensor is given out again.
 storage_uses = getattr(torch._C, "_storage_Use_Count", None) if hasattr(Tensor, "_use_count") else None
 

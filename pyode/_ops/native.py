@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _C
 from . import contract
 from .contract import N_FIELDS, Flag, Grid, Phase, Policy, RightHandSide, largest
-from .memory import as_view, pattern, storage_uses, unit_steps, with_views
+from .memory import as_view, exchange, pattern, storage_uses, unit_steps, with_views
 from .openmp import address_of_team
 from .readings import Readings
 from .transforms import transforming
@@ -41,10 +41,13 @@ _SCALARS = {
 _TEAM = address_of_team()
 _C.join_team(_TEAM)  # next to torch's ops ours run on the same threads
 
-is_unshared = _C.Unshared(storage_uses, torch.empty(1, device="cpu"))  # csrc/bindings/arrays.h; Python is not asked
+Inspector = _C.Inspector  # csrc/bindings/inspector.h
+inspector = Inspector(Tensor, exchange, storage_uses, torch.empty(1, device="cpu"))
 
+Calls = _C.Calls  # csrc/bindings/evaluator.h
 Kind = _C.Kind  # csrc/bindings/idle_loops.h
 IdleLoops = _C.IdleLoops
+SolveAgain = _C.SolveAgain  # csrc/bindings/steps.h
 call_compiled = _C.call_compiled  # csrc/bindings/compiled.h
 
 
@@ -120,7 +123,7 @@ def _large_like(y: Tensor) -> Tensor:
     return new
 
 
-def new_states(y0: Tensor, n: int) -> Tensor:
+def new_states(n: int, y0: Tensor) -> Tensor:
     """A place for n states like y0, [n, ...]."""
     states = y0.new_empty((n, *y0.shape))
     if states.is_cpu and states.nbytes >= _LARGE:
@@ -173,8 +176,8 @@ class Steps(_C.Steps):
     `take(y, ks, dynamics, out, t0)` takes steps from y, whose derivative is ks[0], as the controller plans them, until
     there is something to decide. It goes on as long as all samples accept a step, or all reject it, and none is done,
     has failed, or has come to a discontinuity. Where t0 is given, not None, the solve begins: ks[0] is evaluated there,
-    and the first step is chosen, with a further evaluation; y is the first output, and `out` a function that makes the
-    place for them all.
+    and the first step is chosen, with a further evaluation; y is the first output, and `out` a function of y that makes
+    the place for them all.
 
     It returns the state at the start of the last step taken, that at its end, the controller's flags without OUTPUT,
     and that place: the outputs that the steps have passed are written to their rows of it. The last step's derivatives

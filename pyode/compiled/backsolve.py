@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..control import Times, grid_from
 from ..errors import Status
 from ..gradients.backsolve import BacksolveConfig, backwards
+from ..gradients.backsolve_samples import Found, SampleBacksolveConfig
+from ..gradients.survey import warn_of_loss
 from ..methods import Tableau
 from ..solution import Stats
 from ..state import Form
 from .arguments import WithArgs
 from .dynamics import CompiledDynamics
 from .native import TIME
-from .plan import Plan
+from .plan import Plan, RowStates
 from .prepared import solved_natively
 from .solve import error_of
+
+if TYPE_CHECKING:
+    from .entry import Entry
+    from .native import Library
 
 
 def backsolve_compiled(
@@ -53,18 +61,10 @@ def backsolve_compiled(
         or not solved_natively(ys)
     ):
         return None
-    entry = compiled.entry(form.shapes, form.is_tuple, ys.dtype, method)
-    if entry is None:
+    found = _library_for(compiled, form, ys.dtype, method, params, time, config.warns)
+    if found is None:
         return None
-    places = {id(x): i for i, x in enumerate(entry.inputs)}
-    wanted = tuple(places[id(p)] for p in params if id(p) in places)
-    # What was computed from parameters outside of func leads to them by its graph only.
-    direct = all(x.is_leaf or i in wanted for i, x in enumerate(entry.inputs) if x.requires_grad)
-    if not direct or len(places) < len(entry.inputs) or any(entry.inputs[i].dtype != ys.dtype for i in wanted):
-        return None
-    library = compiled.backsolving(entry, (*wanted, TIME) if time else wanted)
-    if library is None:
-        return None
+    entry, library, wanted = found
     ends, options = backwards(times, config.options)
     rtol, atol = (x if isinstance(x, float) else torch.stack([x, x]) for x in (config.rtol, config.atol))
     least_rtol, least_atol = (x if isinstance(x, float) else float(x.min()) for x in (config.rtol, config.atol))
@@ -74,10 +74,8 @@ def backsolve_compiled(
     rows = entry.rows_of(form.shapes[0])
     plan = Plan(library, z.shape, z.dtype, rows, grid, config.policy, rtol, atol, config.first_step)
     values = torch.tensor(times.values, dtype=torch.float64, device="cpu")
-    inputs = [entry.inputs[i] for i in wanted]
-    tolerances = least_rtol, least_atol
-    start, of_times, found, solve = plan.run_back(
-        z, entry.inputs, values, ys, gradients, tolerances, config.seminorm, inputs
+    start, of_times, of_wanted, solve = plan.run_back(
+        z, entry.inputs, values, ys, gradients, wanted, (least_rtol, least_atol), config.seminorm
     )
     stats: Stats | None = options.get("stats")
     if stats is not None:
@@ -86,6 +84,87 @@ def backsolve_compiled(
         stats.n_rejected += solve.sample.n_rejected
     if solve.sample.status != Status.SUCCESS:
         raise error_of(solve)
-    by_id = {id(x): g for x, g in zip(inputs, found)}
     of_t = of_times.to(times.tensor) if time else None
-    return start[1] + gradients[0], of_t, [by_id.get(id(p), torch.zeros_like(p)) for p in params]
+    return start[1] + gradients[0], of_t, _by_params(params, wanted, of_wanted)
+
+
+def backsolve_samples_compiled(
+    compiled: CompiledDynamics | WithArgs,
+    form: Form,
+    config: SampleBacksolveConfig,
+    times: Tensor,
+    ys: Tensor,
+    gradients: Tensor,
+    first_step: Tensor,
+    _segments: tuple[int, ...],  # as the library has them
+    params: tuple[Tensor, ...],
+    with_time: bool,
+) -> Found | None:
+    """The same of samples with steps of their own: what `SampleBacksolve.solve` returns, or None.
+
+    Args:
+        compiled, form: the dynamics, and the form of the user's state.
+        config, and all others: as `SampleBacksolve`'s.
+
+    Raises:
+        SolveError: the backward solve of a sample failed.
+    """
+    if not (form.is_tensor or form.is_tuple) or not form.per_sample or not solved_natively(ys):
+        return None
+    found = _library_for(compiled, form, ys.dtype, config.tableau, params, with_time, config.warns, per_sample=True)
+    if found is None:
+        return None
+    entry, library, wanted = found
+    times, ys, gradients = (x.detach().contiguous() for x in (times, ys, gradients))
+    z = torch.stack([ys[-1], torch.zeros_like(ys[-1])], 1)
+    rtol, atol = config.tolerances
+    grid, states = config.grid_of(times), RowStates(len(z))
+    plan = Plan(library, z.shape, z.dtype, len(z), grid, config.policy, rtol, atol, None, per_sample=True)
+    end, of_times, of_wanted, solve = plan.run_back(
+        z, entry.inputs, times, ys, gradients, wanted, states=states, first_steps=first_step.contiguous()
+    )
+    stats = config.options.get("stats")
+    if stats is not None:
+        states.add_to(stats)
+    if solve.n_failed > 0:
+        raise states.error()
+    return end[:, 1] + gradients[0], of_times, _by_params(params, wanted, of_wanted)
+
+
+def _library_for(
+    compiled: CompiledDynamics | WithArgs,
+    form: Form,
+    dtype: torch.dtype,
+    method: Tableau,
+    params: tuple[Tensor, ...],
+    time: bool,
+    warns: bool,
+    per_sample: bool = False,
+) -> tuple[Entry, Library, list[Tensor]] | None:
+    """What was compiled, the library of its backward solve, and those of func's tensors that are among params.
+
+    If it is to warn, it does so of one that is not.
+    """
+    entry = compiled.entry(form.shapes, form.is_tuple, dtype, method, per_sample)
+    if entry is None:
+        return None
+    inputs = entry.inputs
+    places = {id(x): i for i, x in enumerate(inputs)}
+    wanted = tuple(places[id(p)] for p in params if id(p) in places)
+    # What was computed from parameters outside of func leads to them by its graph only.
+    direct = all(x.is_leaf or i in wanted for i, x in enumerate(inputs) if x.requires_grad)
+    if not direct or len(places) < len(inputs) or any(inputs[i].dtype != dtype for i in wanted):
+        return None
+    library = compiled.backsolving(entry, (*wanted, TIME) if time else wanted)
+    if library is None:
+        return None
+    lost = next((x for i, x in enumerate(inputs) if x.requires_grad and i not in wanted), None)
+    if warns and lost is not None:
+        warn_of_loss(lost)
+    return entry, library, [inputs[i] for i in wanted]
+
+
+def _by_params(params: tuple[Tensor, ...], wanted: list[Tensor], found: list[Tensor]) -> list[Tensor]:
+    """The gradients of params, from those of some tensors; 0 for the others."""
+    by_id = {id(x): g for x, g in zip(wanted, found)}
+    return [by_id.get(id(p), torch.zeros_like(p)) for p in params]

@@ -148,7 +148,8 @@ class Entry:
         """The library of the continuous adjoint's backward solve, likewise."""
         if wanted not in self._backsolving:
             with _tracing:
-                source = backsolve_source(self._adjoint(wanted), self.method)
+                alone = self._adjoint(()) if self._per_sample else None
+                source = backsolve_source(self._adjoint(wanted), self.method, alone)
                 self._backsolving[wanted] = self._build(source, timed=TIME in wanted)
         return self._backsolving[wanted]
 

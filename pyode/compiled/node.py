@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._ops.autograd import plain
-from .._ops.batched import one_by_one
+from .._ops.batched import is_batched, one_by_one
 from .native import Solve
 from .plan import Plan, RowStates
 
@@ -33,7 +33,7 @@ class _Recorded(torch.autograd.Function):
         return ys
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         y0, wanted = ctx.start, ctx.wanted
         _, inputs, eagerly, _ = ctx.what
         if _versions(y0, inputs) != ctx.versions:
@@ -46,12 +46,12 @@ class _Recorded(torch.autograd.Function):
             asked = [x for x, need in zip([y0, *wanted], needed) if need]
             with torch.enable_grad():
                 ys = eagerly(y0)
-            found = iter(torch.autograd.grad(ys, asked, gradients, create_graph=True, allow_unused=True))
+            found = iter(torch.autograd.grad(ys, asked, gradient, create_graph=True, allow_unused=True))
             return None, None, *(next(found) if need else None for need in needed)
-        return None, None, *_undone(ctx, *gradients)
+        undone = one_by_one(_undone) if is_batched(gradient) else _undone
+        return None, None, *undone(ctx, gradient)
 
 
-@one_by_one
 def _undone(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     plan, inputs, *_ = ctx.what
     start, of_wanted = plan.undo(ctx.solve, plain(gradient), ctx.start, inputs, ctx.wanted)

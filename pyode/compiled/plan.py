@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .._ops.contract import INTEGER_FIELDS, REAL_FIELDS, Grid, Policy
+from ..errors import SolveError, Status
 from ..gradients.time import through_grid
-from ..solution import SampleStats
+from ..solution import SampleStats, Stats
 from .native import GridForm, Library, PolicyForm, Solve, TapeStep
 
 MOST_RECORDED = 1 << 21  # bytes of all evaluations; what leaves the second-level cache is as soon computed again
@@ -34,6 +35,23 @@ class RowStates:
         """[rows] of a field."""
         words = self.words[_ROW_FIELDS.index(name)]
         return words if name in REAL_FIELDS else words.view(torch.int64)
+
+    def error(self) -> SolveError:
+        """Why the first row that has failed could not go on."""
+        status = self["status"]
+        tried, finite = self["n_accepted"] + self["n_rejected"], self["finite_start"] != 0
+        no_start = (status == int(Status.NON_FINITE)) & (tried == 0)
+        status[no_start & finite] = int(Status.STEP_TOO_SMALL)  # a tolerance is 0 where y0 is 0
+        b = int((status != int(Status.SUCCESS)).nonzero()[0])
+        t, dt = (float(self[name][b]) for name in ("t", "dt_prev"))
+        return SolveError(Status(int(status[b])), t, dt, int(tried[b]), b if len(status) > 1 else None)
+
+    def add_to(self, stats: Stats) -> None:
+        """Adds what all rows have taken; evaluations of all together count as one, as where func is called."""
+        found = self.outcome()[1]
+        stats.n_f_evals += int(found.n_f_evals.max())
+        stats.n_accepted += int(found.n_accepted.sum())
+        stats.n_rejected += int(found.n_rejected.sum())
 
     def outcome(self) -> tuple[Tensor, SampleStats]:
         """[rows] every row's status, and its counts, in memory of their own."""
@@ -103,6 +121,11 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _strides(times: Tensor | None) -> tuple[int, ...]:
+    """From time to time, and from row to row: [n] times are those of all rows."""
+    return (1, 0) if times is None or times.dim() == 1 else times.stride()
+
+
 class Plan:
     """A solve that can be done for other states and inputs.
 
@@ -141,9 +164,9 @@ class Plan:
         self._form = Solve(
             rows=rows,
             grid=GridForm(
-                grid.times.data_ptr(), n, *(grid.times.stride() if grid.times.dim() == 2 else (1, 0)),
+                grid.times.data_ptr(), n, *_strides(grid.times),
                 _address(grid.step_t), 0 if grid.step_t is None else len(grid.step_t),
-                _address(grid.jump_t), 0 if grid.jump_t is None else len(grid.jump_t), 1, 0,
+                _address(grid.jump_t), 0 if grid.jump_t is None else len(grid.jump_t), *_strides(grid.jump_t),
             ),
             policy=_policy(policy),
             rtol=rtol if isinstance(rtol, float) else 0.0,
@@ -222,29 +245,35 @@ class Plan:
         times: Tensor,
         ys: Tensor,
         gradient: Tensor,
-        tolerances: tuple[float, float],
-        seminorm: bool,
         wanted: list[Tensor],
+        tolerances: tuple[float, float] = (0.0, 0.0),
+        seminorm: bool = True,
+        states: RowStates | None = None,
+        first_steps: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, list[Tensor], Solve]:
         """The backward solve of the continuous adjoint.
 
         Args:
-            z: [2, ...] the state and the adjoint at the last output time.
+            z: [2, ...] the state and the adjoint at the last output time; of rows with steps of their own [B, 2, ...],
+                before its gradient has arrived.
             inputs: the tensors that func has closed over.
-            times: [T] float64, of the forward solve's outputs.
+            times: [T] or [T, B] float64, of the forward solve's outputs.
             ys, gradient: [T, ...] the states there, and the gradients that arrive.
-            tolerances: rtol and atol for the integrals.
-            seminorm: whether they have no share in the norm.
             wanted: the inputs whose gradients are wanted.
+            tolerances: rtol and atol for the integrals, if they have a share in the norm.
+            seminorm: whether they have none.
+            states, first_steps: of rows with steps of their own: where they tell how they ended, and [B] float64.
 
         Returns:
-            The adjoint at the first output time, the gradients of the times, [T] float64, if they are wanted, and of
-            the inputs, and how the solve ended.
+            The state and the adjoint at the first output time, the gradients of the times, like these, if they are
+            wanted, and of the inputs, and how the solve ended.
         """
         out = torch.empty_like(self._like, memory_format=torch.contiguous_format)
         found, places = _places_for(wanted, self.dtype, self.library.timed)
-        of_times = torch.empty(len(times), dtype=torch.float64, device="cpu")
+        of_times = torch.zeros(times.shape, dtype=torch.float64, device="cpu")
         solve = Solve.from_buffer_copy(self._form)
+        if states is not None:
+            solve.states, solve.first_steps = states.words.data_ptr(), _address(first_steps)
         solve.output_time_gradient = of_times.data_ptr()
         solve.y0, solve.out, solve.gradients = z.data_ptr(), out.data_ptr(), places.buffer_info()[0]
         solve.arriving_states, solve.gradient = ys.data_ptr(), gradient.data_ptr()
@@ -252,7 +281,9 @@ class Plan:
         (solve.integral_rtol, solve.integral_atol), solve.seminorm = tolerances, seminorm
         self._call("", solve, inputs)
         if self.library.timed:
-            of_times[0] = found.pop()
+            of_start = found.pop()
+            if states is None:  # else they are there already, one for each
+                of_times[0] = of_start
         return out[1], of_times, found, solve
 
     def undo(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._ops.contract import Grid, Policy
 from ..control import Times
-from ..errors import SolveError, Status
+from ..errors import SolveError
 from ..methods import Method, Tableau
 from ..solution import SampleStats, Stats
 from ..state import Form
@@ -115,11 +115,7 @@ class CompiledSamples:
         self._n_times = len(ys)
         self.failed = self._solve.n_failed > 0
         if self.failed:
-            status = self._states["status"]
-            tried, finite = self._states["n_accepted"] + self._states["n_rejected"], self._states["finite_start"] != 0
-            no_start = (status == int(Status.NON_FINITE)) & (tried == 0)
-            status[no_start & finite] = int(Status.STEP_TOO_SMALL)  # a tolerance is 0 where y0 is 0
-            self._fail(self._error(int(status.nonzero()[0])))
+            self._fail(self._states.error())
         return ys
 
     def outcome(self) -> tuple[Tensor, SampleStats]:
@@ -134,21 +130,15 @@ class CompiledSamples:
         """What each sample has taken."""
         return self.outcome()[1]
 
+    def ends_of_samples(self) -> Tensor:
+        """[B] float64, to which time each has come."""
+        return self._states["t"]
+
     def left(self) -> Tensor:
         """Which outputs have not been reached: [T, B]."""
         return torch.arange(self._n_times, device="cpu")[:, None] >= self._states["output_end"]
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
-        """Adds the solve's counts; evaluations of all samples together count as one, as where func is called."""
+        """Adds the solve's counts."""
         if stats is not None and self._solve is not None:
-            found = self.stats_of_samples()
-            stats.n_f_evals += int(found.n_f_evals.max())
-            stats.n_accepted += int(found.n_accepted.sum())
-            stats.n_rejected += int(found.n_rejected.sum())
-
-    def _error(self, b: int) -> SolveError:
-        """Why sample b could not go on."""
-        status, accepted, rejected = (int(self._states[name][b]) for name in ("status", "n_accepted", "n_rejected"))
-        t, dt = (float(self._states[name][b]) for name in ("t", "dt_prev"))
-        several = len(self._states["status"]) > 1
-        return SolveError(Status(status), t, dt, accepted + rejected, b if several else None)
+            self._states.add_to(stats)

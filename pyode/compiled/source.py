@@ -79,11 +79,22 @@ def solver_source(dynamics: Dynamics, tableau: Tableau, per_sample: bool = False
     return _file(headers, [dynamics.source, method_source(tableau), solvers], functions)
 
 
-def backsolve_source(dynamics: Dynamics, tableau: Tableau) -> str:
-    """A whole file with the backward solve of the continuous adjoint."""
-    solver = "using Solver = AdaptiveSolve<Augmented<Dynamics>, Method, AdjointIntegrals<Dynamics, Method>>;\n"
-    headers = ["adaptive.h", "integrals.h"]
-    return _file(headers, [dynamics.source, method_source(tableau), solver], _functions("Solver", ""))
+def backsolve_source(dynamics: Dynamics, tableau: Tableau, alone: Dynamics | None = None) -> str:
+    """A whole file with the backward solve of the continuous adjoint.
+
+    Args:
+        dynamics: with a way back to the state and to all that the solve has integrals of.
+        tableau: the method.
+        alone: with a way back to the state only, for rows with steps of their own: they have integrals beside them.
+    """
+    if alone is None:
+        headers, parts = ["adaptive.h", "integrals.h"], [dynamics.source]
+        solver = "AdaptiveSolve<Augmented<Dynamics>, Method, AdjointIntegrals<Dynamics, Method>>"
+    else:
+        headers, parts = ["sample_integrals.h"], [f"namespace integrals {{\n{dynamics.source}}}\n", alone.source]
+        solver = "SampleSolve<Augmented<Dynamics>, Method, SampleAdjoint<integrals::Dynamics, Method>>"
+    parts += [method_source(tableau), f"using Solver = {solver};\n"]
+    return _file(headers, parts, _functions("Solver", ""))
 
 
 def _file(headers: Sequence[str], parts: Sequence[str], functions: str) -> str:

@@ -55,7 +55,7 @@ class AugmentedDynamics:
         state: the form of the augmented state.
     """
 
-    direct = None
+    calls = func = None
     wanted = True
 
     def __init__(self, dynamics: Any, state: AugmentedState) -> None:
@@ -73,13 +73,9 @@ class AugmentedDynamics:
         evals: RightHandSide = self.dynamics
         return evals.n_evals
 
-    def count(self, n: int) -> None:
-        """See RightHandSide."""
-        self.dynamics.count(n)
-
     def accept(self, k: Any, y: Tensor) -> Tensor:
         """See RightHandSide."""
-        raise NotImplementedError("direct is None")
+        raise NotImplementedError("calls is None")
 
     def trial(self, t: Tensor, flat: Tensor, /) -> Tensor:
         """See RightHandSide; one-step methods alone need it, and those carry their integrals beside the state."""

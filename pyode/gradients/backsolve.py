@@ -40,6 +40,7 @@ from .survey import Survey
 from .vjp import Vjp
 
 AdjointNorm = Callable[[tuple[Tensor, ...]], Any]
+Found = tuple[Tensor, Tensor | None, list[Tensor]]  # the gradients of y0, the times if wanted, and the parameters
 Stack = Callable[[Tensor, Tensor], Tensor]  # of x and y to [x, -y]
 
 
@@ -84,6 +85,11 @@ def backwards(times: Times, options: dict[str, Any]) -> tuple[Times, dict[str, A
     return ends, options
 
 
+def interval(times: Times, i: int) -> Times:
+    """That which ends at output time i, backwards."""
+    return Times(times.tensor.detach()[i - 1 : i + 1].flip(0), [times.values[i], times.values[i - 1]])
+
+
 def stack_for(ops: ModuleType, form: Form, y: Tensor) -> Stack:
     """What makes a state of the backward solve of two like y, a state of the forward one."""
     half = ops.Layout(1, form.segments[-1], form.segments, y.dtype, y.device)
@@ -108,16 +114,12 @@ class AdjointDynamics:
         self.vjp = Vjp()
         self.zeros = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
 
-    direct = None
+    calls = func = None
 
     @property
     def n_evals(self) -> int:
         """See RightHandSide."""
         return self.forward.n_evals
-
-    def count(self, n: int) -> None:
-        """See RightHandSide."""
-        self.forward.count(n)
 
     def accept(self, k: Any, y: Tensor) -> Tensor:
         """See RightHandSide."""
@@ -199,7 +201,7 @@ class Backsolve:
         self.dynamics = AdjointDynamics(self.forward, self.stack, params, self.time_carried, config.warns)
         self.rtol, self.atol = (x if isinstance(x, float) else torch.stack([x, x]) for x in (config.rtol, config.atol))
 
-    def solve(self) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    def solve(self) -> Found:
         """Returns the gradients with respect to y0 (packed), t (None if not wanted) and the parameters."""
         last = len(self.times.values) - 1
         if last == 0:
@@ -261,13 +263,15 @@ class Backsolve:
 
     def _interval_by_interval(self, z: Tensor, quadrature: Quadrature) -> Tensor:
         """A solve for every output interval, from the last to the first."""
-        values = self.times.values
-        for i in range(len(values) - 1, 0, -1):
-            times = Times(self.times.tensor.detach()[[i, i - 1]], [values[i], values[i - 1]])
-            z = self._run(z, times, self.config.options, quadrature)
+        for i in range(len(self.times.values) - 1, 0, -1):
+            z = self._over_interval(i, z, quadrature)
             if i > 1:
                 z = self._jump(i - 1, z, quadrature)
         return z
+
+    def _over_interval(self, i: int, z: Tensor, quadrature: Quadrature) -> Tensor:
+        """Solves from output i to the one before it."""
+        return self._run(z, interval(self.times, i), self.config.options, quadrature)
 
     def _norm(self, error: Tensor, integral_errors: list[Tensor]) -> Any:
         """The norm of the scaled errors of the whole adjoint state."""

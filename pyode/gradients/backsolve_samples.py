@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from .._ops import backend_for
-from .._ops.contract import Grid, Policy
+from .._ops.contract import Grid, Policy, neighbour
 from ..control import Times
-from ..errors import warn
 from ..methods import Tableau
-from ..solution import Stats
 from ..state import Func
 from ..stepping.adaptive import AdaptiveLoop
 from ..stepping.hooks import Hooks
@@ -30,16 +28,15 @@ from .partials import partial_derivatives
 from .survey import Survey
 from .vjp import Vjp
 
+Found = tuple[Tensor, Tensor, list[Tensor]]  # the gradients of y0, [B, D], of the times, [T, B], and the parameters
 Compacted = Callable[[], tuple[RunningRows, Func]]
 
 
-def warn_of_host(options: dict[str, Any]) -> None:
-    """Warns where a loop on the device is asked for."""
-    if options.get("device_loop") not in (None, False, "auto"):
-        warn(
-            "adjoint_options['device_loop']: the host drives the backward solve, because every sample has steps of its "
-            "own there"
-        )
+def effects_of(f: Tensor, gradients: Tensor) -> Tensor:
+    """What moving a sample's time does to it, by gradients [T, B, D] that arrive there, [T, B]: it moves along f."""
+    if f.is_complex():  # each real product is rounded alike wherever it stands, which complex ones are not
+        f, gradients = (torch.view_as_real(x).flatten(-2) for x in (f, gradients))
+    return (f * gradients).sum(-1)
 
 
 @dataclass
@@ -51,9 +48,23 @@ class SampleBacksolveConfig:
     atol: float | Tensor
     policy: Policy
     grid: Grid  # of the forward solve, whose step_t and jump_t are met again
-    stats: Stats | None
+    options: dict[str, Any]
     warns: bool  # of tensors that func depends on and that get no gradient
     compact: bool = False  # whether func is called with some of its rows only
+
+    @property
+    def tolerances(self) -> tuple[float | Tensor, float | Tensor]:
+        """rtol and atol; if there is one for each number of the state, it is the adjoint's too."""
+        rtol, atol = (x if isinstance(x, float) else torch.cat([x.reshape(-1)] * 2) for x in (self.rtol, self.atol))
+        return rtol, atol
+
+    def grid_of(self, times: Tensor) -> Grid:
+        """From the last time to the first; where gradients arrive in between, there is a discontinuity."""
+        jumps, given = times[1:-1], self.grid.jump_t
+        if given is not None:
+            jumps = torch.cat([jumps, given.to(jumps)[:, None].expand(-1, jumps.shape[1])]).sort(0).values
+        ends = torch.stack([times[-1], times[0]])
+        return Grid(ends.contiguous(), self.grid.step_t, jumps.contiguous() if len(jumps) else None)
 
 
 class SampleBacksolve:
@@ -74,7 +85,7 @@ class SampleBacksolve:
             or that a step has moved.
     """
 
-    direct = None
+    calls = None
 
     def __init__(
         self,
@@ -87,6 +98,7 @@ class SampleBacksolve:
         segments: tuple[int, ...],
         params: tuple[Tensor, ...],
         with_time: bool,
+        *,
         compacted: Compacted | None = None,
     ) -> None:
         self.func, self.config, self.params, self.with_time = func, config, params, with_time
@@ -100,49 +112,46 @@ class SampleBacksolve:
         self.vjp = Vjp()
         self.param_gradients: list[Tensor] = [torch.zeros_like(p) for p in params]
         self.time_gradients = torch.zeros_like(times)
+        self.behind = torch.zeros_like(times[0], dtype=torch.bool)  # which samples are just behind a discontinuity
         samples, size = ys.shape[1:]
         self.ops = backend_for(ys)
         both = (*segments, *(size + s for s in segments[1:]))
         self.layout = self.ops.Layout(samples, 2 * size, both, ys.dtype, ys.device)
 
-    def count(self, n: int) -> None:
-        """See RightHandSide."""
-        self.n_evals += n
-
     def accept(self, k: Any, y: Tensor) -> Tensor:
         """See RightHandSide."""
-        raise NotImplementedError("direct is None")
+        raise NotImplementedError("calls is None")
 
     trial = accept
 
-    def solve(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def solve(self) -> Found:
         """Returns the gradients with respect to y0, [B, D], the times, [T, B], and the parameters."""
-        start, everywhere = self.times[-1], torch.ones_like(self.times[-1], dtype=torch.bool)
-        z = self._arrive(start, everywhere, torch.stack([self.ys[-1], torch.zeros_like(self.ys[-1])], 1))
-        if bool((start != self.times[0]).any()):
-            loop = self._loop()
+        z = self.begin()
+        if bool((self.times[-1] != self.times[0]).any()):
+            config, grid = self.config, self.config.grid_of(self.times)
+            loop = AdaptiveLoop(
+                self, config.tableau, self.layout, *config.tolerances, config.policy, grid,
+                Times(grid.times, grid.times[:, 0].tolist()), at_jump=self.arrive, hooks=Hooks(watch_batch=self.watch),
+            )  # fmt: skip
             try:
                 z = loop.solve(z, self.first_step)[1]
             finally:
-                loop.add_to(self.config.stats)
+                loop.add_to(config.options.get("stats"))
+        return self.found(z)
+
+    def begin(self) -> Tensor:
+        """(y, a) at the last times, [B, 2, D]."""
+        y = self.ys[-1]
+        z = self.arrive(self.times[-1], torch.ones_like(self.behind), torch.stack([y, torch.zeros_like(y)], 1))
+        self.behind.zero_()  # the start is where the forward solve's end is
+        return z
+
+    def found(self, z: Tensor) -> Found:
+        """What has come of it, from (y, a) at the first times."""
         of_params = partial_derivatives(self.params, self.param_gradients)
         return z[:, 1] + self.gradients[0], self.time_gradients, of_params
 
-    def _loop(self) -> AdaptiveLoop:
-        """From the last time to the first; where gradients arrive in between, there is a discontinuity."""
-        config, ends = self.config, torch.stack([self.times[-1], self.times[0]])
-        jumps, given = self.times[1:-1], config.grid.jump_t
-        if given is not None:
-            jumps = torch.cat([jumps, given.to(jumps)[:, None].expand(-1, jumps.shape[1])]).sort(0).values
-        grid = Grid(ends.contiguous(), config.grid.step_t, jumps.contiguous() if len(jumps) else None)
-        # A tolerance for each number of the state is the adjoint's too.
-        rtol, atol = (x if isinstance(x, float) else torch.cat([x.reshape(-1)] * 2) for x in (config.rtol, config.atol))
-        return AdaptiveLoop(
-            self, config.tableau, self.layout, rtol, atol, config.policy, grid, Times(ends, ends[:, 0].tolist()),
-            at_jump=self._arrive, hooks=Hooks(watch_batch=self._watch),
-        )  # fmt: skip
-
-    def _arrive(self, now: Tensor, there: Tensor, z: Tensor) -> Tensor:
+    def arrive(self, now: Tensor, there: Tensor, z: Tensor) -> Tensor:
         """The state behind outputs: y from the forward solve, a with the gradients that arrive.
 
         Args:
@@ -151,19 +160,23 @@ class SampleBacksolve:
             z: [B, 2, D] (y, a) before it.
         """
         now, there = now.to(self.times.device), there.to(self.times.device)
+        self.behind |= there
         here = (self.times == now) & there
-        here[0] = False  # the start: its gradient is added at the end
+        here[0].zero_()  # the start: its gradient is added at the end
         arriving = here.to(z.device)
         gradient = torch.where(arriving.unsqueeze(-1), self.gradients, 0.0)
         y = self.ys[arriving.int().argmax(0), torch.arange(len(z), device=z.device)]
-        if self.with_time and bool(arriving.any()):
-            # Moving an output time moves the output along f.
-            f = self.func(now.to(z.device, self.layout.real_dtype), y)
-            effect = (f.conj() * gradient).real.sum(-1).to(self.time_gradients)
-            self.time_gradients = self.time_gradients + torch.where(here, effect, 0.0)
-            self.time_gradients[0] -= torch.where(here, effect, 0.0).sum(0)
+        if self.with_time:
+            effect = torch.where(here, self.effects(now, y, gradient), 0.0)
+            self.time_gradients += effect
+            self.time_gradients[0] -= effect.sum(0)
         met = arriving.any(0)[:, None]
         return torch.stack([torch.where(met, y, z[:, 0]), z[:, 1] + gradient.sum(0)], 1)
+
+    def effects(self, now: Tensor, y: Tensor, gradients: Tensor) -> Tensor:
+        """[T, B], what moving the samples' times, now, does to them, by gradients [T, B, D] that arrive there."""
+        f = self.func(now.to(y.device, self.layout.real_dtype), y)
+        return effects_of(f, gradients).to(self.time_gradients)
 
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
         """d/dt of (y, a)."""
@@ -181,12 +194,13 @@ class SampleBacksolve:
                 self.survey = None
             return f.detach(), self.vjp(f, others or (y,), v)
 
-    def _watch(self, segment: BatchSegment) -> None:
+    def watch(self, segment: BatchSegment) -> None:
         """Looks at a step that some sample has accepted."""
         if self.params or self.with_time:
             if self.moved is not None:
                 self.moved.only(segment.accepted)
             self._add_integrals(segment)
+            self.behind &= ~segment.accepted
         if self.running is not None:
             self.running.look(segment.controller)
 
@@ -194,13 +208,18 @@ class SampleBacksolve:
         """Adds an accepted step's share of the parameters' and the times' integrals."""
         tableau, dt = self.config.tableau, torch.where(segment.accepted, segment.size, 0.0)
         z, ks = segment.y.contiguous(), [k.contiguous() for k in segment.ks]
+        # Like the step itself its integrals see f as it is between discontinuities.
+        inwards = {0.0: segment.size.sign() * self.behind, 1.0: -segment.size.sign()}
         for j, weight in enumerate(tableau.weights):
             if weight == 0:
                 continue
             c = (0.0, *tableau.abscissae)[j]
             stage = self.ops.stage_combine(self.layout, tableau.rows[j - 1], z, ks, dt) if j else z
-            y, a = stage.reshape(len(z), 2, -1).unbind(1)
-            t = (segment.t0 + c * segment.size).to(y.device, self.layout.real_dtype)
+            y, a = stage.reshape(len(z), 2, self.ys.shape[-1]).unbind(1)
+            t = segment.t1 if c == 1 else segment.t0 + c * segment.size
+            t = t.to(y.device, self.layout.real_dtype)
+            if c in inwards:
+                t = neighbour(t, inwards[c].to(t))
             if self.with_time:
                 t = t.requires_grad_()
             v = a * (-weight * dt).to(y.device, self.layout.real_dtype)[:, None]
@@ -210,4 +229,8 @@ class SampleBacksolve:
             totals = [*([self.time_gradients[0]] if self.with_time else []), *self.param_gradients]
             for total, gradient in zip(totals, found):
                 if gradient is not None:
-                    total += gradient.to(total.device)
+                    self.add(total, gradient.to(total.device))
+
+    def add(self, total: Tensor, gradient: Tensor) -> None:
+        """Adds a share of an integral."""
+        total += gradient

@@ -12,6 +12,15 @@ from torch.autograd.graph import get_gradient_edge
 from ..errors import warn
 
 
+def warn_of_loss(tensor: Tensor) -> None:
+    """Tells of a tensor that requires gradient and will get none."""
+    warn(
+        f"func depends on a tensor of shape {tuple(tensor.shape)} that requires gradient and is not among those that "
+        "were found in func or named, so that it gets none: make it a parameter of func, pass it in args, or name it "
+        "in params. If its gradient is not wanted, detach it."
+    )
+
+
 class Survey:
     """Looks at the first evaluations of a solve.
 
@@ -60,11 +69,7 @@ class Survey:
                 return None
             for variable in suspects:
                 if any(variable is other for other in before):
-                    warn(
-                        f"func depends on a tensor of shape {tuple(variable.shape)} that requires gradient and is not "
-                        "among those that were found in func or named, so that it gets none: make it a parameter of "
-                        "func, pass it in args, or name it in params. If its gradient is not wanted, detach it."
-                    )
+                    warn_of_loss(variable)
                     break
         return nodes
 

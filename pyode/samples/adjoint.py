@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..gradients.backsolve_samples import SampleBacksolveConfig
+from ..gradients.backsolve_samples import Found, SampleBacksolve, SampleBacksolveConfig
 from ..gradients.samples import SampleAdjoint, SolvedSamples
 from ..problem import Problem
 from ..state import Func
@@ -42,15 +42,34 @@ def with_adjoint(
     """
     quiet = replace(problem, y0=problem.y0.detach())
 
+    def flat(f: Func) -> Func:
+        return samples.func(replace(quiet, func=f))
+
     def compacted() -> tuple[RunningRows, Func]:
         rows = RunningRows(problem.func, problem.form)
-        return rows, samples.func(replace(quiet, func=rows))
+        return rows, flat(rows)
+
+    func = flat(problem.func)
+
+    def backsolve(*given: Any) -> Found:
+        found = None
+        if config.options.get("device_loop"):
+            from ..device_backsolve_samples import backsolve_samples_on_device  # only those who ask wait for its import
+
+            found = backsolve_samples_on_device(quiet, flat, config, *given)
+        elif problem.compiled is not None:
+            from ..compiled.backsolve import backsolve_samples_compiled  # as those who compile do
+
+            found = backsolve_samples_compiled(problem.compiled, problem.form, config, *given)
+        if found is None:
+            found = SampleBacksolve(func, config, *given, compacted=compacted if config.compact else None).solve()
+        return found
 
     end_t, end_y = end or (samples.t0 * torch.nan, torch.full_like(samples.y0, torch.nan))
     solved = SolvedSamples(
-        problem.func, samples.func(problem), config, problem.form.segments, samples.times_of(t),
+        problem.func, func, config, problem.form.segments, samples.times_of(t),
         reached.to(samples.clock), ys, end_t, end_y, last_dt.to(samples.clock), odeint,
-        compacted if config.compact else None,
+        backsolve,
     )  # fmt: skip
     states: tuple[Tensor, Tensor] = SampleAdjoint.apply(solved, t, samples.y0, *params)  # type: ignore[no-untyped-call]
     return states

@@ -53,13 +53,14 @@ class Samples:
 
     def func(self, problem: Any) -> Func:
         """A problem's func as one of times [B] and states [B, D]."""
+        shape, count, size = self.shape, self.count, self.form.segments[-1]  # self has a state
         dynamics = Dynamics(problem.func, self.form, problem.y0)
         real = problem.y0.real.dtype if problem.y0.is_complex() else problem.y0.dtype
 
         def func(t: Tensor, flat: Tensor) -> Tensor:
             time = t.to(flat.device, real)
-            if self.count == 1:  # a view of more than one, as the stages' times are: torch.compile would compile anew
+            if count == 1:  # a view of more than one, as the stages' times are: torch.compile would compile anew
                 time = time.repeat(2)[0]
-            return self.flat(dynamics(time, flat.reshape(self.shape)))
+            return dynamics(time, flat.reshape(shape)).reshape(count, size)
 
         return func

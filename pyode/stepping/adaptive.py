@@ -19,7 +19,7 @@ from ..control import Times
 from ..methods import Tableau
 from .course import table_of
 from .hooks import NO_HOOKS, Hooks
-from .march import ACCEPTED, FAILED, RUNNING, March, ballast
+from .march import ACCEPTED, FAILED, RUNNING, March
 from .measure import Measure, Norm
 from .outcome import Outcome
 from .outputs import column, interpolant_of
@@ -77,7 +77,6 @@ class AdaptiveLoop(Outcome):
         self.interpolant, self.table = interpolant_of(ops, tableau), table_of(ops, tableau)
         self.measure = Measure(ops, layout, tableau, rtol, atol, norm, quadrature, self.controller)
         self.steps = ops.Steps(layout, self.table, self.interpolant, self.controller, rtol, atol)
-        self.with_ballast = ballast.serves(layout, len(self.table.rows) + 1)
         self._kept_start: Tensor | None = None
         self.evals_before_steps = 0  # of func: those of the start
         self.n_jumps: int | Tensor = 0  # of each sample: discontinuities behind which func was evaluated
@@ -103,10 +102,8 @@ class AdaptiveLoop(Outcome):
         """A joint solve at whose steps nobody looks, from discontinuity to discontinuity."""
         self.n_jumps, y = 0, y0
         t0: Tensor | None = self.start()
-        out: Any = partial(self.ops.new_states, y0, len(self.times.values))  # a tensor when the first step is chosen
+        out: Any = self.new_outputs  # a tensor when the first step is chosen
         ks: list[Any] = [None] * (len(self.table.rows) + 1)
-        if self.with_ballast:
-            ballast.take(ks)
         while True:
             y, y1, flags, out = self.steps.take(y, ks, self.dynamics, out, t0)
             if flags & ACCEPTED:
@@ -116,11 +113,18 @@ class AdaptiveLoop(Outcome):
             behind, y = self.pass_jump(y)
             t0, ks[0] = None, self.dynamics(behind, y)
         if flags & FAILED:
-            self.hooks.fail(self.error(y, ks[0]))
+            self.fail(y, ks[0])
             out = torch.where(column(self.left(), out), y, out)
-        if self.with_ballast:
-            ballast.put(ks)
         return out  # type: ignore[no-any-return]
+
+    @property
+    def new_outputs(self) -> Callable[[Tensor], Tensor]:
+        """What makes a place for all outputs, [T, *y0.shape], for a start y0."""
+        return partial(self.ops.new_states, len(self.times.values))
+
+    def fail(self, y: Tensor, k: Tensor) -> None:
+        """Tells of a failure at a state, where the derivative is k."""
+        self.hooks.fail(self.error(y, k))
 
     @property
     def unwatched(self) -> bool:

@@ -33,7 +33,8 @@ class CapturedLoop(AdaptiveLoop):
         y0: what states are like.
         first_step: whether the first step is given.
         checks: whether the output times have to be checked; wrong ones end the solve at its start.
-        further: as AdaptiveLoop's. at_jump is called after every step, with the samples that are at a discontinuity.
+        further: as AdaptiveLoop's. at_jump is called after every step, with the samples that are at a discontinuity; of
+            the hooks watch_batch alone, with every step, accepted or not.
 
     Attributes:
         y: the state; the start, before `open`.
@@ -108,13 +109,17 @@ class CapturedLoop(AdaptiveLoop):
         times = controller.stage_times.unbind()
         y1 = self.ops.stages(layout, self.table, y, ks, controller.dt, times, self.dynamics, self.stage)
         tail = y, ks, y1, self.out, self.stage, self.table.rows[0][0]
-        if self.quadrature is None:
+        watch = self.hooks.watch_batch
+        if self.quadrature is None and watch is None:
             self.ops.end_step(layout, self.table, self.interpolant, controller, (self.rtol, self.atol), *tail)
         else:
             self.measure.step(y, y1, ks)
             controller.run(Phase.JUDGE)
+            if watch is not None:
+                watch(self.batch_segment(self.dense_output, y, ks, controller.dt, None))
             self.ops.finish_step(layout, self.interpolant, controller, *tail)
-            self.quadrature.finish_on_device(controller, self.interpolant)
+            if self.quadrature is not None:
+                self.quadrature.finish_on_device(controller, self.interpolant)
         if self.grid.jump_t is not None:
             self._cross(self.grid.jump_t)
 
@@ -123,8 +128,9 @@ class CapturedLoop(AdaptiveLoop):
         field, quadrature = self.controller.field, self.quadrature
         now = field("t")
         there = (now == (stops if stops.dim() == 2 else stops[:, None])).any(0)
-        jumped = there & (field("accepted") != 0) & (field("status") == int(Status.RUNNING))
-        self.crossings += torch.stack([jumped, jumped.any().expand_as(jumped)])
+        arrived, running = there & (field("accepted") != 0), field("status") == int(Status.RUNNING)
+        jumped = arrived & running
+        self.crossings += torch.stack([jumped, (arrived.any() & running.any()).expand_as(jumped)])
         mask = jumped if self.layout.samples == 1 else column(jumped, self.y)
         if self.at_jump is not None:
             self.y.copy_(torch.where(mask, self.at_jump(now, jumped, self.y), self.y))

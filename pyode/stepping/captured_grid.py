@@ -1,8 +1,9 @@
-"""A solve with given steps as work for a GPU to do by itself: all steps, one after the other."""
+"""Solves with given steps as work for a GPU to do by itself: all steps, one after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,24 +14,15 @@ from .course import Course, Steps
 from .fixed_grid import FixedGridLoop
 
 
-class CapturedGrid(FixedGridLoop):
-    """A solve whose times are all on the device before it is captured.
+class PreparedGrid(FixedGridLoop):
+    """A solve whose times are all on the device before it begins, where none can be copied while it is captured.
 
     Args:
-        y0: what states are like.
         further: as FixedGridLoop's; the grid is on the host.
-
-    Attributes:
-        y: the start.
-        out: [T, *y0.shape] the states at the output times.
-        taken: what a solve takes.
     """
 
-    out: Tensor
-
-    def __init__(self, *further: Any, y0: Tensor) -> None:
+    def __init__(self, *further: Any) -> None:
         super().__init__(*further)
-        self.y, self.taken = torch.empty_like(y0), Stats()
         self._course = super().course(self.grid, False)
         self._steps = super().steps(self._course)
 
@@ -42,17 +34,35 @@ class CapturedGrid(FixedGridLoop):
         """See FixedGridLoop."""
         return self._steps
 
+
+class CapturedGrid:
+    """One such solve, or several, captured as they are.
+
+    Args:
+        work: carries them out and returns what has come of it.
+        counts: to which it adds what it takes.
+
+    Attributes:
+        out: what has come of it.
+        taken: what it takes, once.
+    """
+
+    out: Any
+
+    def __init__(self, work: Callable[[], Any], counts: Stats) -> None:
+        self.work, self.counts, self.taken = work, counts, Stats()
+
     @torch.no_grad()
     def run(self) -> None:
-        """Solves from y."""
-        self.out = self.solve(self.ops.copy(self.layout, self.y))  # one that nobody has written before
+        """Solves."""
+        self.out = self.work()
 
     def trial(self) -> Iterator[None]:
         """Solves, driven by the host."""
         self.run()
-        self.add_to(self.taken)
+        self.taken = replace(self.counts)
         yield
 
     def capture(self, graph: Any) -> None:
-        """Has a Graph capture the solve, after a trial; RuntimeError if something can't be."""
+        """Has a Graph capture the work, after a trial; RuntimeError if something can't be."""
         graph.capture(self.run)

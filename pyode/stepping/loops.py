@@ -47,6 +47,9 @@ class SampleLoop(Loop, Protocol):
     def stats_of_samples(self) -> SampleStats:
         """What each sample has taken."""
 
+    def ends_of_samples(self) -> Tensor:
+        """[B] float64, to which time each has come."""
+
     def left(self) -> Tensor:
         """Which outputs have not been reached: [T, B], or [T] of the only sample."""
 

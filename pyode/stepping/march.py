@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._ops import autograd, reference
-from .._ops.contract import Flag, Layout, Phase, neighbour
+from .._ops.contract import Flag, Phase, neighbour
 from ..errors import Status
 from .outputs import Output, RecordedBatchOutput, RecordedOutput, column, interpolant_of
 from .segment import unmoved
@@ -23,38 +22,6 @@ RUNNING = int(Flag.RUNNING)
 ACCEPTED, _STAYED, _OUTPUT = int(Flag.ACCEPTED), int(Flag.STAYED), int(Flag.OUTPUT)
 _JUMP, FAILED = int(Flag.JUMP), int(Flag.FAILED)
 _NOT_READ = RUNNING | ACCEPTED | _STAYED | _OUTPUT  # of a step whose flags are not read: as if anything had happened
-
-
-class Ballast(threading.local):
-    """The derivatives of a thread's last solve, kept until the next one's take their places.
-
-    Freeing all of them at once would make malloc return the memory to the system, and the next solve fetch it page by
-    page. Only those on the CPU of some kilobytes: smaller memory is not returned, and bigger would be missed.
-    """
-
-    LEAST, MOST = 1 << 12, 1 << 23  # bytes of one state, and of all
-
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-
-    def serves(self, layout: Layout, n: int) -> bool:
-        """Whether the n derivatives of a solve are kept."""
-        size = layout.samples * layout.size * layout.dtype.itemsize
-        return layout.device.type == "cpu" and self.LEAST <= size <= self.MOST // n
-
-    def take(self, ks: list[Any]) -> None:
-        """Fills places for derivatives with tensors that are to be replaced, not read."""
-        tensors, self.tensors = self.tensors, []
-        ks[: len(tensors)] = tensors[: len(ks)]
-
-    def put(self, ks: list[Any]) -> None:
-        """Keeps those of a solve that has ended."""
-        found = [k for k in ks if k is not None and not k.requires_grad]
-        whole = bool(found) and found[-1].untyped_storage().nbytes() == found[-1].nbytes  # no part of bigger memory
-        self.tensors = found if whole else []
-
-
-ballast = Ballast()
 
 
 class March:
@@ -84,10 +51,7 @@ class March:
         self.output = recorded(loop, y0) if recording else Output(loop, y0)
         start = loop.start()
         self._opening: Tensor | None = start  # the time of a first evaluation, if the step before has not made it
-        # The derivatives of the step under way. An old one is let go only when its successor is there: see Ballast.
-        self.ks: list[Any] = [None] * (len(loop.table.rows) + 1)
-        if loop.with_ballast:
-            ballast.take(self.ks)
+        self.ks: list[Any] = [None] * (len(loop.table.rows) + 1)  # the derivatives of the step under way
         if quadrature is not None:
             quadrature.start(trial=first_step is None)
         self.ks[0] = loop.dynamics(start, y0)
@@ -173,7 +137,7 @@ class March:
         """All outputs; of a solve that has failed those that are left are its last state."""
         loop, hooks, y, ks, shift = self.loop, self.loop.hooks, self.y, self.ks, self._shift
         if self.flags & FAILED:
-            hooks.fail(loop.error(y, ks[0]))
+            loop.fail(y, ks[0])
         if self.flags & FAILED or hooks.watch_batch is not None:  # some outputs may not have been reached
             if shift is not None:
                 shift = shift.reshape(()) if loop.layout.samples == 1 else column(shift, y)
@@ -182,8 +146,6 @@ class March:
             self.output.repeat(unmoved(y, ks[0], shift))
         if loop.quadrature is not None:
             loop.quadrature.finish()
-        if loop.with_ballast and not self.recording:
-            ballast.put(ks)
         return self.output.collect(y0)
 
     def _evaluate(self) -> Tensor:

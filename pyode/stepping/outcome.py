@@ -58,6 +58,11 @@ class Outcome(ABC):
             evals = self.evals_before_steps + (accepted + rejected) * len(self.tableau.rows) + self.n_jumps
         return SampleStats(evals, accepted, rejected, field("size1").cpu().clone())
 
+    def ends_of_samples(self) -> Tensor:
+        """[B] float64, to which time each has come, where the controller is."""
+        ends: Tensor = self.controller.field("t")
+        return ends
+
     def left(self) -> Tensor:
         """Which outputs have not been reached: [T, B], or [T] of the only sample."""
         ends = self.controller.field("output_end")

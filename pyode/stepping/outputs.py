@@ -28,7 +28,7 @@ class Output:
 
     def __init__(self, loop: AdaptiveLoop, y0: Tensor) -> None:
         self.loop = loop
-        self.out: Tensor = loop.ops.new_states(y0, len(loop.times.values))
+        self.out: Tensor = loop.ops.new_states(len(loop.times.values), y0)
         times = loop.grid.times
         if times.dim() == 2 and bool((times[0] == times[-1]).any()):  # a sample whose outputs are all its start
             self.out[:] = y0
@@ -122,7 +122,7 @@ class Collected:
     def __init__(self, ops: ModuleType, layout: Layout, n: int, y0: Tensor, recording: bool) -> None:
         self.ops, self.layout = ops, layout
         self.states = [y0]
-        self.out: Tensor | None = None if recording else ops.new_states(y0, n)
+        self.out: Tensor | None = None if recording else ops.new_states(n, y0)
         self.filled = 0  # so many rows of `out`
         if self.out is not None:
             self.add(y0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .._ops.contract import RightHandSide
+from .._ops.native import Calls
 
 Survey = Callable[[Tensor, tuple[Tensor, ...]], int | None]
 
@@ -75,13 +76,14 @@ class Recorder:
         return self.dynamics.n_evals
 
     @property
-    def direct(self) -> tuple[Any, ...] | None:
+    def calls(self) -> Calls | None:
         """See RightHandSide."""
-        return None if self._recording else self.dynamics.direct
+        return None if self._recording else self.dynamics.calls
 
-    def count(self, n: int) -> None:
+    @property
+    def func(self) -> Any:
         """See RightHandSide."""
-        self.dynamics.count(n)
+        return self.dynamics.func
 
     def accept(self, k: Any, y: Tensor) -> Tensor:
         """See RightHandSide."""

@@ -14,6 +14,9 @@ import os
 import sys
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+NOT_CAPTURED = {f"aten::{name}" for name in ("_local_scalar_dense", "equal", "nonzero", "lift_fresh", "masked_select")}
 
 
 def _load() -> None:
@@ -25,6 +28,7 @@ def _load() -> None:
     spec.loader.exec_module(module)
     sys.modules["pyode._C"] = module
     from pyode._ops import graph_loop, native
+    from pyode.captures import LentFunc
     from pyode.compiled.guards import Guards
 
     assert native.build_info()["cuda"] == "on the host"
@@ -40,6 +44,16 @@ def _load() -> None:
         return replaced(guards, others)
 
     Guards.replaced = noted
+    LentFunc.take_back = lambda func: None  # it is called again
+
+    class Capture(TorchDispatchMode):
+        """Within it most of what reads numbers back to the host, or makes tensors from the host's, fails."""
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            masks = op.name() == "aten::index.Tensor" and any(i is not None and i.dtype is torch.bool for i in args[1])
+            if masks or op.name().split(".")[0] in NOT_CAPTURED:
+                raise RuntimeError(f"{op} while a stream is captured")
+            return op(*args, **(kwargs or {}))
 
     class Graph:
         """Does its work itself."""
@@ -48,12 +62,13 @@ def _load() -> None:
             self.aside = self.in_use = contextlib.nullcontext
 
         def capture(self, *works):
-            loop = works[0].__self__
-            self.parts = loop, loop.dynamics, works, stand_ins[-1]
+            self.parts = works, stand_ins[-1]
+            with Capture():
+                for work in works:
+                    work()
 
         def launch(self):
-            loop, dynamics, works, (guards, others) = self.parts
-            loop.dynamics = dynamics
+            works, (guards, others) = self.parts
             with replaced(guards, others):
                 self.do(*works)
 

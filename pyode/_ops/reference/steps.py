@@ -61,7 +61,7 @@ class Steps:
         flags, y1 = int(Flag.RUNNING), y
         if t0 is not None:
             ks[0] = dynamics(t0, y)
-            out = out()
+            out = out(y)
             out[0] = y
             flags = self._choose_first(y, ks[0], dynamics)
         while flags in (Flag.RUNNING, Flag.RUNNING | Flag.ACCEPTED, Flag.RUNNING | Flag.STAYED):

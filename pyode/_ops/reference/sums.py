@@ -58,7 +58,7 @@ def select_rows(layout: Layout, moved: Tensor, stayed: Tensor, accepted: Tensor)
     return torch.where(chosen, moved, stayed)
 
 
-def new_states(y0: Tensor, n: int) -> Tensor:
+def new_states(n: int, y0: Tensor) -> Tensor:
     """A place for n states like y0, [n, ...]."""
     return y0.new_empty((n, *y0.shape))
 

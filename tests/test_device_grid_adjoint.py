@@ -1,0 +1,113 @@
+"""The adjoint's backward solve with given steps as one CUDA graph: the bits and counts of the host-driven one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from device_loops import DEVICE, MARKS, ON, Field, n_captures, normal, times
+from torch.utils._pytree import tree_leaves, tree_map
+
+import pyode
+from pyode import device_grid
+from pyode.methods import TABLEAUS
+
+pytestmark = MARKS
+
+FIXED = [name for name, tableau in TABLEAUS.items() if not tableau.adaptive]
+
+
+def both(func, y0, t, wanted=(), backwards=None, **kwargs):
+    """Gradients to y0, those wanted, and t if it wants one, and the backward solve's counts; without and with ON."""
+    found, options = [], kwargs.pop("options", {})
+    for more in ({}, ON):
+        stats, y = pyode.Stats(), tree_map(lambda part: part.clone().requires_grad_(), y0)
+        adjoint_options = {**options, **more, **(backwards or {}), "stats": stats}
+        with torch.enable_grad():
+            out = pyode.odeint_adjoint(
+                func, y, t, **{"method": "rk4", **kwargs}, options={**options, **more}, adjoint_options=adjoint_options
+            )
+            inputs = (*tree_leaves(y), *wanted, *([t] if t.requires_grad else []))
+            loss = sum(part.abs().square().sum() for part in tree_leaves(out))
+            found.append((torch.autograd.grad(loss, inputs, materialize_grads=True), stats))
+    return found
+
+
+def check_same(*given, captures=2, **kwargs):
+    before = n_captures()
+    (theirs, their_stats), (ours, our_stats) = both(*given, **kwargs)
+    assert n_captures() == before + captures
+    assert all(map(torch.equal, theirs, ours))
+    assert our_stats == their_stats
+    assert their_stats.n_f_evals > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"step_size": 0.3}, {"perturb": True, "interp": "cubic"}])
+@pytest.mark.parametrize("with_time", [False, True])
+@pytest.mark.parametrize("method", FIXED)
+def test_gradients_and_counts_are_those_of_the_host_driven_solve(method, with_time, options):
+    func, t = Field(), times(4).requires_grad_(with_time)
+    check_same(func, normal(5, 3), t, tuple(func.parameters()), method=method, options=options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+@pytest.mark.parametrize("n", [2, 5])
+def test_of_every_dtype_backwards_in_time(n, dtype):
+    rate, t = normal(3, dtype=dtype).requires_grad_(), times(n).flip(0).requires_grad_()
+
+    def func(t, y):
+        return torch.sin(y) / 2 - rate * y * t / 8
+
+    check_same(func, normal(5, 3, dtype=dtype), t, (rate,), adjoint_params=(rate,))
+
+
+def test_of_a_structure_behind_an_adaptive_solve_and_with_a_norm_that_nobody_asks():
+    def func(t, y, rate):
+        return {"a": -rate * y["a"] * t, "b": y["b"] * rate[0]}
+
+    y0, rate = {"a": normal(3), "b": normal(2, 2)}, torch.full((3,), 0.5, device=DEVICE, requires_grad=True)
+    backwards = {"step_size": 0.2, "restart": True, "norm": lambda whole: whole[0].abs()}
+    kwargs = {"method": "dopri5", "adjoint_method": "rk4", "args": (rate,), "adjoint_params": ()}
+    check_same(func, y0, times(4), (rate,), backwards, **kwargs)
+
+
+def test_a_grid_of_the_users_and_a_parameter_without_effect():
+    func = Field()
+    func.unused = torch.nn.Parameter(normal(2))
+
+    def grid(func, y0, t):
+        return torch.cat([t[:1], t[:1] * 0.8 + t[-1:] * 0.2, t[-1:]])
+
+    check_same(func, normal(5, 3), times(3), tuple(func.parameters()), options={"grid_constructor": grid})
+
+
+def test_a_single_time_needs_no_graph():
+    func = Field()
+    (theirs, _), (ours, _) = both(func, normal(5, 3), times(1), tuple(func.parameters()))
+    assert all(map(torch.equal, theirs, ours))
+
+
+def test_given_steps_are_captured_for_their_times_and_args_copied_in():
+    def func(t, y, rate):
+        return -rate * y * t
+
+    for t, n in ((times(4), 2), (times(4), 0), (times(4) * 1.1, 2), (times(4), 0)):
+        rate = torch.rand(3).to(DEVICE).requires_grad_()
+        check_same(func, normal(5, 3), t, (rate,), args=(rate,), captures=n)
+
+
+def test_more_steps_than_a_graph_takes_are_the_hosts(monkeypatch):
+    monkeypatch.setattr(device_grid, "MOST_STEPS", 7)
+    with pytest.warns(UserWarning, match="adjoint_options\\['device_loop'\\]: .* 8 steps are too many"):
+        check_same(Field(), normal(5, 3), times(2), captures=1, backwards={"step_size": 0.25})
+
+
+def test_callbacks_are_the_hosts():
+    class WithCallback(Field):
+        def callback_step_adjoint(self, t, y, dt):
+            seen.append(t)
+
+    seen: list[float] = []
+    func = WithCallback()
+    with pytest.warns(UserWarning, match="callbacks look at every step"):
+        check_same(func, normal(5, 3), times(4), tuple(func.parameters()), captures=1)
+    assert len(seen) == 2 * 3
