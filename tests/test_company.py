@@ -224,7 +224,7 @@ def test_gradient_hooks_see_the_whole_gradient_once(odeint):
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-@GRADIENTS
+@pytest.mark.parametrize("odeint", [*ALL, implicit, implicit_direct], ids=lambda solve: solve.__name__)
 def test_anomaly_mode(odeint):
     model = Model(odeint)
     expected = gradients_of(model)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from fields import TIGHT, Y0, Field, T, assert_close, gradients, loss_of
 from problems import kepler, kepler_start, tensor
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pyode
 from pyode.methods import TABLEAUS
@@ -28,6 +32,28 @@ def test_every_method(method):
     found = [gradients(solve, time=False, **arguments, **options) for solve in (compiled(pyode.odeint), pyode.odeint)]
     # dopri8's error estimate is a millionth of its terms, and the sizes of its steps are as exact as that.
     assert_close(*found, 1e-10 if method == "dopri8" else 1e-11)
+
+
+WATCHES = {
+    "anomaly mode": torch.autograd.detect_anomaly,
+    "hooks": lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().numpy(), torch.from_numpy),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("way", ["checkpoint", "reentrant checkpoint", *WATCHES])
+def test_who_looks_at_gradients_does_not_look_at_their_trace(way):
+    def found(make, again, watch):
+        field, y0 = Field(), Y0.clone().requires_grad_()
+        f = make(field)
+        solve = partial(pyode.odeint, f, t=T, **TIGHT)
+        with watch():
+            loss_of(again(solve, y0) if again else solve(y0)).backward()
+        return [y0.grad, *(p.grad for p in field.trained())]
+
+    again = partial(checkpoint, use_reentrant=way.startswith("reentrant")) if "checkpoint" in way else None
+    expected = found(lambda field: field, None, nullcontext)
+    assert_close(found(strict, again, WATCHES.get(way, nullcontext)), expected, 1e-11)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

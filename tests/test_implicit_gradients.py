@@ -56,6 +56,16 @@ def test_a_gradient_is_not_differentiated_again():
         torch.autograd.grad(y.sum(), y0, create_graph=True)
 
 
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
+@pytest.mark.parametrize("method", ["gl4", "trapezoid"])
+def test_a_start_that_was_written_to_before_the_backward_pass_is_noticed(method, gradient, by):
+    y0 = Y0.clone().requires_grad_()
+    y = pyode.odeint(f, y0, uneven(), method=method, options={"gradient": gradient})
+    y0.detach().mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 class Field(nn.Module):
     """A small network with a parameter that it does not use."""
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import set_detect_anomaly
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule, Interpreter, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -312,8 +314,10 @@ def _graph_of(
             for shape in shapes[1:]
         ]
     try:
-        # einsum's search for the best order of its operands would depend on the number of rows.
-        with warnings.catch_warnings(), torch.backends.opt_einsum.flags(enabled=False):
+        # einsum's search for the best order of its operands would depend on the number of rows; hooks on what is saved,
+        # as torch.utils.checkpoint's, and anomaly mode want values.
+        no_search, no_hooks = torch.backends.opt_einsum.flags(enabled=False), saved_tensors_hooks(_itself, _itself)
+        with warnings.catch_warnings(), no_search, no_hooks, set_detect_anomaly(False):
             # Torch looks at the .grad of closed-over tensors that have a graph.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             graph: GraphModule = make_fx(call, table, tracing_mode="fake", _allow_non_fake_inputs=True)(
@@ -328,6 +332,10 @@ def _graph_of(
     graph.graph.eliminate_dead_code()
     graph.meta["conditions"] = {guard.expr for guard in env.guards}
     return graph
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def holds(condition: Any, rows: int) -> bool:

@@ -85,7 +85,7 @@ class ImplicitSteps:
                 return failure(Status.NOT_CONVERGED if self.newton.finite else Status.NON_FINITE)
             if self.circumstances is not None:
                 equation = partial(self._under, self.circumstances, block, times, y, ks.copy(), dt)
-                x = self.newton.differentiable(equation, x, size, partial(failure, Status.NOT_CONVERGED))
+                x = self.newton.differentiable(equation, x, size, partial(failure, Status.NOT_CONVERGED), (y,))
             for i, k in zip(block, self._states(x, y)):
                 ks[i] = k.to(y.dtype)
         if course.quadrature is not None:

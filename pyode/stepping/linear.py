@@ -66,9 +66,10 @@ class Linearization:
         if not self.value.requires_grad:
             return torch.zeros_like(rows)
         try:
-            (found,) = torch.autograd.grad(
-                self.value, self.x, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
+            with torch.autograd.set_detect_anomaly(False):  # its checks can't be batched
+                (found,) = torch.autograd.grad(
+                    self.value, self.x, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
+                )
         except RuntimeError:  # a backward pass that vmap can't enter
             found = torch.stack([self.vjp(row) for row in rows])
         return torch.zeros_like(rows) if found is None else found.detach()

@@ -89,15 +89,18 @@ class Newton:
         self.finite = bool(trial.value.isfinite().all())
         return None
 
-    def differentiable(self, phi: Map, x: Tensor, size: Map, failure: Callable[[], Exception]) -> Tensor:
+    def differentiable(
+        self, phi: Map, x: Tensor, size: Map, failure: Callable[[], Exception], held: tuple[Tensor, ...] = ()
+    ) -> Tensor:
         """x, which solves x = phi(x), with a graph to all that phi uses besides x, by the implicit function theorem.
 
-        The graph can be differentiated once. Where its backward pass does not converge it raises the failure.
+        The graph can be differentiated once. Where its backward pass does not converge it raises the failure; and an
+        error if one of the tensors held by phi, which it calls again, has been written to.
         """
         value = phi(x)
         if not value.requires_grad:
             return x
-        return _Solution.apply(self, phi, size, failure, x, value)  # type: ignore[no-any-return, no-untyped-call]
+        return _Solution.apply(self, phi, size, failure, held, x, value)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Solution(torch.autograd.Function):
@@ -105,10 +108,17 @@ class _Solution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, newton: Newton, phi: Map, size: Map, failure: Callable[[], Exception], x: Tensor, value: Tensor
+        ctx: Any,
+        newton: Newton,
+        phi: Map,
+        size: Map,
+        failure: Callable[[], Exception],
+        held: tuple[Tensor, ...],
+        x: Tensor,
+        value: Tensor,
     ) -> Tensor:
         ctx.newton, ctx.phi, ctx.size, ctx.failure = newton, phi, size, failure
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, *held)
         return x.clone()
 
     @staticmethod
@@ -120,13 +130,13 @@ class _Solution(torch.autograd.Function):
                 "the gradient of an implicit step can't be differentiated, for which create_graph=True prepares; leave "
                 "it out, or take odeint_adjoint, whose gradient can be, or an explicit method"
             )
-        (g,), (x,), newton = gradients, ctx.saved_tensors, ctx.newton
+        (g,), (x, *_), newton = gradients, ctx.saved_tensors, ctx.newton
         at = Linearization(ctx.phi, x)
         u = newton.linear.solve_transposed(at, g, ctx.size(x), newton.tolerance)
         if u is None and bool(g.isfinite().all()):
             raise ctx.failure()
         u = torch.full_like(g, torch.nan) if u is None else u
-        return None, None, None, None, None, u
+        return None, None, None, None, None, None, u
 
 
 def _largest(x: Tensor, scale: Tensor) -> float:
