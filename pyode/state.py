@@ -300,7 +300,7 @@ class Dynamics:
 
     def _checked(self, k: Any, shape: torch.Size, name: str) -> Tensor:
         if not isinstance(k, Tensor):
-            raise DynamicsError(f"{name} must be a tensor, as y0's is, not {_kind(k)}")
+            raise DynamicsError(f"{name} must return a tensor, as y0's is, not {_kind(k)}")
         if k.shape != shape:
             raise DynamicsError(f"{name} must return the shape of the state, {tuple(shape)}, not {tuple(k.shape)}")
         if k.device != self.device:
