@@ -205,7 +205,7 @@ WRONG_RETURNS = {
     "a tensor": (lambda y: y["a"], "like y0's"),
     "a tuple": (lambda y: (y["a"], y["b"]), "tuple"),
     "another dataclass": (lambda y: {"a": y["a"], "b": Registered(y["b"].x, y["b"].v, B)}, "expected a Body"),
-    "a number": (lambda y: {"a": 1.0, "b": y["b"]}, "func()['a'] must be a tensor"),
+    "a number": (lambda y: {"a": 1.0, "b": y["b"]}, "func()['a'] must return a tensor"),
     "another shape": (
         lambda y: {"a": y["a"], "b": Body(y["b"].x, torch.ones(7))},
         "func()['b'].v must return the shape",
