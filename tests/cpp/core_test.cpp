@@ -28,7 +28,7 @@ void check(bool ok, const char* what, int line) {
 
 Layout layout_of(Scalar scalar, int64_t samples, int64_t size, int threads, const int64_t* segments,
                  int64_t n_segments) {
-  return {scalar, false, samples, size, threads, nullptr, segments, n_segments, size};
+  return {scalar, false, samples, size, threads, false, nullptr, segments, n_segments, size};
 }
 
 void stage_sums_cover_every_number_once() {
