@@ -102,7 +102,7 @@ def _draw_field(axes: Any, fields: Fields) -> None:
             *points.unbind(-1), *nn.functional.normalize(arrows, dim=-1).unbind(-1), pivot="mid", scale=18, linewidth=0,
             color=color, alpha=alpha, width=width, headwidth=head, headlength=1.2 * head, headaxislength=1.1 * head,
         )  # fmt: skip
-    axes.set(title="Direction of dy/dt", **_SQUARE)
+    axes.set(title="Vector field", **_SQUARE)
     legend = [Patch(color=_BLUE, alpha=0.35, lw=0, label="true"), Patch(color=_DARK, lw=0, label="learned")]
     axes.legend(handles=legend, ncols=2, **_LEGEND)
 
