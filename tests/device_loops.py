@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import pyode
 from pyode import captures
@@ -96,3 +96,35 @@ class HostRead(nn.Module):
 
     def forward(self, t, y):
         return -y if float(t) >= 0 else y
+
+
+def both_gradients(solve, func, y0, t, wanted=(), options=None, backwards=None, forwards=True, **kwargs):
+    """Gradients to y0, those wanted, and t if it wants one, and the backward solve's counts; without and with ON.
+
+    Args:
+        solve: a function of func, y0, t, options and adjoint_options.
+        wanted: the tensors of func's.
+        options: of both solves; `backwards` are further ones of the backward solve.
+        forwards: whether the forward solve is to have ON, too.
+    """
+    found = []
+    for more in ({}, ON):
+        stats, y = pyode.Stats(), tree_map(lambda part: part.clone().requires_grad_(), y0)
+        adjoint_options = {**(options or {}), **(backwards or {}), **more, "stats": stats}
+        with torch.enable_grad():
+            out = solve(func, y, t, {**(options or {}), **(more if forwards else {})}, adjoint_options, **kwargs)
+            inputs = (*tree_leaves(y), *wanted, *([t] if t.requires_grad else []))
+            loss = sum(part.abs().square().sum() for part in tree_leaves(out))
+            found.append((torch.autograd.grad(loss, inputs, materialize_grads=True), stats))
+    return found
+
+
+def check_same_gradients(*given, captures=2, **kwargs):
+    """Of what both_gradients is given: the bits and counts are the host's."""
+    before = n_captures()
+    (theirs, their_stats), (ours, our_stats) = both_gradients(*given, **kwargs)
+    assert n_captures() == before + captures
+    assert all(map(torch.equal, theirs, ours))
+    assert all(gradient.isfinite().all() for gradient in ours)
+    assert our_stats == their_stats
+    assert their_stats.n_f_evals > 0

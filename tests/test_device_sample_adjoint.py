@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_loops import DEVICE, MARKS, ON, Field, n_captures, normal, times
-from torch.utils._pytree import tree_leaves, tree_map
+from device_loops import DEVICE, MARKS, ON, Field, both_gradients, check_same_gradients, n_captures, normal, times
 
 import pyode
 
@@ -30,44 +29,20 @@ def jointly(*given, **kwargs):
 INTERFACES = [by_odeint, by_solve_ivp, jointly]
 
 
-def both(solve, func, y0, t, wanted=(), options=None, backwards=None, forwards=True, **kwargs):
-    """Gradients to y0, those wanted, and t if it wants one, and the backward solve's counts; without and with ON."""
-    found = []
-    for more in ({}, ON):
-        stats, y = pyode.Stats(), tree_map(lambda part: part.clone().requires_grad_(), y0)
-        adjoint_options = {**(options or {}), **(backwards or {}), **more, "stats": stats}
-        with torch.enable_grad():
-            out = solve(func, y, t, {**(options or {}), **(more if forwards else {})}, adjoint_options, **kwargs)
-            inputs = (*tree_leaves(y), *wanted, *([t] if t.requires_grad else []))
-            loss = sum(part.abs().square().sum() for part in tree_leaves(out))
-            found.append((torch.autograd.grad(loss, inputs, materialize_grads=True), stats))
-    return found
-
-
-def check_same(*given, captures=2, **kwargs):
-    before = n_captures()
-    (theirs, their_stats), (ours, our_stats) = both(*given, **kwargs)
-    assert n_captures() == before + captures
-    assert all(map(torch.equal, theirs, ours))
-    assert all(gradient.isfinite().all() for gradient in ours)
-    assert our_stats == their_stats
-    assert their_stats.n_f_evals > 0
-
-
 @pytest.mark.parametrize("n", [2, 5])
 @pytest.mark.parametrize("with_time", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("solve", INTERFACES)
 def test_gradients_and_counts_are_those_of_the_host_driven_loop(solve, dtype, with_time, n):
     func, t = Field(dtype=dtype), times(n, dtype).requires_grad_(with_time)
-    check_same(solve, func, normal(4, 3, dtype=dtype), t, tuple(func.parameters()))
+    check_same_gradients(solve, func, normal(4, 3, dtype=dtype), t, tuple(func.parameters()))
 
 
 @pytest.mark.parametrize("options", [{"jump_t": [0.7, 2.0]}, {"step_t": [0.3, 1.1]}, {"max_step": 0.2}], ids=str)
 @pytest.mark.parametrize("solve", INTERFACES)
 def test_with_options_backwards_in_time(solve, options):
     func, t = Field(), times(4).flip(0).requires_grad_()
-    check_same(solve, func, normal(4, 3), t, tuple(func.parameters()), options)
+    check_same_gradients(solve, func, normal(4, 3), t, tuple(func.parameters()), options)
 
 
 @pytest.mark.parametrize("solve", [by_odeint, by_solve_ivp])
@@ -81,7 +56,7 @@ def test_of_complex_samples_with_times_of_their_own(solve):
         return torch.sin(y) / 2 - rate * y * t[:, None] / 8
 
     kwargs = {"adjoint_params" if solve is by_odeint else "params": (rate,)}
-    check_same(solve, func, normal(4, 3, dtype=torch.complex64), t.requires_grad_(), (rate,), **kwargs)
+    check_same_gradients(solve, func, normal(4, 3, dtype=torch.complex64), t.requires_grad_(), (rate,), **kwargs)
 
 
 def test_of_a_single_sample_in_a_structure_with_args():
@@ -89,7 +64,7 @@ def test_of_a_single_sample_in_a_structure_with_args():
         return {"a": -rate * y["a"] * t[:, None], "b": y["b"] * rate[0]}
 
     y0, rate = {"a": normal(1, 3), "b": normal(1, 2, 2)}, torch.full((3,), 0.5, device=DEVICE, requires_grad=True)
-    check_same(by_solve_ivp, func, y0, times(4), (rate,), backwards={"method": "tsit5"}, args=(rate,))
+    check_same_gradients(by_solve_ivp, func, y0, times(4), (rate,), backwards={"method": "tsit5"}, args=(rate,))
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -97,20 +72,22 @@ def test_of_a_single_sample_in_a_structure_with_args():
 def test_where_nothing_moves(samples, n):
     t = torch.ones(n, samples, device=DEVICE).requires_grad_()  # of each sample all times are one
     func = Field()
-    (theirs, their_stats), (ours, our_stats) = both(by_solve_ivp, func, normal(samples, 3), t, tuple(func.parameters()))
+    (theirs, their_stats), (ours, our_stats) = both_gradients(
+        by_solve_ivp, func, normal(samples, 3), t, tuple(func.parameters())
+    )
     assert all(map(torch.equal, theirs, ours))
     assert our_stats == their_stats == pyode.Stats()
 
 
 def test_a_tolerance_for_each_number():
     func, rtol = Field(), torch.tensor([1e-3, 1e-5, 1e-4], dtype=torch.float64)
-    check_same(by_solve_ivp, func, normal(4, 3), times(4), tuple(func.parameters()), backwards={"rtol": rtol})
+    check_same_gradients(by_solve_ivp, func, normal(4, 3), times(4), tuple(func.parameters()), backwards={"rtol": rtol})
 
 
 def test_behind_events():
     func, t = Field(), times(4).requires_grad_()
     kwargs = {"event_fn": lambda t, y: t - torch.linspace(0.5, 3, 4, device=DEVICE), "forwards": False, "captures": 1}
-    check_same(by_solve_ivp, func, normal(4, 3), t, tuple(func.parameters()), **kwargs)
+    check_same_gradients(by_solve_ivp, func, normal(4, 3), t, tuple(func.parameters()), **kwargs)
 
 
 class Shared(torch.autograd.Function):
@@ -131,7 +108,7 @@ class Shared(torch.autograd.Function):
 def test_steps_that_no_sample_has_accepted_give_nothing():
     rate = torch.full((3,), 3.0, device=DEVICE, requires_grad=True)
     kwargs = {"params": (rate,), "backwards": {"max_step": 0.5, "rtol": 1e-7, "atol": 1e-9}}
-    check_same(by_solve_ivp, lambda t, y: Shared.apply(rate, y), normal(2, 3), times(3), (rate,), **kwargs)
+    check_same_gradients(by_solve_ivp, lambda t, y: Shared.apply(rate, y), normal(2, 3), times(3), (rate,), **kwargs)
 
 
 def test_training_captures_once_and_times_and_args_are_copied_in():
@@ -175,7 +152,7 @@ def test_errors_are_those_of_the_host_driven_loop(solve):
 def test_compact_looks_at_every_step():
     func = Field()
     with pytest.warns(UserWarning, match=r"adjoint_options\['device_loop'\]: .* compact"):
-        check_same(
+        check_same_gradients(
             by_solve_ivp,
             func,
             normal(4, 3),

@@ -394,8 +394,5 @@ def test_the_memory_of_states_serves_again_where_nobody_keeps_it(size):
         return -y
 
     with torch.no_grad():
-        y0 = torch.linspace(1, 2, size)
-        pyode.odeint(
-            f, y0, torch.tensor([0.0, 1.0]), rtol=1e-3, atol=1e-3, options={"first_step": 0.1, "max_step": 0.1}
-        )
+        solve(f, torch.linspace(1, 2, size), rtol=1e-3, atol=1e-3, options={"first_step": 0.1, "max_step": 0.1})
     assert len(addresses) <= 4  # y0 and three more, for 10 steps of 6 evaluations
