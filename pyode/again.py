@@ -131,17 +131,10 @@ def keep(kind: Any, loop: Any) -> None:
 
 def _put(kind: Kind, loop: Any) -> None:
     """Makes a loop idle, with nothing of what it solved."""
-    again = None
     if torch.is_grad_enabled():  # the solve's own are needed again where it is differentiated
         loop.dynamics = loop.dynamics.without_func()
     else:
         loop.dynamics.set(None)
-        again = _without_python(loop)
-    idle.loops.put(kind, loop, again)
-
-
-def _without_python(loop: Any) -> SolveAgain | None:
-    """What solves by a loop's steps alone, for one sample at whose steps nobody looks."""
-    if not isinstance(loop, AdaptiveLoop) or not loop.single or loop.ops is not native:
-        return None
-    return SolveAgain(loop)
+        if isinstance(loop, AdaptiveLoop) and loop.single and loop.ops is native:  # nobody looks at its steps
+            loop = SolveAgain(loop)
+    idle.loops.put(kind, loop)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._ops import backend_for, graph_loop, native
 from ._ops.contract import Flag, Grid, Layout
-from ._ops.readings import Readings
+from ._ops.words import Readings
 from .captures import Captured, CaptureError, Key, captured_solves
 from .control import Times, UnreadTimes, check_times
 from .errors import warn

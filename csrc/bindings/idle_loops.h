@@ -44,7 +44,7 @@ class IdleLoops {
       : inspector_(inspector), ask_(std::move(surroundings)), most_(most) {}
   IdleLoops(const IdleLoops&) = delete;
 
-  /// Args: those of odeint. Returns what such a solve gives, if its loop can tell by itself; or that loop, or None; and
+  /// Args: those of odeint. Returns what such a solve gives, where a SolveAgain serves; or a loop for it, or None; and
   /// the solve's kind, or None if there is to be no loop.
   py::tuple solve(py::handle func, py::handle y0, py::handle t, py::handle rtol, py::handle atol, py::handle method,
                   py::handle options, py::handle args) {
@@ -73,18 +73,18 @@ class IdleLoops {
       if (!(*entries_[i].kind == *kind)) continue;
       const Entry found = std::move(entries_[i]);
       entries_.erase(entries_.begin() + static_cast<std::ptrdiff_t>(i));
-      if (found.again == nullptr) return py::make_tuple(py::none(), found.loop, found.kind);
-      py::object ys = (*found.again)(func, py::reinterpret_borrow<py::object>(y0));
-      put(found.kind, found.loop, found.again);
+      if (!py::isinstance<SolveAgain>(found.loop)) return py::make_tuple(py::none(), found.loop, found.kind);
+      py::object ys = found.loop.cast<SolveAgain&>()(func, py::reinterpret_borrow<py::object>(y0));
+      put(found.kind, found.loop);
       return py::make_tuple(std::move(ys), py::none(), py::none());
     }
     return py::make_tuple(py::none(), py::none(), kind);
   }
 
-  /// Keeps a loop for the next solve of a kind, and what solves by it without Python, if there is such a thing.
-  void put(std::shared_ptr<Kind> kind, py::object loop, std::shared_ptr<SolveAgain> again) {
+  /// Keeps a loop for the next solve of a kind, or a SolveAgain, which solves by its loop itself.
+  void put(std::shared_ptr<Kind> kind, py::object loop) {
     if (entries_.size() == most_) entries_.erase(entries_.begin());
-    entries_.push_back({std::move(kind), std::move(loop), std::move(again)});
+    entries_.push_back({std::move(kind), std::move(loop)});
   }
 
   void clear() { std::vector<Entry>().swap(entries_); }
@@ -94,7 +94,6 @@ class IdleLoops {
   struct Entry {
     std::shared_ptr<Kind> kind;
     py::object loop;
-    std::shared_ptr<SolveAgain> again;
   };
 
   static py::tuple nothing() { return py::make_tuple(py::none(), py::none(), py::none()); }

@@ -190,7 +190,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("n", &Calls::n)
       .def_readonly("settled", &Calls::settled)
       .def_readonly("copies", &Calls::copies);
-  py::class_<SolveAgain, std::shared_ptr<SolveAgain>>(m, "SolveAgain").def(py::init<py::object>());
+  py::class_<SolveAgain>(m, "SolveAgain").def(py::init<py::object>());
   py::class_<Kind, std::shared_ptr<Kind>>(m, "Kind");
   py::class_<IdleLoops>(m, "IdleLoops")
       .def(py::init([](const Inspector& inspector, py::object compiled_type, py::tuple callbacks, py::object backend,

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .. import _C
 from . import contract
-from .contract import N_FIELDS, Flag, Grid, Phase, Policy, RightHandSide, largest
+from .contract import Flag, Grid, Phase, Policy, RightHandSide, largest
 from .memory import as_view, exchange, pattern, storage_uses, unit_steps, with_views
 from .openmp import address_of_team
-from .readings import Readings
 from .transforms import transforming
+from .words import Words
 
 
 class Interpolant(_C.Interpolant):
@@ -329,7 +329,7 @@ def mean_square_errors(
     return [largest([sum(parts) for parts in segments]) for segments in means.tolist()]
 
 
-class Controller(Readings):
+class Controller(Words):
     """The step-size controller of all samples, and the norms it judges by.
 
     Args:
@@ -338,7 +338,6 @@ class Controller(Readings):
         abscissae: of the stages whose times are wanted, relative to the step.
 
     Attributes:
-        dt: [B] float64, the step to take, signed; 0 for a sample that stands still.
         one: [B] float64, a step size of 1.
     """
 
@@ -348,23 +347,13 @@ class Controller(Readings):
         self.layouts = layouts
         self._on_device = False
         self._grid = grid  # keeps the memory that the handle points to
-        parts = max(layout.handle.error_parts for layout in layouts)
-        slots = sum(layout.n_segments for layout in layouts)
-        self._slot = 8 * parts * B  # bytes of means for one segment
-        self._n_segments, self._parts = slots, parts
-        # One allocation: the rows of the state's words, two of flags, the means of a first step or of any other. Long
-        # rows begin an odd number of cache lines apart, for a power of two has them all in the same few places.
-        stride = B if B < 64 else 8 * (-(-B // 8) | 1)
-        flags = N_FIELDS * stride
-        self._means_begin = flags + 3
-        words = torch.zeros(self._means_begin + 2 * slots * parts * B, dtype=torch.float64, device=device)
-        super().__init__(words, stride, B)
-        base = words.data_ptr()
-        self._means = base + 8 * self._means_begin
-        self.dt, self.one = words[stride : stride + B], unit_steps(B, device)
+        segments = sum(layout.n_segments for layout in layouts)
+        self._parts = parts = max(layout.handle.error_parts for layout in layouts)
+        super().__init__(B, segments, parts, device)
+        self.one = unit_steps(B, device)
         shape = (len(abscissae),) if B == 1 else (len(abscissae), B)
         self.handle = handle = _C.Controller(
-            state.handle, _SCALARS[state.real_dtype], words, stride, base + 8 * flags, abscissae,
+            state.handle, _SCALARS[state.real_dtype], self._words, self._stride, self.address_of_flags, abscissae,
             pattern(shape, state.real_dtype, device), pattern(shape[1:], state.real_dtype, device),
             with_views, as_view, state.storage_uses,
         )  # fmt: skip
@@ -379,7 +368,7 @@ class Controller(Readings):
             step_t, 0 if step_t is None else len(step_t),
             jump_t, 0 if jump_t is None else len(jump_t), jump_t is not None and jump_t.dim() == 2,
         )  # fmt: skip
-        handle.set_norm(self._means, slots, parts)
+        handle.set_norm(self.address_of_means(), segments, parts)
 
     def error_norm(
         self,
@@ -395,13 +384,7 @@ class Controller(Readings):
     ) -> None:
         """Notes the mean squares of |dt sum_j w_j k_j| / (atol + rtol max(|y0|, |y1|)), from segment `slot` on."""
         handle = (layout or self.layouts[0]).handle
-        _C.error_norm(handle, weights, y0, y1, ks, dt, rtol, atol, self._means + slot * self._slot, self._parts)
-
-    def put_norm(self, norm: Tensor | float, slot: int = 0) -> None:
-        """Notes a norm that someone else has computed: a number, or for several samples [B]."""
-        B = self.layouts[0].samples
-        i = self._means_begin + slot * self._slot // 8
-        self._words[i : i + B] = norm * norm
+        _C.error_norm(handle, weights, y0, y1, ks, dt, rtol, atol, self.address_of_means(slot), self._parts)
 
     def run(self, phase: Phase, first_step: float = 0.0, unseen: int = 0) -> int:
         """Carries out a phase for all samples; returns the flags. On CUDA this waits for the device, but for `unseen`
@@ -427,24 +410,10 @@ class Controller(Readings):
         self.handle.stay_on_device(condition)
         self._on_device = True
 
-    def restart(self) -> None:
-        """All samples at rest, before a solve."""
-        self._words[: self._means_begin].zero_()
-
-    def readings(self) -> Readings:
-        """A copy of how all samples stand."""
-        return Readings(self._words[: self._means_begin].clone(), self._stride, self._samples)
-
     @property
     def stage_times(self) -> Tensor:
         """[len(abscissae)] or, for more than one sample, [len(abscissae), B]: of the step to take; those of a trial."""
         return self.handle.stage_times  # type: ignore[no-any-return]
-
-    def finish(self, which: Tensor, status: int) -> None:
-        """Ends the solve of some samples: `which` is [B] bool."""
-        which = which.to(self._words.device)
-        self.field("status").masked_fill_(which, status)
-        self.dt.masked_fill_(which, 0.0)
 
 
 def interpolate(
