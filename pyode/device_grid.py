@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._ops import graph_loop, native
 from .captures import BoundFunc, Captured, CaptureError, Key, captured_for, surroundings
+from .device_grid_checkpoint import undo_on_device
 from .device_solve import launch
 from .methods import Tableau
 from .problem import Problem
@@ -17,6 +18,8 @@ from .solution import Stats
 from .state import Dynamics, Func
 from .stepping.captured_grid import CapturedGrid, PreparedGrid
 from .stepping.fixed_grid import grid_of
+from .stepping.hooks import Hooks
+from .stepping.tape import Tape
 
 MOST_STEPS = 2000  # of a graph, which has all their kernels
 
@@ -35,23 +38,27 @@ def within(options: dict[str, Any]) -> dict[str, Any]:
 class DeviceGrid:
     """A solve of a problem with given steps as one launch; see `Loop`.
 
+    Args:
+        problem: the solve.
+        tape: notes the steps, if they are to be undone.
+
     Raises:
         CaptureError: func can't be captured, or there are too many steps.
     """
 
     last_step = None
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, tape: Tape | None = None) -> None:
         assert isinstance(problem.method, Tableau)
         form, y0, options = problem.form, problem.y0, problem.options
-        self.problem, self.bound = problem, BoundFunc(problem.written, problem.args)
+        self.problem, self.bound, self.tape = problem, BoundFunc(problem.written, problem.args), tape
         self.grid = grid_of(options, problem.times, problem.func, form.unpack(y0)).detach().cpu()
         check_steps(len(self.grid) - 1)
         structure = tuple(form.shapes), form.tree and str(form.tree.spec)
         self.key: Key = (
             self.bound.key, y0.shape, y0.dtype, y0.device, structure, problem.method.name,
             *within(options).values(), self.grid.dtype, tuple(self.grid.tolist()), tuple(problem.times.values),
-            surroundings(),
+            tape is not None, surroundings(),
         )  # fmt: skip
         self.taken = Stats()
         # Taken at once: whether func can be captured decides who drives the solve.
@@ -68,10 +75,15 @@ class DeviceGrid:
             dynamics, problem.method, layout, problem.times, self.grid, options, problem.rtol, problem.atol
         )
 
-        def work() -> Tensor:
-            out = loop.solve(native.copy(layout, start))  # one that nobody has written before
+        taped = self.tape is not None  # what the loop keeps must not lead to func, as self does
+
+        def work() -> tuple[Tensor, Tape | None]:
+            y = native.copy(layout, start)  # one that nobody has written before
+            tape = Tape(y) if taped else None
+            loop.hooks = Hooks(tape=tape)
+            out = loop.solve(y)
             loop.add_to(counts)
-            return out
+            return out, tape
 
         return CapturedGrid(work, counts), [start]
 
@@ -86,10 +98,20 @@ class DeviceGrid:
         self.taken = captured.loop.taken
 
         def collect(loop: CapturedGrid) -> Tensor:
-            out: Tensor = loop.out.clone()
-            return out
+            out, tape = loop.out
+            if self.tape is not None:
+                self._note(tape)
+            return out.clone()  # type: ignore[no-any-return]
 
         return launch(captured, self.key, partial(self._fill, captured), collect)
+
+    def _note(self, done: Tape) -> None:
+        """Notes the steps of a captured solve."""
+        assert self.tape is not None
+        self.tape.steps = done.steps
+        *states, self.tape.end = torch.stack([*done.states.values(), done.end]).unbind()
+        self.tape.states = dict(enumerate(states))
+        self.tape.undo = partial(undo_on_device, self.problem.options, self.bound, self.key)
 
     def add_to(self, stats: Stats | None, evals_before: int = 0) -> None:
         """Adds the solve's counts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import OrderedDict
 from contextlib import suppress
@@ -99,7 +100,7 @@ def device_loop(problem: Problem, hooks: Hooks) -> DeviceLoop | DeviceGrid | Non
 
     def make() -> DeviceLoop | DeviceGrid:
         if not problem.method.adaptive:
-            return DeviceGrid(problem)
+            return DeviceGrid(problem, hooks.tape)
         loop = DeviceLoop(problem, hooks)
         _remembered.add(loop)
         return loop
@@ -112,8 +113,10 @@ def _what_looks_on(problem: Problem, hooks: Hooks) -> str | None:
     """What has to see every step, if anything has."""
     if "norm" in problem.options:
         return "options['norm'] is a function of the user's"
-    if hooks.tape is not None:
-        return "gradient='checkpoint' notes every step"
+    if hooks.tape is not None and hooks.tape.most < math.inf:
+        return "options['checkpoints'] keeps a part of the states"
+    if hooks.tape is not None and problem.method.adaptive:
+        return "gradient='checkpoint' notes every step of a method that chooses them"
     if problem.callbacks or hooks.step or hooks.after_step:
         return "callbacks, events, dense output, progress and compact look at every step"
     wanting = (problem.y0, problem.times.tensor, *(x for _, x in reachable(problem.func)))

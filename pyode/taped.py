@@ -104,6 +104,7 @@ def solve_checkpointed(
     most = None if most is None else int(number_from(choice, "checkpoints", 1, 1))
     graph_bytes = int(number_from(choice, "graph_bytes", GRAPH_BYTES if most is None else 0, 0))
     recipe = Recipe(
-        problem.func, problem.form, method, None if method.adaptive else grid, most, graph_bytes, warns, compact, retake
-    )
+        problem.func, problem.form, method, None if method.adaptive else grid, most, graph_bytes, warns, compact,
+        retake if isinstance(method, ImplicitTableau) else None,
+    )  # fmt: skip
     return checkpointed(partial(carry_out, quiet), recipe, t, y0, [p for p in params if p.requires_grad])

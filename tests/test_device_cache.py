@@ -81,12 +81,21 @@ def test_the_cache_is_bounded_and_lets_go(tmp_path, monkeypatch):
     assert not kept._kept
 
 
-@pytest.mark.parametrize("options", [{}, {"jump_t": [0.7]}, {"control": "per_sample"}, {"method": "rk4"}])
-def test_what_is_captured_goes_with_func(options):
+@pytest.mark.parametrize(
+    ("gradient", "options"),
+    [
+        ("adjoint", {}),
+        ("adjoint", {"jump_t": [0.7]}),
+        ("adjoint", {"control": "per_sample"}),
+        ("adjoint", {"method": "rk4"}),
+        ("checkpoint", {"method": "rk4"}),
+    ],
+)
+def test_what_is_captured_goes_with_func(gradient, options):
     func, y, t = Field(), normal(4, 3).requires_grad_(), times()
     method = options.pop("method", None)
     with torch.enable_grad():
-        pyode.odeint_adjoint(func, y, t, method=method, options={**options, **ON}).sum().backward()
+        pyode.odeint(func, y, t, method=method, options={**options, **ON, "gradient": gradient}).sum().backward()
     kept = captures.captured_solves._kept
     assert len(kept) == 2  # forwards and backwards
     for lent in gc.get_objects():  # on the host, where it is called again, this has not been done

@@ -74,7 +74,7 @@ class JointArrivals:
 
     def effects(self, step: Step, ks: list[Tensor]) -> Iterator[tuple[Passed, Tensor]]:
         """Each output within a step, and the effect of moving it along the solution; from all derivatives."""
-        one = torch.ones(1, dtype=torch.float64, device="cpu")
+        one = torch.ones(1, dtype=torch.float64, device=clock_device(self.layout.device))
         for passed in step.outputs:
             slopes = passed.polynomial.slopes_at(passed.position)  # type: ignore[arg-type]
             slope = reference.stage_combine(self.layout, slopes, self.zero, ks, one)

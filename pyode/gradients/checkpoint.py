@@ -24,7 +24,7 @@ from ..stepping.tape import Tape
 from .explicit import ExplicitReversal
 from .partials import partial_derivatives
 from .retaken import RetakenReversal
-from .reversal import Recipe
+from .reversal import Recipe, Undone
 from .survey import Survey
 
 
@@ -58,7 +58,7 @@ class _Checkpointed(torch.autograd.Function):
         tape = Tape(y0.detach(), recipe.checkpoints, record, n_stages)
         ys = solve(tape)
         ctx.recipe, ctx.steps, ctx.left, ctx.n_params = recipe, tape.steps, tape.left, len(params)
-        ctx.last = tape.last
+        ctx.last, ctx.undo = tape.last, tape.undo
         ctx.circumstances = Circumstances(recipe.func, y0.device, params)
         # Where they are few, a backward pass uses them up and makes others in their places; one after it makes all.
         first = 1 if recipe.checkpoints else len(tape.states)
@@ -82,10 +82,15 @@ class _Checkpointed(torch.autograd.Function):
         params = tuple(p for p, want in zip(saved, wanted) if want)
         (gradient,) = gradients
         kind = ExplicitReversal if isinstance(ctx.recipe.method, Tableau) else RetakenReversal
-        reversal = kind(ctx.recipe, ctx.steps, end, ctx.left, gradient, params, y0_wanted, time_wanted, ctx.last)
+        given = ctx.steps, end, ctx.left, gradient, params, y0_wanted, time_wanted
         on_device = torch.cuda.device(gradient.device) if gradient.is_cuda else nullcontext()
+        undone: Undone | None = None
         with on_device, ctx.circumstances.again(), torch.enable_grad():
-            start = reversal.run(states)
-            found = iter(partial_derivatives(params, reversal.totals.settled()))
-        times = reversal.of_times(t) if time_wanted else None
+            if ctx.undo is not None:
+                undone = ctx.undo(ctx.recipe, states, t, *given)
+            if undone is None:
+                reversal = kind(ctx.recipe, *given, ctx.last)
+                undone = *reversal.run(states), reversal.of_times(t) if time_wanted else None
+            start, totals, times = undone
+            found = iter(partial_derivatives(params, totals))
         return None, None, times, start if y0_wanted else None, *(next(found) if want else None for want in wanted)

@@ -28,6 +28,7 @@ from ..stepping.running_rows import RunningRows
 from ..stepping.tape import Step
 from .arrivals import Shares
 from .reversal import Reversal
+from .survey import Survey
 from .time import TimeGradients, through_grid
 
 
@@ -38,14 +39,15 @@ class ExplicitReversal(Reversal):
         super().__init__(*arguments)
         recipe, method, y = self.recipe, self.recipe.method, self.end
         assert isinstance(method, Tableau)
+        self.method = method
         self.zero = torch.zeros_like(y)
+        self.survey: Survey | None = None  # looks at the first evaluations, if nobody has in the forward pass
         self.running = RunningRows(recipe.func, recipe.form) if recipe.compact else None
         self.dynamics = Dynamics(recipe.func if self.running is None else self.running, recipe.form, y)
         self.one = torch.ones(recipe.form.samples, dtype=torch.float64, device=clock_device(y.device))
         self.weights, self.transposed = method.weights, transposed_of(method)
         self.n_stages = len(self.weights)
         self.rows, self.table = method.rows, table_of(self.ops, method)
-        self.clock = TimeGradients(method, self.steps, self.layout, len(self.gradient)) if self.time else None
 
     def of_times(self, t: Tensor) -> Tensor:  # noqa: D102
         assert self.clock is not None
@@ -53,8 +55,9 @@ class ExplicitReversal(Reversal):
             return self.clock.of(t)
         return through_grid(self.recipe.grid, t, self.clock.of_ends(), self.clock.outputs[: len(t), 0])
 
-    def run(self, states: dict[int, Tensor]) -> Tensor:  # noqa: D102
+    def _run(self, states: dict[int, Tensor]) -> Tensor:
         steps, arrivals, n_derivatives = self.steps, self.arrivals, self.n_stages + 1
+        self.clock = TimeGradients(self.method, steps, self.layout, len(self.gradient)) if self.time else None
         lam = arrivals.at_last_state(self.left)
         if self.clock is not None and steps and self.left is not None and self.recipe.grid is None:
             # That state has moved with the last step's end, and is wanted at the time where it stands.
@@ -151,7 +154,10 @@ class ExplicitReversal(Reversal):
         return lam if inside is None else lam + inside, ks
 
     def _evaluate(self, t: Tensor, y: Tensor) -> Evaluation:
-        return evaluate(self.dynamics, t, y, self.time)
+        evaluation = evaluate(self.dynamics, t, y, self.time)
+        if self.survey is not None and evaluation.k is not None:
+            self.survey = None if self.survey.look(evaluation.k, evaluation[:2]) is not None else self.survey
+        return evaluation
 
     def _value(self, evaluation: Evaluation) -> Tensor:
         """That of func, or in its place zeros if it is not needed any more."""

@@ -22,6 +22,8 @@ class RetakenReversal(Reversal):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         n = len(self.steps)
+        assert self.recipe.retake is not None
+        self.retake = self.recipe.retake
         self.end_gradients = torch.zeros(n + 1, dtype=torch.float64, device=clock_device(self.end.device))
         self.survey: Survey | None = Survey(self.params, self.recipe.warns)
         self.output_gradients = self.end_gradients.new_zeros(len(self.gradient))
@@ -30,7 +32,7 @@ class RetakenReversal(Reversal):
         assert self.recipe.grid is not None
         return through_grid(self.recipe.grid, t, self.end_gradients, self.output_gradients[: len(t)])
 
-    def run(self, states: dict[int, Tensor]) -> Tensor:  # noqa: D102
+    def _run(self, states: dict[int, Tensor]) -> Tensor:
         lam = self.arrivals.at_last_state(self.left)
         if self.time and self.steps and self.left is not None:
             # That state is wanted at the time where it stands, and moves with the end of the last step.
@@ -44,7 +46,7 @@ class RetakenReversal(Reversal):
     def advance(self, y: Tensor, begin: int, end: int) -> Tensor:  # noqa: D102
         with torch.no_grad():
             for step in self.steps[begin:end]:
-                y = self.recipe.retake(step, y, step.times, step.times[:0])[-1]
+                y = self.retake(step, y, step.times, step.times[:0])[-1]
         return y
 
     def _undo(self, n: int, y: Tensor, lam: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ class RetakenReversal(Reversal):
         leaves = [y]
         if self.time:
             leaves += [ends.requires_grad_(), inside.requires_grad_()]
-        states = self.recipe.retake(step, y, ends, inside)
+        states = self.retake(step, y, ends, inside)
         if self.survey is not None and self.survey.look(states, tuple(leaves)) is not None:
             self.survey = None
         rows = [passed.index for passed in step.outputs]

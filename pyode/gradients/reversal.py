@@ -20,6 +20,9 @@ from .vjp import Totals, Vjp
 
 Retake = Callable[[Step, Tensor, Tensor, Tensor], Tensor]
 
+# What undoing the steps of a solve gives: the gradients at the start, of the params, and of the output times if wanted.
+Undone = tuple[Tensor, list[Tensor], "Tensor | None"]
+
 
 @dataclass
 class Recipe:
@@ -33,7 +36,8 @@ class Recipe:
         warns: whether of tensors that func depends on and that get no gradient.
         compact: whether func is called with the rows alone that move, where it is evaluated again.
         retake: takes a step of an implicit method again, from a state, between two ends [2], and returns the states at
-            some times within it and at its end, [..., *state], with a graph to the times, too, if they carry one.
+            some times within it and at its end, [..., *state], with a graph to the times, too, if they carry one. None
+            of an explicit method.
     """
 
     func: Func
@@ -44,7 +48,7 @@ class Recipe:
     graph_bytes: int
     warns: bool
     compact: bool
-    retake: Retake
+    retake: Retake | None
 
 
 class Reversal(ABC):
@@ -61,8 +65,10 @@ class Reversal(ABC):
         last: the evaluation at the end, if its graph was kept; taken out when it is used.
 
     Attributes:
-        totals: the gradients of the params, of the steps undone.
+        totals: the gradients of the params, of the steps undone so far.
     """
+
+    totals: Totals
 
     def __init__(
         self,
@@ -77,7 +83,7 @@ class Reversal(ABC):
         last: list[Evaluation | None],
     ) -> None:
         self.recipe, self.steps, self.end, self.left, self.params = recipe, steps, end, left, params
-        self.totals, self.vjp = Totals(params), Vjp()
+        self.vjp = Vjp()
         self.gradient = plain(gradient.detach())
         self.ops = ops = backend_for(end)
         samples, size = recipe.form.samples, recipe.form.segments[-1]
@@ -85,9 +91,15 @@ class Reversal(ABC):
         self.arrivals = arrivals_at(self.gradient, self.layout, ops)
         self.start, self.time, self.last = start, time, last
 
+    def run(self, states: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Undoes all steps, from the states that were kept; returns the gradients at the start and of the params."""
+        self.totals = Totals(self.params)
+        start = self._run(states)
+        return start, self.totals.settled()
+
     @abstractmethod
-    def run(self, states: dict[int, Tensor]) -> Tensor:
-        """Undoes all steps, from the states that were kept, and returns the gradient at the start."""
+    def _run(self, states: dict[int, Tensor]) -> Tensor:
+        """Undoes all steps, from the states that were kept; returns the gradient at the start."""
 
     @abstractmethod
     def advance(self, y: Tensor, begin: int, end: int) -> Tensor:

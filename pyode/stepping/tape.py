@@ -72,6 +72,7 @@ class Tape:
         end: the state behind the last step.
         last: the evaluation at the end of the last step, in a list, if its graph was kept.
         left: [T] or [T, B], which outputs were not reached and are the last state; None if all were.
+        undo: undoes the steps where they were taken, on a device; see `device_grid_checkpoint`. None if the host is to.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Tape:
         self.end = y0
         self.left: Tensor | None = None
         self.last: list[Evaluation | None] = []
+        self.undo: Callable[..., Any] | None = None
         self._stride = 1
 
     def listening(self, dynamics: RightHandSide) -> RightHandSide:
