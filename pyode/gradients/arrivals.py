@@ -12,9 +12,9 @@ from torch import Tensor
 from .._ops import reference
 from .._ops.contract import Layout, clock_device
 from ..stepping.tape import Passed, Step
+from .vjp import MOST_TERMS
 
 Shares = list[Tensor | None]
-MOST_TERMS = 16  # of a sum, as many as a table has stages at most
 
 
 def arrivals_at(gradient: Tensor, layout: Layout, ops: ModuleType) -> JointArrivals | SampleArrivals:
@@ -44,23 +44,17 @@ class JointArrivals:
         elsewhere |= set() if left is None else set(left.nonzero()[:, 0].tolist())
         return sum(self.gradient[i] for i in range(1, len(self.gradient)) if i not in elsewhere) + self.gradient[0]
 
-    def at_end(self, step: Step) -> Tensor | None:
-        """What arrives at outputs at a step's end."""
-        found = [self.gradient[passed.index] for passed in step.outputs if passed.position == 1.0]
-        return sum(found[1:], found[0]) if found else None
-
     def inside(self, step: Step) -> Tensor | None:
-        """What arrives at outputs inside a step: they move with its start."""
-        found = [self.gradient[passed.index] for passed in step.outputs if passed.position != 1.0]
+        """What arrives at outputs within a step: they move with its start."""
+        found = [self.gradient[passed.index] for passed in step.outputs]
         return sum(found[1:], found[0]) if found else None
 
     def shares(self, step: Step, n: int) -> Shares:
-        """What outputs inside a step give to its n derivatives, that at its end included."""
-        inside = [passed for passed in step.outputs if passed.position != 1.0]
-        if not inside:
+        """What outputs within a step give to its n derivatives, that at its end included."""
+        if not step.outputs:
             return [None] * n
-        gradients = [self.gradient[passed.index] for passed in inside]
-        columns = [passed.polynomial.weights_at(passed.position) for passed in inside]  # type: ignore[arg-type]
+        gradients = [self.gradient[passed.index] for passed in step.outputs]
+        columns = [passed.polynomial.weights_at(passed.position) for passed in step.outputs]
         rows = (tuple(column[j] if j < len(column) else 0.0 for column in columns) for j in range(n))
         return [self._sum(row, gradients, step.dt) if any(row) else None for row in rows]
 
@@ -76,7 +70,7 @@ class JointArrivals:
         """Each output within a step, and the effect of moving it along the solution; from all derivatives."""
         one = torch.ones(1, dtype=torch.float64, device=clock_device(self.layout.device))
         for passed in step.outputs:
-            slopes = passed.polynomial.slopes_at(passed.position)  # type: ignore[arg-type]
+            slopes = _slopes_at(passed.polynomial, passed.position)
             slope = reference.stage_combine(self.layout, slopes, self.zero, ks, one)
             yield passed, inner(self.gradient[passed.index], slope)[0]
 
@@ -101,9 +95,6 @@ class SampleArrivals:
         if left is not None:
             there[: len(left)] &= ~left
         return torch.where(_beside(there, self.gradient), self.gradient, 0.0).sum(0)
-
-    def at_end(self, step: Step) -> None:
-        """Nothing: those at a step's end are not told apart from those inside."""
 
     def inside(self, step: Step) -> Tensor | None:  # noqa: D102
         total = None
@@ -145,6 +136,11 @@ class SampleArrivals:
         """Rows times a factor each."""
         real = torch.promote_types(self.layout.real_dtype, torch.float32)
         return (rows * _beside(factors.to(rows.device, real), rows)).to(rows.dtype)
+
+
+def _slopes_at(polynomial: Any, x: Any) -> tuple[float, ...]:
+    """The derivatives of the dense output's weights at position x."""
+    return tuple(sum(p * c * x ** (p - 1) for p, c in enumerate(row, 1)) for row in polynomial.coefficients)
 
 
 def _weights(passed: Passed, slopes: bool = False) -> list[Tensor | None]:

@@ -68,9 +68,6 @@ class ExplicitReversal(Reversal):
         for n, y in self.backwards(states):
             step = steps[n]
             self._compact(n)
-            arriving = arrivals.at_end(step)
-            if arriving is not None:
-                lam = lam + arriving
             if last is None and (shares[-1] is not None or self._needs_slope_at_end(step)):
                 lam, last = self._undo_end(n, y1, lam, shares[-1])
             if self.clock is not None and last is not None and shares[-1] is not None:
@@ -118,6 +115,7 @@ class ExplicitReversal(Reversal):
         evaluation = self._evaluate(self.steps[n].times[-1], y1) if kept is None else kept
         if share is not None:
             lam = lam + self._pull_back(n, -1, evaluation, share)
+            self.totals.settled()
         return lam, self._value(evaluation)
 
     def _undo(
@@ -150,6 +148,7 @@ class ExplicitReversal(Reversal):
                 self.clock.add_sums(n, g, ks[i])
             hs.append(self._pull_back(n, i, evaluations.pop(), g if i or carried is None else g + carried))
         lam = combine(layout, (1.0,) * self.n_stages, lam, hs[1:], self.one)
+        self.totals.settled()
         inside = self.arrivals.inside(step)
         return lam if inside is None else lam + inside, ks
 

@@ -68,8 +68,6 @@ class Reversal(ABC):
         totals: the gradients of the params, of the steps undone so far.
     """
 
-    totals: Totals
-
     def __init__(
         self,
         recipe: Recipe,
@@ -83,7 +81,7 @@ class Reversal(ABC):
         last: list[Evaluation | None],
     ) -> None:
         self.recipe, self.steps, self.end, self.left, self.params = recipe, steps, end, left, params
-        self.vjp = Vjp()
+        self.totals, self.vjp = Totals(params), Vjp()
         self.gradient = plain(gradient.detach())
         self.ops = ops = backend_for(end)
         samples, size = recipe.form.samples, recipe.form.segments[-1]
@@ -93,7 +91,7 @@ class Reversal(ABC):
 
     def run(self, states: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Undoes all steps, from the states that were kept; returns the gradients at the start and of the params."""
-        self.totals = Totals(self.params)
+        self.totals.restart()
         start = self._run(states)
         return start, self.totals.settled()
 

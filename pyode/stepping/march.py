@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._ops import autograd, reference
+from .._ops import autograd
 from .._ops.contract import Flag, Phase, neighbour
 from ..errors import Status
 from .outputs import Output, RecordedBatchOutput, RecordedOutput, column, interpolant_of
@@ -179,7 +179,7 @@ class March:
 
     def _noted(self, tape: Tape) -> Step:
         loop, flags, dt, times = self.loop, self.flags, self.dt, self._times
-        polynomial, field = interpolant_of(reference, loop.tableau), loop.controller.field
+        polynomial, field = interpolant_of(loop.ops, loop.tableau), loop.controller.field
         if loop.layout.samples == 1:
             outputs = range(*(int(field(name)) for name in ("output_begin", "output_end"))) if flags & _OUTPUT else ()
             t0, t1, size = (loop.field(name) for name in ("t_prev", "t", "dt_prev")) if outputs else (0.0, 0.0, 1.0)

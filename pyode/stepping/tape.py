@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .._ops.contract import RightHandSide
-from .._ops.reference import Interpolant
 from .recorder import Evaluation, Recorder
 
 
@@ -23,14 +22,14 @@ class Passed:
         index: which of the solve's outputs it is.
         samples: which samples'; 0 if there is only one.
         position: where in the step it lies, from 0 to 1.
-        polynomial: the dense output over the step's evaluations.
+        polynomial: the dense output over the step's evaluations: a backend's Interpolant.
         timed: whether its time is one of the output times; that of an event has no gradient.
     """
 
     index: int | Tensor
     samples: int | Tensor
     position: float | Tensor
-    polynomial: Interpolant
+    polynomial: Any
     timed: bool = True
 
 
@@ -147,7 +146,7 @@ class Tape:
         self.steps[n] = replace(step, outputs=(passed,) if last else (*step.outputs, passed))
 
 
-def passed_by_samples(controller: Any, times: Tensor, polynomial: Interpolant) -> Iterator[Passed]:
+def passed_by_samples(controller: Any, times: Tensor, polynomial: Any) -> Iterator[Passed]:
     """The outputs which the step just judged has passed: the first of each sample, the second of each, ...
 
     Args:

@@ -28,10 +28,6 @@ class Interpolant:
             weights.append(weight)
         return tuple(weights)
 
-    def slopes_at(self, x: float) -> tuple[float, ...]:
-        """The derivatives of the weights there."""
-        return tuple(sum(p * c * x ** (p - 1) for p, c in enumerate(row, 1)) for row in self.coefficients)
-
 
 def interpolate_at(interpolant: Interpolant, x: Tensor, y: Tensor, ks: list[Tensor], dt: float | Tensor) -> Tensor:
     """The state at position x, a 0-dim tensor that may require a gradient, of a joint step."""
