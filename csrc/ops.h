@@ -85,6 +85,16 @@ struct FinishStep {
   double w;
 };
 
+/// The transpose of Interpolate: what gradients of the outputs that each sample's last step passed give to the step,
+/// with sums of at most kMaxStages terms as stage_combine has them: out_j = dt_prev sum_m w_j(x_m) g_m,
+/// start = sum_m g_m. Only cuda, as the host knows which outputs there are.
+struct InterpolateVjp {
+  Interpolate outputs;  // of which neither states nor derivatives are read; out_stride is that of g
+  const void* g;        // [T, B, D]
+  void* out[kMaxStages];
+  void* start;  // may be null
+};
+
 /// out[b, :] = accepted[b] ? moved[b, :] : stayed[b, :], after a step which only some samples accepted.
 struct SelectRows {
   const void* moved;
@@ -141,7 +151,9 @@ const char* interpolate(const Layout&, const Interpolate&);
 const char* finish_step(const Layout&, const FinishStep&);
 // error_norm, control and finish_step, in as few launches as can be
 const char* end_step(const Layout&, const ErrorNorm&, const Control&, const FinishStep&);
+const char* interpolate_vjp(const Layout&, const InterpolateVjp&);
 const char* select_rows(const Layout&, const SelectRows&);
+const char* repeat_while(const Layout&, const int64_t* left, unsigned long long condition);  // it holds where left > 0
 const char* control(const Layout&, const Control&);
 int64_t error_parts(const Layout&);  // into how many parts error_norm should split a mean
 }  // namespace cuda

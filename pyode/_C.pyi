@@ -269,6 +269,19 @@ def end_step(
     w: float,
     /,
 ) -> None: ...
+def interpolate_vjp(
+    layout: Layout,
+    interpolant: Interpolant,
+    words: Any,
+    times: Any,
+    n_times: int,
+    g: Any,
+    g_stride: int,
+    outs: list[Any],
+    start: Any,
+    /,
+) -> None: ...
+def repeat_while(layout: Layout, left: Any, condition: int, /) -> None: ...
 
 class GraphLoop:
     @property

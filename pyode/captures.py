@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,14 +23,22 @@ from .compiled.arguments import Slots, kind_of
 from .compiled.guards import Guards
 from .parameters import all_tensors
 from .state import Func, State
-from .stepping.captured import CapturedLoop
-from .stepping.captured_grid import CapturedGrid
 from .tree import Tree
 
 Key = tuple[Any, ...]
 
 # From func and, by id, what stands for the tensors that it uses: the loop, and further inputs.
-Make = Callable[[Func, dict[int, Tensor]], "tuple[CapturedLoop | CapturedGrid, list[Tensor]]"]
+Make = Callable[[Func, dict[int, Tensor]], "tuple[Work, list[Tensor]]"]
+
+
+class Work(Protocol):
+    """What is captured: a CapturedLoop or the like."""
+
+    def trial(self) -> Iterator[None]:
+        """Does a part of it, driven by the host, and stops now and then."""
+
+    def capture(self, graph: Any) -> None:
+        """Has a graph capture it, after a trial; RuntimeError if something can't be."""
 
 
 class CaptureError(RuntimeError):
@@ -119,7 +127,7 @@ class Captured:
     """A captured solve.
 
     Attributes:
-        loop: its memory: a CapturedLoop or a CapturedGrid.
+        loop: its memory.
         graph: what is launched.
         slots: one tensor for each tensor in args.
         inputs: other tensors to be filled before a launch.
@@ -307,7 +315,7 @@ def _nothing_cast_before() -> Iterator[None]:
         torch.set_autocast_cache_enabled(caches)
 
 
-def _warm_up(loop: CapturedLoop | CapturedGrid, device: torch.device) -> None:
+def _warm_up(loop: Work, device: torch.device) -> None:
     """Solves, driven by the host.
 
     So func, and the libraries that it uses, have done what they do once. Raises CaptureError if func is random.

@@ -17,6 +17,7 @@ from ._ops import graph_loop, native
 from ._ops.contract import Layout
 from .callbacks import has_callbacks
 from .captures import BoundFunc, Captured, Key, captured_for, captured_solves, surroundings
+from .device_checkpoint import TooManySteps, note, room_for
 from .device_grid import DeviceGrid
 from .device_solve import DeviceSolve, Given, has_failed, launch, obstacle, unless
 from .methods import Tableau
@@ -51,12 +52,23 @@ class DeviceLoop(DeviceSolve):
         structure = form.per_sample, tuple(form.shapes), form.tree and str(form.tree.spec)
         self.key: Key = (
             self.bound.key, y0.shape, y0.dtype, y0.device, structure, problem.method.name, astuple(problem.policy),
-            given.kind, surroundings(),
+            given.kind, hooks.tape is not None, surroundings(),
         )  # fmt: skip
-        # Taken at once: whether func can be captured decides who drives the solve.
-        self._captured: Captured | None = captured_for(
-            self.key, self.bound, y0.device, self._make, self._fill, graph_loop.GraphLoop
-        )
+        self.room = None if hooks.tape is None else room_for(0, y0, self.key)
+        # Taken at once: whether func can be captured decides who drives the solve, and so does what its steps take.
+        self._captured: Captured | None = self._capture()
+        self._out = None if hooks.tape is None else self._launch_with_room()
+
+    def _capture(self) -> Captured:
+        return captured_for(self.key, self.bound, self.problem.y0.device, self._make, self._fill, graph_loop.GraphLoop)
+
+    def _launch_with_room(self) -> Tensor:
+        while True:
+            try:
+                return self._launch()
+            except TooManySteps as found:
+                self.room = room_for(found.n, self.problem.y0, self.key)
+                self._captured = self._capture()
 
     def _make(self, func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedLoop, list[Tensor]]:
         problem, form, y0 = self.problem, self.problem.form, self.problem.y0
@@ -66,7 +78,7 @@ class DeviceLoop(DeviceSolve):
         first_step = problem.first_step is not None
         loop = CapturedLoop(
             dynamics, self.tableau, layout, rtol, atol, problem.policy, grid, times,
-            y0=y0, first_step=first_step, checks=self.given.times.unread,
+            y0=y0, first_step=first_step, checks=self.given.times.unread, room=self.room,
         )  # fmt: skip
         return loop, []
 
@@ -75,23 +87,31 @@ class DeviceLoop(DeviceSolve):
         self.given.fill(captured)
         captured.fill_slots(self.bound)
 
+    def _launch(self) -> Tensor:
+        captured, self._captured = self._captured, None  # from now on it is anybody's
+        assert captured is not None
+
+        def collect(loop: CapturedLoop) -> Tensor:
+            out, tape = loop.out.clone(), self.hooks.tape
+            self.read(loop) if self.hooks.waits or tape is not None else self.copy(loop)
+            if tape is not None:
+                n = int(self.controller.field("n_accepted"))
+                note(tape, loop, n, self.times, self.problem.options, self.bound, self.key)
+            return out
+
+        return launch(captured, self.key, partial(self._fill, captured), collect)
+
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
         """Returns the states at the output times, [T, *y0.shape], from the problem's start and first step.
 
         Where the hooks do not want to wait, those behind a failure may be anything.
         """
-        captured, self._captured = self._captured, None  # from now on it is anybody's
-        assert captured is not None
-
-        def collect(loop: CapturedLoop) -> Tensor:
-            out = loop.out.clone()
-            self.read(loop) if self.hooks.waits else self.copy(loop)
-            return out
-
-        out = launch(captured, self.key, partial(self._fill, captured), collect)
+        out, tape = self._launch() if self._out is None else self._out, self.hooks.tape
         if self.end is not None:
             self.hooks.fail(self.error(*self.end))
             out = torch.where(column(self.left(), out), self.end[0], out)
+            if tape is not None:
+                tape.left, tape.steps, tape.undo = self.left(), tape.undo.steps(), None
         return out
 
 
@@ -116,7 +136,10 @@ def _what_looks_on(problem: Problem, hooks: Hooks) -> str | None:
     if hooks.tape is not None and hooks.tape.most < math.inf:
         return "options['checkpoints'] keeps a part of the states"
     if hooks.tape is not None and problem.method.adaptive:
-        return "gradient='checkpoint' notes every step of a method that chooses them"
+        if problem.form.per_sample:
+            return "gradient='checkpoint' notes every step of samples with steps of their own"
+        if problem.grid.jump_t is not None or hooks.tape.time:
+            return "gradient='checkpoint' notes where jump_t ends a step, and the times of all if they have a gradient"
     if problem.callbacks or hooks.step or hooks.after_step:
         return "callbacks, events, dense output, progress and compact look at every step"
     wanting = (problem.y0, problem.times.tensor, *(x for _, x in reachable(problem.func)))
@@ -159,6 +182,7 @@ class _Remembered:
         problem, given = loop.problem, loop.given
         func, t, rtol, atol = problem.written, problem.times.tensor, problem.rtol, problem.atol
         plain = problem.options == {"device_loop": True} and problem.form.is_tensor and not problem.args
+        plain = plain and loop.hooks.tape is None
         if not (plain and isinstance(rtol, float) and isinstance(atol, float)):
             return
         with suppress(TypeError):  # not everything that can be called can be referred to weakly

@@ -89,6 +89,7 @@ def test_the_cache_is_bounded_and_lets_go(tmp_path, monkeypatch):
         ("adjoint", {"control": "per_sample"}),
         ("adjoint", {"method": "rk4"}),
         ("checkpoint", {"method": "rk4"}),
+        ("checkpoint", {}),
     ],
 )
 def test_what_is_captured_goes_with_func(gradient, options):

@@ -7,13 +7,19 @@ import warnings
 import pytest
 import torch
 from device_loops import DEVICE, MARKS, ON, Field, check_same_gradients, n_captures, normal, times
+from factories import ROUNDOFF, controller_for, layout_for, numbers, operands
 
 import pyode
+from pyode import device_checkpoint
+from pyode._ops import native
+from pyode._ops.contract import Phase, Policy
 from pyode.methods import TABLEAUS
 
 pytestmark = MARKS
 
 FIXED = [name for name, tableau in TABLEAUS.items() if not tableau.adaptive]
+ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
+METHODS = ["rk4", "dopri5"]
 
 
 def by_odeint(func, y, t, options, counting, method="rk4", **kwargs):
@@ -27,6 +33,44 @@ def by_solve_ivp(func, y, t, options, counting, method="rk4", **kwargs):
     return pyode.solve_ivp(func, y, t, method=method, gradient="checkpoint", options=options, **kwargs).ys
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128, torch.bfloat16])
+@pytest.mark.parametrize(("size", "n"), [(1, 1), (3, 40), (300, 0), (300, 17), (70001, 2)])
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_what_outputs_give_to_a_step_is_the_transpose_of_dense_output(method, size, n, dtype):
+    tableau = TABLEAUS[method]
+    y, ks, _ = operands(1, size, dtype, DEVICE, len(tableau.interpolant))
+    layout, times = layout_for(native, y), torch.cat([torch.linspace(0, 0.1, n + 1), torch.ones(1)]).double()
+    controller = controller_for(native, layout, times, Policy(float(tableau.order), max_step=0.1))
+    controller.run(Phase.GIVEN_FIRST, 0.1)
+    controller.error_norm((0.0,), y, y, ks, controller.dt, 0.0, 1.0)
+    controller.run(Phase.JUDGE)
+    g = numbers(len(times), *y.shape, dtype=dtype, device=DEVICE, seed=90)
+    interpolant, start = native.Interpolant(tableau.interpolant, tableau.end), torch.empty_like(y)
+    found = native.interpolate_vjp(layout, interpolant, controller.words, times.to(DEVICE), g, start)
+    passed = int(controller.field("output_end") - controller.field("output_begin"))
+    assert passed in (n, n - 1)  # the last may lie a rounding behind the step's end
+    # Chains of stage sums, as the host has them.
+    columns = [interpolant.weights_at(1.0 if x == 0.1 else float(x) / 0.1) for x in times[1 : passed + 1]]
+    for j, share in enumerate(found):
+        total = torch.zeros_like(y)
+        for i in range(0, passed, 16):
+            weights = tuple(column[j] for column in columns[i : i + 16])
+            gs = list(g[1 + i : 1 + min(i + 16, passed)])
+            total = native.stage_combine(layout, weights, total, gs, controller.field("dt_prev"))
+        assert torch.equal(total, torch.zeros_like(y) if share is None else share)
+    assert torch.equal(start, sum(g[1 : passed + 1], torch.zeros_like(y)))
+    # <g, what is interpolated of the derivatives> = <what is given to them, the derivatives>.
+    out = torch.zeros_like(g)
+    native.interpolate(layout, interpolant, controller, torch.zeros_like(y), ks, out)
+    products = [(share.conj() * k).abs().double() for share, k in zip(found, ks) if share is not None]
+    sides = [
+        sum(torch.sum((a.conj() * b).real.double()) for a, b in pairs if a is not None)
+        for pairs in ([(g, out)], zip(found, ks))
+    ]
+    scale = 1e-30 + sum(product.sum() for product in products)
+    assert abs(sides[0] - sides[1]) <= 8 * ROUNDOFF[dtype] * 40 * scale
+
+
 @pytest.mark.parametrize("options", [{}, {"step_size": 0.3}, {"step_size": 0.3, "interp": "cubic"}, {"perturb": True}])
 @pytest.mark.parametrize("with_time", [False, True])
 @pytest.mark.parametrize("method", FIXED)
@@ -35,26 +79,45 @@ def test_of_given_steps(method, with_time, options):
     check_same_gradients(by_odeint, func, normal(5, 3), t, tuple(func.parameters()), method=method, options=options)
 
 
+@pytest.mark.parametrize("options", [{}, {"step_t": [0.3, 1.5]}, {"first_step": 0.3, "max_step": 0.4}], ids=str)
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_of_chosen_steps(method, options):
+    func = Field()
+    params, kwargs = tuple(func.parameters()), {"method": method, "options": options}
+    if method == "adaptive_heun":
+        kwargs["captures"] = 3  # more steps than the ring has room for at first
+    check_same_gradients(by_odeint, func, normal(5, 3), times(4), params, **kwargs)
+
+
+@pytest.mark.parametrize("n", [2, 60])  # and many in a step
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+def test_of_outputs_in_the_last_step_and_many_in_each(method, n):
+    func = Field()
+    check_same_gradients(by_odeint, func, normal(5, 3), times(n), tuple(func.parameters()), method=method)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 @pytest.mark.parametrize("solve", [by_odeint, by_solve_ivp])
-def test_of_every_dtype_backwards_in_time(solve, dtype):
-    rate, t = normal(3, dtype=dtype).requires_grad_(), times(4).flip(0).requires_grad_()
+@pytest.mark.parametrize("method", METHODS)
+def test_of_every_dtype_backwards_in_time(method, solve, dtype):
+    rate, t = normal(3, dtype=dtype).requires_grad_(), times(4).flip(0).requires_grad_(method == "rk4")
     check_same_gradients(
-        solve, lambda t, y: torch.sin(y) / 2 - rate * y * t / 8, normal(5, 3, dtype=dtype), t, (rate,),
-        options={"step_size": 0.4},
-    )  # fmt: skip
+        solve, lambda t, y: torch.sin(y) / 2 - rate * y * t / 8, normal(5, 3, dtype=dtype), t, (rate,), method=method
+    )
 
 
-def test_of_a_structure_with_args_and_a_parameter_without_effect():
+@pytest.mark.parametrize("method", METHODS)
+def test_of_a_structure_with_args_and_a_parameter_without_effect(method):
     def func(t, y, rate, unused):
         return {"a": -rate * y["a"] * t, "b": y["b"] * rate[0] + 0 * unused.detach()}
 
     y0, rate = {"a": normal(3), "b": normal(2, 2)}, torch.full((3,), 0.5, device=DEVICE, requires_grad=True)
     unused = normal(1).requires_grad_()
-    check_same_gradients(by_odeint, func, y0, times(4), (rate, unused), args=(rate, unused))
+    check_same_gradients(by_odeint, func, y0, times(4), (rate, unused), args=(rate, unused), method=method)
 
 
-def test_training_captures_once_and_args_are_copied_in():
+@pytest.mark.parametrize("method", METHODS)
+def test_training_captures_once_and_args_are_copied_in(method):
     finals, y0, before = [], normal(4, 3), n_captures()
 
     class Scaled(Field):
@@ -68,7 +131,7 @@ def test_training_captures_once_and_args_are_copied_in():
         for _ in range(4):
             optimizer.zero_grad(set_to_none=False)
             with torch.enable_grad():
-                out = by_odeint(func, y0, times(), more, {"stats": None}, args=(scale,))
+                out = by_odeint(func, y0, times(), more, {"stats": None}, method, args=(scale,))
                 (out[-1] - 1).square().mean().backward()
             optimizer.step()
             scale = scale * 0.9
@@ -77,30 +140,35 @@ def test_training_captures_once_and_args_are_copied_in():
     assert n_captures() == before + 2
 
 
-def test_several_solves_wait_for_their_gradients():
+@pytest.mark.parametrize("method", METHODS)
+def test_several_solves_wait_for_their_gradients(method):
     func, starts, found = Field(), [normal(4, 3).requires_grad_() for _ in range(3)], []
     for more in ({}, ON):
         with torch.enable_grad():
-            outs = [by_odeint(func, y, times(), more, {"stats": None}) for y in starts]
+            outs = [by_odeint(func, y, times(), more, {"stats": None}, method) for y in starts]
             loss = sum((i * out).square().sum() for i, out in enumerate(outs, 1))
             found.append(torch.autograd.grad(loss, (*starts, *func.parameters())))
     assert all(map(torch.equal, *found))
 
 
-def test_a_gradient_that_is_lost_is_told():
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gradient_that_is_lost_is_told(method):
     func, y, hidden = Field(), normal(4, 3), normal(3).requires_grad_()
     params = tuple(func.parameters())
-    kwargs = {"options": {"params": params}, "captures": 2}
+    kwargs = {"options": {"params": params}, "method": method}
     with pytest.warns(UserWarning, match="requires gradient and is not among those") as caught:
         check_same_gradients(by_odeint, lambda t, y: func(t, y) * hidden, y, times(), params, **kwargs)
     assert len(caught) == 2  # once by each
 
 
-def test_a_tensor_for_which_none_can_stand_has_its_gradient_by_the_host():
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tensor_for_which_none_can_stand_has_its_gradient_by_the_host(method):
     names = {"rates": normal(3).requires_grad_()}
     exec("def func(t, y): return -rates * y", names)
     with pytest.warns(UserWarning, match="because a tensor that wants a gradient is a global variable") as caught:
-        check_same_gradients(by_odeint, names["func"], normal(4, 3), times(), (names["rates"],), captures=1)
+        check_same_gradients(
+            by_odeint, names["func"], normal(4, 3), times(), (names["rates"],), captures=1, method=method
+        )
     assert len(caught) == 1
 
 
@@ -110,6 +178,9 @@ def test_a_tensor_for_which_none_can_stand_has_its_gradient_by_the_host():
         ({"checkpoints": 2}, {}, "keeps a part of the states"),
         ({"step_size": 2 / 3000}, {}, "3000 steps are too many"),
         ({}, {"method": "trbdf2"}, "is not an explicit"),
+        ({"checkpoints": 2}, {"method": "dopri5"}, "keeps a part of the states"),
+        ({"jump_t": [0.7]}, {"method": "dopri5"}, "where jump_t ends a step"),
+        ({"control": "per_sample"}, {"method": "dopri5"}, "samples with steps of their own"),
     ],
     ids=str,
 )
@@ -123,3 +194,49 @@ def test_what_the_host_drives_with_one_warning(choice, kwargs, why):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         by_odeint(func, normal(2, 3), times(2), {**choice, "device_loop": "auto"}, {"stats": None}, **kwargs)
+
+
+def test_gradients_of_times_are_the_hosts_where_steps_are_chosen():
+    with pytest.warns(UserWarning, match="the times of all if they have a gradient") as caught:
+        check_same_gradients(
+            by_odeint, lambda t, y: -y, normal(2, 3), times(3).requires_grad_(), captures=0, method="dopri5"
+        )
+    assert len(caught) == 1
+
+
+def test_room_for_all_steps_or_none(monkeypatch):
+    func, y0, kwargs = Field(), normal(2, 3), {"method": "dopri5", "options": {"max_step": 0.02}}
+    for captures in (3, 0):  # at first the ring has room for fewer
+        check_same_gradients(by_odeint, func, y0, times(3), tuple(func.parameters()), captures=captures, **kwargs)
+    other = Field()
+    monkeypatch.setattr(device_checkpoint, "MOST_BYTES", 80 * device_checkpoint.bytes_of_step(y0))
+    for captures in (1, 0):  # the second time nothing is tried
+        with pytest.warns(UserWarning, match="more than 80 steps take more than") as caught:
+            check_same_gradients(by_odeint, other, y0, times(3), tuple(other.parameters()), captures=captures, **kwargs)
+        assert len(caught) == 1
+
+
+def test_a_failure_that_is_returned():
+    rate = torch.ones(3, device=DEVICE, requires_grad=True)
+
+    def func(t, y):
+        return torch.where(t > 0.5, torch.nan, 1.0) * -rate * y
+
+    found, y = [], normal(3).requires_grad_()
+    for more in ({}, ON):
+        with torch.enable_grad():
+            with pytest.warns(UserWarning, match="the solve failed"):
+                out = by_odeint(func, y, times(), {"on_failure": "return", **more}, {"stats": None}, "dopri5")
+            found += [(out, *torch.autograd.grad(out.square().sum(), (y, rate)))]
+    assert all(map(torch.equal, *found))
+    assert all(gradient.any() for gradient in found[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_graph_that_is_kept_is_gone_through_again(method):
+    func, y, found = Field(), normal(4, 3).requires_grad_(), []
+    with torch.enable_grad():
+        out = by_odeint(func, y, times(), ON, {"stats": None}, method)
+        for _ in range(2):
+            found.append(torch.autograd.grad(out.square().sum(), (y, *func.parameters()), retain_graph=True))
+    assert all(map(torch.equal, *found))

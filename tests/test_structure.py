@@ -25,7 +25,7 @@ MODULES = [path for path in PACKAGE.rglob("*.py") if path.stem != "__main__" and
 LAYERS = {
     "__init__": 10, "patch": 9, "solve_ivp": 8, "dense": 7, "events": 7, "adjoint": 7, "samples": 6.5, "odeint": 6,
     "taped": 5.8, "solving": 5.7, "again": 5.65, "caches": 5.6, "device_backsolve": 5.65,
-    "device_backsolve_samples": 5.65, "device_loop": 5.6,
+    "device_backsolve_samples": 5.65, "device_loop": 5.6, "device_checkpoint": 5.58,
     "device_grid": 5.58, "device_grid_checkpoint": 5.57, "device_grid_backsolve": 5.6, "device_solve": 5.55,
     "problem": 5.5, "vmapped": 5.5,
     "captures": 5.2, "progress": 5, "compiled": 5, "gradients": 4, "callbacks": 4,

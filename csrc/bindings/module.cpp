@@ -127,6 +127,21 @@ void end_step(const OwnedLayout& where, const Table& table, const Interpolant& i
   check_launch(pyode::cuda::end_step(where.layout, norm, controller.prepare(Phase::judge, 0),
                                      finish_of(interpolant, controller, y, ks, y1, out, out_stride, stage, w)));
 }
+
+void interpolate_vjp(const OwnedLayout& where, const Interpolant& interpolant, py::handle words, py::handle times,
+                     int64_t n_times, py::handle g, int64_t g_stride, const py::list& outs, py::handle start) {
+  InterpolateVjp op = {};
+  op.outputs = interpolant.op;
+  op.outputs.state = {address<double>(words), where.layout.samples, where.layout.samples};
+  op.outputs.grid.times = address<double>(times);
+  op.outputs.grid.n_times = n_times;
+  op.outputs.grid.time_stride = 1;
+  op.outputs.out_stride = g_stride;
+  op.g = address(g);
+  for (int j = 0; j < op.outputs.terms; ++j) op.out[j] = address(outs[interpolant.stages[j]]);
+  op.start = address(start);
+  check_launch(pyode::cuda::interpolate_vjp(where.layout, op));
+}
 #endif
 
 }  // namespace
@@ -220,6 +235,10 @@ PYBIND11_MODULE(_C, m) {
 #if defined(PYODE_CUDA)
   m.def("finish_step", &finish_step);
   m.def("end_step", &end_step);
+  m.def("interpolate_vjp", &interpolate_vjp);
+  m.def("repeat_while", [](const OwnedLayout& where, py::handle left, unsigned long long condition) {
+    check_launch(pyode::cuda::repeat_while(where.layout, address<int64_t>(left), condition));
+  });
   using pyode::cuda::GraphLoop;
   py::class_<GraphLoop>(m, "GraphLoop")
       .def(py::init([] {

@@ -29,6 +29,12 @@ __global__ void judge_kernel(const __grid_constant__ Control op) {
   op.flags[1 - op.turn] = 0;
 }
 
+__global__ void repeat_kernel(const int64_t* left, unsigned long long condition) {
+#if PYODE_GRAPH_LOOPS
+  cudaGraphSetConditional(condition, *left > 0);
+#endif
+}
+
 template <class T>
 __global__ void select_kernel(const __grid_constant__ SelectRows op, int64_t samples, int64_t size) {
   for (int64_t i = thread_index(); i < samples * size; i += thread_count())
@@ -45,6 +51,11 @@ const char* control(const Layout& layout, const Control& op) {
     else
       control_kernel<T><<<blocks_for(op.state.samples), kThreads, 0, stream_of(layout)>>>(op);
   });
+  return launch_error();
+}
+
+const char* repeat_while(const Layout& layout, const int64_t* left, unsigned long long condition) {
+  repeat_kernel<<<1, 1, 0, stream_of(layout)>>>(left, condition);
   return launch_error();
 }
 

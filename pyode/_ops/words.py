@@ -27,6 +27,11 @@ class Readings:
         row = self._words[start : start + self._samples]
         return row if name in REAL_FIELDS else row.view(torch.int64)
 
+    @property
+    def words(self) -> Tensor:
+        """[N_FIELDS] all fields of the only sample: a view."""
+        return self._words[:N_FIELDS]
+
     def flags(self) -> list[int]:
         """Those that calls have left, by turn; this waits for the device."""
         flags: list[int] = self._words[self._flags : self._flags + 2].view(torch.int64).tolist()

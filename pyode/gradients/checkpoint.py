@@ -55,7 +55,7 @@ class _Checkpointed(torch.autograd.Function):
             room = 0 if hooked or not any(ctx.needs_input_grad) else recipe.graph_bytes
             survey, n_stages = Survey(params, recipe.warns), len(recipe.method.weights)
             record = partial(Recorder, time=ctx.needs_input_grad[2], room=room, survey=survey)
-        tape = Tape(y0.detach(), recipe.checkpoints, record, n_stages)
+        tape = Tape(y0.detach(), recipe.checkpoints, record, n_stages, ctx.needs_input_grad[2])
         ys = solve(tape)
         ctx.recipe, ctx.steps, ctx.left, ctx.n_params = recipe, tape.steps, tape.left, len(params)
         ctx.last, ctx.undo = tape.last, tape.undo

@@ -47,6 +47,7 @@ class ExplicitReversal(Reversal):
         self.one = torch.ones(recipe.form.samples, dtype=torch.float64, device=clock_device(y.device))
         self.weights, self.transposed = method.weights, transposed_of(method)
         self.n_stages = len(self.weights)
+        self.clock: TimeGradients | None = None
         self.rows, self.table = method.rows, table_of(self.ops, method)
 
     def of_times(self, t: Tensor) -> Tensor:  # noqa: D102
@@ -57,7 +58,8 @@ class ExplicitReversal(Reversal):
 
     def _run(self, states: dict[int, Tensor]) -> Tensor:
         steps, arrivals, n_derivatives = self.steps, self.arrivals, self.n_stages + 1
-        self.clock = TimeGradients(self.method, steps, self.layout, len(self.gradient)) if self.time else None
+        if self.time:
+            self.clock = TimeGradients(self.method, steps, self.layout, len(self.gradient))
         lam = arrivals.at_last_state(self.left)
         if self.clock is not None and steps and self.left is not None and self.recipe.grid is None:
             # That state has moved with the last step's end, and is wanted at the time where it stands.
@@ -69,12 +71,14 @@ class ExplicitReversal(Reversal):
             step = steps[n]
             self._compact(n)
             if last is None and (shares[-1] is not None or self._needs_slope_at_end(step)):
-                lam, last = self._undo_end(n, y1, lam, shares[-1])
+                lam, last = self.undo_end(n, y1, lam, shares[-1])
             if self.clock is not None and last is not None and shares[-1] is not None:
                 self.clock.add_sums(n, shares[-1], last)
             shares_before: Shares = arrivals.shares(steps[n - 1], n_derivatives) if n else [None]
             carried = shares_before[-1] if step.opening is None else None
-            lam, ks = self._undo(n, y, lam, shares, carried)
+            lam, ks = self.undo(n, y, lam, shares, carried)
+            inside = arrivals.inside(step)
+            lam = lam if inside is None else lam + inside
             if self.clock is not None and step.outputs:
                 self.clock.add_outputs(n, arrivals.effects(step, ks if last is None else [*ks, last]))
             y1, shares, last = y, shares_before, None if step.opening is not None else ks[0]
@@ -109,7 +113,7 @@ class ExplicitReversal(Reversal):
         several = (len(passed.polynomial.coefficients) > self.n_stages for passed in step.outputs)
         return self.clock is not None and any(several)
 
-    def _undo_end(self, n: int, y1: Tensor, lam: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
+    def undo_end(self, n: int, y1: Tensor, lam: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
         """Undoes the evaluation at the end of step n, which no step after it uses; returns the derivative too."""
         kept = self.last.pop() if self.last and n == len(self.steps) - 1 else None
         evaluation = self._evaluate(self.steps[n].times[-1], y1) if kept is None else kept
@@ -118,10 +122,10 @@ class ExplicitReversal(Reversal):
             self.totals.settled()
         return lam, self._value(evaluation)
 
-    def _undo(
+    def undo(
         self, n: int, y: Tensor, lam: Tensor, shares: Shares, carried: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Undoes step n, from y; returns the gradient at its start and its derivatives.
+        """Undoes step n, from y; returns its derivatives and the gradient at its start, without that of outputs there.
 
         Args:
             lam: the gradient at its end.
@@ -149,8 +153,7 @@ class ExplicitReversal(Reversal):
             hs.append(self._pull_back(n, i, evaluations.pop(), g if i or carried is None else g + carried))
         lam = combine(layout, (1.0,) * self.n_stages, lam, hs[1:], self.one)
         self.totals.settled()
-        inside = self.arrivals.inside(step)
-        return lam if inside is None else lam + inside, ks
+        return lam, ks
 
     def _evaluate(self, t: Tensor, y: Tensor) -> Evaluation:
         evaluation = evaluate(self.dynamics, t, y, self.time)

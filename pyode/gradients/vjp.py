@@ -66,9 +66,9 @@ class Totals:
         self._held: list[Sequence[Tensor | None]] = []
         self._room: int | None = None  # how many times gradients may be held
 
-    def restart(self) -> None:
-        """Begins again from zero."""
-        self._sums, self._held = [torch.zeros_like(x) for x in self._sums], []
+    def restart(self, sums: Sequence[Tensor] | None = None) -> None:
+        """Begins again, from zero or the sums given."""
+        self._sums, self._held = [torch.zeros_like(x) for x in self._sums] if sums is None else list(sums), []
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Adds gradients, where there are any."""

@@ -19,6 +19,7 @@ from ..control import in_order
 from ..errors import Status
 from .adaptive import AdaptiveLoop
 from .outputs import column
+from .ring import Ring
 
 # How many steps a turn of the device's loop takes, in solves of up to so many steps; in longer ones, MOST_A_TURN. A
 # turn itself takes as long as a few small kernels, but what of the last one lies behind the end is in vain.
@@ -33,6 +34,7 @@ class CapturedLoop(AdaptiveLoop):
         y0: what states are like.
         first_step: whether the first step is given.
         checks: whether the output times have to be checked; wrong ones end the solve at its start.
+        room: for how many steps there is to be room on a ring; None for no ring.
         further: as AdaptiveLoop's. at_jump is called after every step, with the samples that are at a discontinuity; of
             the hooks watch_batch alone, with every step, accepted or not.
 
@@ -44,9 +46,12 @@ class CapturedLoop(AdaptiveLoop):
         first_step: [B] float64, the given one; None if it is to be chosen.
         crossings: [2, B] int64: how many discontinuities each sample has crossed, and in how many steps any of them
             has.
+        ring: the steps accepted.
     """
 
-    def __init__(self, *further: Any, y0: Tensor, first_step: bool, checks: bool = False) -> None:
+    def __init__(
+        self, *further: Any, y0: Tensor, first_step: bool, checks: bool = False, room: int | None = None
+    ) -> None:
         super().__init__(*further)
         self.checks = checks
         B, clock = self.layout.samples, self.grid.times.device
@@ -56,6 +61,8 @@ class CapturedLoop(AdaptiveLoop):
         self.first_step = torch.zeros(B, dtype=torch.float64, device=clock) if first_step else None
         self.crossings = torch.zeros(2, B, dtype=torch.int64, device=clock)
         self.controller.stay_on_device()
+        stage_times = y0.new_empty(len(self.tableau.abscissae), dtype=self.layout.real_dtype)
+        self.ring = None if room is None else Ring(room, y0, stage_times, self.controller)
         if self.quadrature is not None:
             self.quadrature.stay_on_device()
 
@@ -90,6 +97,8 @@ class CapturedLoop(AdaptiveLoop):
         self.measure.start(self.dynamics, self.y, self.k, self.first_step)
         if self.quadrature is not None:
             self.quadrature.keep_integrands()
+        if self.ring is not None:
+            self.ring.times[0, -1] = self.start()
         if self.checks:
             wrong = ~in_order(self.grid.times)
             self.controller.finish(wrong.expand(self.layout.samples), int(Status.NON_FINITE))
@@ -106,6 +115,8 @@ class CapturedLoop(AdaptiveLoop):
         """Takes a step, in vain where all samples are done."""
         controller, layout, y = self.controller, self.layout, self.y
         ks: list[Any] = [self.k, *[None] * len(self.table.rows)]
+        if self.ring is not None:
+            self.ring.begin(y)
         times = controller.stage_times.unbind()
         y1 = self.ops.stages(layout, self.table, y, ks, controller.dt, times, self.dynamics, self.stage)
         tail = y, ks, y1, self.out, self.stage, self.table.rows[0][0]
@@ -120,6 +131,8 @@ class CapturedLoop(AdaptiveLoop):
             self.ops.finish_step(layout, self.interpolant, controller, *tail)
             if self.quadrature is not None:
                 self.quadrature.finish_on_device(controller, self.interpolant)
+        if self.ring is not None:
+            self.ring.end()
         if self.grid.jump_t is not None:
             self._cross(self.grid.jump_t)
 

@@ -13,7 +13,7 @@ from .._ops.contract import Flag, Phase, neighbour
 from ..errors import Status
 from .outputs import Output, RecordedBatchOutput, RecordedOutput, column, interpolant_of
 from .segment import unmoved
-from .tape import Passed, Step, Tape, passed_by_samples
+from .tape import Step, Tape, passed_by_one, passed_by_samples
 
 if TYPE_CHECKING:
     from .adaptive import AdaptiveLoop
@@ -181,10 +181,7 @@ class March:
         loop, flags, dt, times = self.loop, self.flags, self.dt, self._times
         polynomial, field = interpolant_of(loop.ops, loop.tableau), loop.controller.field
         if loop.layout.samples == 1:
-            outputs = range(*(int(field(name)) for name in ("output_begin", "output_end"))) if flags & _OUTPUT else ()
-            t0, t1, size = (loop.field(name) for name in ("t_prev", "t", "dt_prev")) if outputs else (0.0, 0.0, 1.0)
-            values = loop.times.values
-            passed = (Passed(i, 0, 1.0 if values[i] == t1 else (values[i] - t0) / size, polynomial) for i in outputs)
+            passed = passed_by_one(loop.controller, loop.times.values, polynomial) if flags & _OUTPUT else ()
             return Step(dt, times, self._opening, bool(flags & _JUMP), tuple(passed))
         if flags & _STAYED:
             moved = field("accepted") != 0

@@ -64,6 +64,7 @@ class Tape:
             before its end: when there are too many states, every other one is dropped.
         record: makes a recorder of func; None if its evaluations are not to have graphs.
         n_stages: how many evaluations a step is the sum of.
+        time: whether the gradient of the output times is wanted.
 
     Attributes:
         steps: all of them.
@@ -80,8 +81,9 @@ class Tape:
         most: int | None = None,
         record: Callable[[RightHandSide], Recorder] | None = None,
         n_stages: int = 0,
+        time: bool = False,
     ) -> None:
-        self.record, self.n_stages = record, n_stages
+        self.record, self.n_stages, self.time = record, n_stages, time
         self.recorder: Recorder | None = None
         self.most = math.inf if most is None else most
         self.steps: list[Step] = []
@@ -89,7 +91,7 @@ class Tape:
         self.end = y0
         self.left: Tensor | None = None
         self.last: list[Evaluation | None] = []
-        self.undo: Callable[..., Any] | None = None
+        self.undo: Any = None
         self._stride = 1
 
     def listening(self, dynamics: RightHandSide) -> RightHandSide:
@@ -144,6 +146,19 @@ class Tape:
         """Notes that the state at an event within step n is an output too, and its only one if it is the `last`."""
         step = self.steps[n]
         self.steps[n] = replace(step, outputs=(passed,) if last else (*step.outputs, passed))
+
+
+def passed_by_one(controller: Any, values: list[float], polynomial: Any) -> Iterator[Passed]:
+    """The outputs which the step just judged has passed.
+
+    Args:
+        controller: of one sample.
+        values: the output times.
+        polynomial: the dense output.
+    """
+    t0, t1, size = (float(controller.field(name)) for name in ("t_prev", "t", "dt_prev"))
+    for i in range(*(int(controller.field(name)) for name in ("output_begin", "output_end"))):
+        yield Passed(i, 0, 1.0 if values[i] == t1 else (values[i] - t0) / size, polynomial)
 
 
 def passed_by_samples(controller: Any, times: Tensor, polynomial: Any) -> Iterator[Passed]:

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-LAUNCH = re.compile(r"(\w+)(<(?:[^<>;]|<[^<>;]*>)*>)\s*<<<(.*?)>>>\(", re.DOTALL)
+LAUNCH = re.compile(r"(\w+)((?:<(?:[^<>;]|<[^<>;]*>)*>)?)\s*<<<(.*?)>>>\(", re.DOTALL)
 KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(.*?^\}", re.DOTALL | re.MULTILINE)
 
 

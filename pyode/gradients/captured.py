@@ -1,0 +1,125 @@
+"""Undoing the steps on a ring as work for a GPU to do by itself: an opening, and a turn for every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._ops import native
+from .._ops.contract import N_FIELDS
+from ..methods import Tableau
+from ..stepping.outputs import interpolant_of
+from ..stepping.ring import DT
+from ..stepping.tape import Step
+from .explicit import ExplicitReversal
+from .reversal import Recipe
+from .survey import Survey
+
+
+class CapturedReversal:
+    """The steps of a joint solve undone, as ExplicitReversal does it, where nobody looks.
+
+    Args:
+        recipe: of the solve.
+        room: for how many steps.
+        y0: what states are like.
+        stage_times: [stages], what times of a step are like.
+        n_outputs: of the solve.
+        params: the tensors whose gradients are wanted.
+
+    Attributes:
+        states, times, words: as a Ring's.
+        output_times: [n_outputs] float64.
+        gradients: [n_outputs, *y0.shape] what arrives at the outputs.
+        end: the last state.
+        left: [1] int64, how many steps are to be undone; all of these are to be filled before `open`.
+        lam: the gradient at the start of the step undone last.
+        totals: those of the params.
+    """
+
+    def __init__(
+        self, recipe: Recipe, room: int, y0: Tensor, stage_times: Tensor, n_outputs: int, params: tuple[Tensor, ...]
+    ) -> None:
+        method = recipe.method
+        assert isinstance(method, Tableau)
+        self.states, self.times = y0.new_empty((room + 2, *y0.shape)), stage_times.new_zeros(room + 2, len(stage_times))
+        self.output_times = torch.zeros(n_outputs, dtype=torch.float64, device=y0.device)
+        self.words = self.output_times.new_zeros(room + 2, N_FIELDS)
+        self.gradients, self.end, self.lam = (
+            y0.new_zeros((n_outputs, *y0.shape)),
+            torch.zeros_like(y0),
+            torch.zeros_like(y0),
+        )
+        self.left, self._both = (torch.tensor(x, dtype=torch.int64, device=y0.device) for x in ([1], [-1, 0]))
+        self.totals = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
+        # The step to be undone, and the one before it.
+        self._here = self.words.new_zeros(2, N_FIELDS), self.times.new_zeros(2, len(stage_times))
+        steps = [Step(words[DT : DT + 1], times, None) for words, times in zip(*self._here)]
+        self.reversal = ExplicitReversal(recipe, steps, self.end, None, self.gradients, params, True, False, [])
+        self.reversal.survey = Survey(params, recipe.warns)
+        self.interpolant = interpolant_of(native, method)
+        # Of the derivative at a step's end alone, which the step after it has evaluated.
+        last = len(method.weights)
+        rows = [row if j == last else () for j, row in enumerate(self.interpolant.coefficients)]
+        self._at_end = native.Interpolant(tuple(rows), self.interpolant.end)
+        self._inside = torch.zeros_like(y0)
+
+    def trial(self) -> Iterator[None]:
+        """Undoes the last step, driven by the host."""
+        self.open()
+        yield
+        self._turn()
+        yield
+
+    def capture(self, graph: Any) -> None:
+        """Has a GraphLoop capture the work, after a trial; RuntimeError if something can't be."""
+        self._condition = graph.condition
+        graph.capture(self.open, self.turn)
+
+    def turn(self) -> None:
+        """Undoes a step, and tells whether there is another."""
+        self._turn()
+        native.repeat_while(self.reversal.layout, self.left, self._condition)
+
+    @torch.enable_grad()
+    def open(self) -> None:
+        """Begins at the end, whose derivative the last step's outputs may need."""
+        self._load()
+        self.lam.zero_()
+        for total in self.totals:
+            total.zero_()
+        share = self._shares(1, self._at_end)[-1]
+        if share is not None:
+            self.reversal.totals.restart()
+            lam, _ = self.reversal.undo_end(1, self.end, self.lam, share)
+            arrives = (share != 0).any()
+            for place, found in zip((self.lam, *self.totals), (lam, *self.reversal.totals.settled())):
+                place.copy_(torch.where(arrives, found, 0))
+
+    @torch.enable_grad()
+    def _turn(self) -> None:
+        y = self._load()
+        shares, carried = self._shares(1, self.interpolant, self._inside), self._shares(0, self._at_end)[-1]
+        self.reversal.totals.restart(self.totals)
+        lam, _ = self.reversal.undo(1, y, self.lam, shares, carried)
+        for place, found in zip((self.lam, *self.totals), (lam + self._inside, *self.reversal.totals.settled())):
+            place.copy_(found)
+        self.left -= 1
+
+    def _load(self) -> Tensor:
+        """Brings here the last step that is left, and the one before; returns the state at its start."""
+        rows = self.left + self._both
+        for place, ring in zip(self._here, (self.words, self.times)):
+            place.copy_(ring.index_select(0, rows))
+        return self.states.index_select(0, self.left)[0]
+
+    def _shares(self, step: int, interpolant: Any, start: Tensor | None = None) -> list[Tensor | None]:
+        """What outputs within one of both steps give to its derivatives, that at its end the last, and to its start."""
+        found = native.interpolate_vjp(
+            self.reversal.layout, interpolant, self._here[0][step], self.output_times, self.gradients, start
+        )
+        n = self.reversal.n_stages + 1
+        return [*found, *[None] * (n - len(found))]
