@@ -86,8 +86,8 @@ struct FinishStep {
 };
 
 /// The transpose of Interpolate: what gradients of the outputs that each sample's last step passed give to the step,
-/// with sums of at most kMaxStages terms as stage_combine has them: out_j = dt_prev sum_m w_j(x_m) g_m,
-/// start = sum_m g_m. Only cuda, as the host knows which outputs there are.
+/// out_j = dt_prev sum_m w_j(x_m) g_m and start = sum_m g_m. Only cuda, as the host knows which outputs there are. The
+/// order is the host's: of one sample sums of at most kMaxStages terms as stage_combine has them, else one by one.
 struct InterpolateVjp {
   Interpolate outputs;  // of which neither states nor derivatives are read; out_stride is that of g
   const void* g;        // [T, B, D]

@@ -275,6 +275,7 @@ def interpolate_vjp(
     words: Any,
     times: Any,
     n_times: int,
+    per_sample: bool,
     g: Any,
     g_stride: int,
     outs: list[Any],

@@ -1,4 +1,4 @@
-"""The checkpoint gradient of a joint solve that chooses its steps: they are undone as one launch on a GPU."""
+"""The checkpoint gradient of a solve that chooses its steps: they are undone as one launch on a GPU."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from .gradients.captured import CapturedReversal
 from .gradients.reversal import Recipe, Undone
 from .gradients.vjp import MOST_TERMS
 from .methods import Tableau
+from .problem import for_one_sample
 from .state import Func
 from .stepping.captured import CapturedLoop
-from .stepping.outputs import interpolant_of
-from .stepping.ring import steps_from
+from .stepping.outputs import column, interpolant_of
+from .stepping.ring import n_passed, steps_from
 from .stepping.tape import Step, Tape
 
 FIRST_ROOM = 64  # for so many steps, as long as no solve has taken more
@@ -39,18 +40,18 @@ class TooManySteps(Exception):
         self.n = n
 
 
-def bytes_of_step(y: Tensor) -> int:
+def bytes_of_step(y: Tensor, samples: int) -> int:
     """What a step takes on a ring, at most, with states like y."""
-    return y.nbytes + 8 * (N_FIELDS + MOST_TERMS)
+    return y.nbytes + 8 * (N_FIELDS + MOST_TERMS) * samples
 
 
-def room_for(n: int, y: Tensor, key: Key) -> int:
+def room_for(n: int, y: Tensor, samples: int, key: Key) -> int:
     """For how many steps there is to be room where there may be n, with states like y.
 
     Raises:
         CaptureError: their states take too much memory; no solve with that key needs to be tried again.
     """
-    most = MOST_BYTES // bytes_of_step(y)
+    most = MOST_BYTES // max(1, bytes_of_step(y, samples))
     room = min(max(FIRST_ROOM, 1 << (n - 1).bit_length()), most)
     if room < max(1, n):
         why = f"more than {most} steps take more than {MOST_BYTES >> 20} MB"
@@ -59,10 +60,8 @@ def room_for(n: int, y: Tensor, key: Key) -> int:
     return room
 
 
-def note(
-    tape: Tape, loop: CapturedLoop, n: int, times: Times, options: dict[str, Any], bound: BoundFunc, key: Key
-) -> None:
-    """Notes the n steps of a captured solve on a tape, and who undoes them.
+def note(tape: Tape, loop: CapturedLoop, times: Times, options: dict[str, Any], bound: BoundFunc, key: Key) -> None:
+    """Notes the steps of a captured solve on a tape, and who undoes them.
 
     Args:
         times: of the outputs.
@@ -73,14 +72,14 @@ def note(
     """
     ring = loop.ring
     assert ring is not None
+    n = int(ring.n)
     if n > ring.room:
         raise TooManySteps(n)
     *states, tape.end = torch.cat([ring.states[1 : n + 1], loop.y[None]]).unbind()
     tape.states = dict(enumerate(states))
     rows = ring.times[: n + 1].clone(), ring.words[: n + 1].clone()
-    tape.undo = RingUndoing(
-        options, bound, (key[0], "undone", *key[1:], ring.room), ring.room, loop.tableau, times, *rows
-    )
+    key = (key[0], "undone", *key[1:], ring.room)
+    tape.undo = RingUndoing(options, bound, key, ring.room, loop.tableau, times, *rows) if n else None
 
 
 @dataclass
@@ -106,7 +105,7 @@ class RingUndoing:
 
     def steps(self) -> list[Step]:
         """The steps, for the host."""
-        return list(steps_from(self.times, self.words, self.output_times.values, interpolant_of(native, self.method)))
+        return list(steps_from(self.times, self.words, self.output_times, interpolant_of(native, self.method)))
 
     def __call__(
         self,
@@ -141,13 +140,13 @@ class RingUndoing:
             captured.fill_slots(self.bound)
 
         def make(func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedReversal, list[Tensor]]:
-            plain = replace(recipe, func=func, grid=None)
-            return CapturedReversal(
-                plain, self.room, end, self.times[0], len(gradient), standing_for(params, stand_ins)
-            ), []
+            plain = replace(recipe, func=for_one_sample(func, recipe.form), grid=None)
+            times, words, outputs = self.times[0], self.words[0], self.output_times.tensor.shape
+            wanted = standing_for(params, stand_ins)
+            return CapturedReversal(plain, self.room, end, times, words, outputs, wanted), []
 
         def collect(loop: CapturedReversal) -> Undone:
-            return loop.lam + gradient[0], [total.clone() for total in loop.totals], None
+            return loop.lam + self._at_start(gradient), [total.clone() for total in loop.totals], None
 
         def undo() -> Undone:
             captured = captured_for(key, self.bound, end.device, make, fill, graph_loop.GraphLoop)
@@ -157,3 +156,11 @@ class RingUndoing:
         if undone is None and not steps:
             steps += self.steps()
         return undone
+
+    def _at_start(self, gradient: Tensor) -> Tensor:
+        """What arrives at outputs that no step has passed."""
+        n = n_passed(self.words)
+        if len(n) == 1:
+            return gradient[0]
+        outputs = torch.arange(len(gradient), device=gradient.device)[:, None]
+        return torch.where(column((outputs == 0) | (outputs > n), gradient), gradient, 0.0).sum(0)

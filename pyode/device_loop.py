@@ -54,7 +54,7 @@ class DeviceLoop(DeviceSolve):
             self.bound.key, y0.shape, y0.dtype, y0.device, structure, problem.method.name, astuple(problem.policy),
             given.kind, hooks.tape is not None, surroundings(),
         )  # fmt: skip
-        self.room = None if hooks.tape is None else room_for(0, y0, self.key)
+        self.room = None if hooks.tape is None else room_for(0, y0, form.samples, self.key)
         # Taken at once: whether func can be captured decides who drives the solve, and so does what its steps take.
         self._captured: Captured | None = self._capture()
         self._out = None if hooks.tape is None else self._launch_with_room()
@@ -67,7 +67,7 @@ class DeviceLoop(DeviceSolve):
             try:
                 return self._launch()
             except TooManySteps as found:
-                self.room = room_for(found.n, self.problem.y0, self.key)
+                self.room = room_for(found.n, self.problem.y0, self.layout.samples, self.key)
                 self._captured = self._capture()
 
     def _make(self, func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedLoop, list[Tensor]]:
@@ -95,8 +95,7 @@ class DeviceLoop(DeviceSolve):
             out, tape = loop.out.clone(), self.hooks.tape
             self.read(loop) if self.hooks.waits or tape is not None else self.copy(loop)
             if tape is not None:
-                n = int(self.controller.field("n_accepted"))
-                note(tape, loop, n, self.times, self.problem.options, self.bound, self.key)
+                note(tape, loop, self.times, self.problem.options, self.bound, self.key)
             return out
 
         return launch(captured, self.key, partial(self._fill, captured), collect)
@@ -111,7 +110,9 @@ class DeviceLoop(DeviceSolve):
             self.hooks.fail(self.error(*self.end))
             out = torch.where(column(self.left(), out), self.end[0], out)
             if tape is not None:
-                tape.left, tape.steps, tape.undo = self.left(), tape.undo.steps(), None
+                tape.left = self.left()
+                if tape.undo is not None:  # what then is to be undone is the host's
+                    tape.steps, tape.undo = tape.undo.steps(), None
         return out
 
 
@@ -135,11 +136,8 @@ def _what_looks_on(problem: Problem, hooks: Hooks) -> str | None:
         return "options['norm'] is a function of the user's"
     if hooks.tape is not None and hooks.tape.most < math.inf:
         return "options['checkpoints'] keeps a part of the states"
-    if hooks.tape is not None and problem.method.adaptive:
-        if problem.form.per_sample:
-            return "gradient='checkpoint' notes every step of samples with steps of their own"
-        if problem.grid.jump_t is not None or hooks.tape.time:
-            return "gradient='checkpoint' notes where jump_t ends a step, and the times of all if they have a gradient"
+    if hooks.tape is not None and problem.method.adaptive and (problem.grid.jump_t is not None or hooks.tape.time):
+        return "gradient='checkpoint' notes where jump_t ends a step, and the times of all if they have a gradient"
     if problem.callbacks or hooks.step or hooks.after_step:
         return "callbacks, events, dense output, progress and compact look at every step"
     wanting = (problem.y0, problem.times.tensor, *(x for _, x in reachable(problem.func)))

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from device_loops import DEVICE, MARKS, ON, Field, check_same_gradients, n_captures, normal, times
+from device_loops import DEVICE, MARKS, ON, Field, both_gradients, check_same_gradients, n_captures, normal, times
 from factories import ROUNDOFF, controller_for, layout_for, numbers, operands
 
 import pyode
@@ -87,6 +87,59 @@ def test_of_chosen_steps(method, options):
     if method == "adaptive_heun":
         kwargs["captures"] = 3  # more steps than the ring has room for at first
     check_same_gradients(by_odeint, func, normal(5, 3), times(4), params, **kwargs)
+
+
+def by_samples(func, y, t, options, counting, method="dopri5", **kwargs):
+    return by_solve_ivp(func, y, t, options, counting, method, control="per_sample", **kwargs)
+
+
+def odeint_by_samples(func, y, t, options, counting, method="dopri5", **kwargs):
+    return by_odeint(func, y, t, {**options, "control": "per_sample"}, counting, method, **kwargs)
+
+
+@pytest.mark.parametrize("options", [{}, {"step_t": [0.3, 1.5]}, {"max_step": 0.4}], ids=str)
+@pytest.mark.parametrize("solve", [by_samples, odeint_by_samples])
+@pytest.mark.parametrize("samples", [1, 5, 100])
+def test_of_samples(samples, solve, options):
+    func = Field()
+    check_same_gradients(solve, func, normal(samples, 3), times(4), tuple(func.parameters()), options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+@pytest.mark.parametrize("method", ["dopri8", "tsit5", "bosh3", "fehlberg2"])
+@pytest.mark.parametrize("n", [2, 40])
+def test_of_samples_of_other_dtypes_and_methods_backwards_in_time(n, method, dtype):
+    rate = normal(3, dtype=dtype).requires_grad_()
+    check_same_gradients(
+        by_samples, lambda t, y: torch.sin(y) / 2 - rate * y * t[:, None] / 8, normal(4, 3, dtype=dtype),
+        times(n).flip(0), (rate,), method=method,
+    )  # fmt: skip
+
+
+def test_of_samples_with_times_of_their_own():
+    t = torch.stack([torch.linspace(0, 1 + b, 5) for b in range(4)], 1).to(DEVICE)
+    t[:, 3] = t[0, 3]  # has no way to go
+    t[3:, 1] = t[3, 1]
+    func = Field()
+    check_same_gradients(by_samples, func, normal(4, 3), t, tuple(func.parameters()))
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_of_samples_none_of_which_moves(n):
+    func, t = Field(), torch.ones(3, n, device=DEVICE)
+    (theirs, _), (ours, _) = both_gradients(by_samples, func, normal(n, 3), t, tuple(func.parameters()))
+    assert all(map(torch.equal, theirs, ours))
+
+
+def test_of_samples_some_of_which_fail():
+    y0, found = torch.tensor([[1.0], [-1.0], [0.5], [2.0]], device=DEVICE), []
+    rate = torch.ones(1, device=DEVICE, requires_grad=True)
+    for more in ({}, ON):
+        y = y0.clone().requires_grad_()
+        with torch.enable_grad():
+            out = by_samples(lambda t, y: rate * y * y.abs() * 0.9, y, times(), more, {"stats": None}, throw=False)
+            found += [(out, *torch.autograd.grad(out.nan_to_num(0, 0, 0).sum(), (y, rate)))]
+    assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(*found))
 
 
 @pytest.mark.parametrize("n", [2, 60])  # and many in a step
@@ -180,7 +233,6 @@ def test_a_tensor_for_which_none_can_stand_has_its_gradient_by_the_host(method):
         ({}, {"method": "trbdf2"}, "is not an explicit"),
         ({"checkpoints": 2}, {"method": "dopri5"}, "keeps a part of the states"),
         ({"jump_t": [0.7]}, {"method": "dopri5"}, "where jump_t ends a step"),
-        ({"control": "per_sample"}, {"method": "dopri5"}, "samples with steps of their own"),
     ],
     ids=str,
 )
@@ -209,7 +261,7 @@ def test_room_for_all_steps_or_none(monkeypatch):
     for captures in (3, 0):  # at first the ring has room for fewer
         check_same_gradients(by_odeint, func, y0, times(3), tuple(func.parameters()), captures=captures, **kwargs)
     other = Field()
-    monkeypatch.setattr(device_checkpoint, "MOST_BYTES", 80 * device_checkpoint.bytes_of_step(y0))
+    monkeypatch.setattr(device_checkpoint, "MOST_BYTES", 80 * device_checkpoint.bytes_of_step(y0, 1))
     for captures in (1, 0):  # the second time nothing is tried
         with pytest.warns(UserWarning, match="more than 80 steps take more than") as caught:
             check_same_gradients(by_odeint, other, y0, times(3), tuple(other.parameters()), captures=captures, **kwargs)

@@ -129,13 +129,15 @@ void end_step(const OwnedLayout& where, const Table& table, const Interpolant& i
 }
 
 void interpolate_vjp(const OwnedLayout& where, const Interpolant& interpolant, py::handle words, py::handle times,
-                     int64_t n_times, py::handle g, int64_t g_stride, const py::list& outs, py::handle start) {
+                     int64_t n_times, bool per_sample, py::handle g, int64_t g_stride, const py::list& outs,
+                     py::handle start) {
   InterpolateVjp op = {};
   op.outputs = interpolant.op;
   op.outputs.state = {address<double>(words), where.layout.samples, where.layout.samples};
   op.outputs.grid.times = address<double>(times);
   op.outputs.grid.n_times = n_times;
-  op.outputs.grid.time_stride = 1;
+  op.outputs.grid.time_stride = per_sample ? where.layout.samples : 1;
+  op.outputs.grid.sample_stride = per_sample ? 1 : 0;
   op.outputs.out_stride = g_stride;
   op.g = address(g);
   for (int j = 0; j < op.outputs.terms; ++j) op.out[j] = address(outs[interpolant.stages[j]]);

@@ -22,6 +22,13 @@ __global__ void finish_kernel(const __grid_constant__ FinishStep op, int64_t sam
   }
 }
 
+// The interpolant's weight as torch's ops work it out, which the host has for the outputs of several samples.
+__device__ double weight_of_samples(const double* c, int degree, double x) {
+  double weight = 0;
+  for (int p = degree - 1; p >= 0; --p) weight = (weight + c[p]) * x;
+  return weight;
+}
+
 // A thread takes the same numbers of every share. Weights are worked out for as many outputs as a sum has terms.
 template <class T>
 __global__ void interpolate_vjp_kernel(const __grid_constant__ InterpolateVjp op, int64_t samples, int64_t size,
@@ -43,7 +50,10 @@ __global__ void interpolate_vjp_kernel(const __grid_constant__ InterpolateVjp op
       for (int64_t i = threadIdx.x; i < n * outputs.terms; i += blockDim.x) {
         const int64_t m = i / outputs.terms, j = i % outputs.terms;
         const double x = output_position(s, output_time(outputs.grid, first + m, b));
-        weights[j][m] = x == 1 ? outputs.end[j] : interpolant_weight(outputs.c[j], outputs.degree, x);
+        const double* const c = outputs.c[j];
+        const double weight =
+            samples == 1 ? interpolant_weight(c, outputs.degree, x) : weight_of_samples(c, outputs.degree, x);
+        weights[j][m] = x == 1 ? outputs.end[j] : weight;
       }
       __syncthreads();
       for (int64_t d = b * size + begin; d < (b + 1) * size; d += step) {
@@ -53,6 +63,11 @@ __global__ void interpolate_vjp_kernel(const __grid_constant__ InterpolateVjp op
           A sum = 0;
           int terms = 0;
           for (int64_t m = 0; m < n; ++m) {
+            if (samples > 1) {  // one by one
+              const T share = store<T>(static_cast<A>(weights[j][m] * s.dt_prev) * load(g[m * outputs.out_stride]));
+              *out = store<T>(load(*out) + load(share));
+              continue;
+            }
             if (weights[j][m] == 0) continue;
             const A w = static_cast<A>(weights[j][m]), of = load(g[m * outputs.out_stride]);
             sum = terms++ == 0 ? w * of : fused_multiply_add(w, of, sum);

@@ -29,8 +29,8 @@ class Readings:
 
     @property
     def words(self) -> Tensor:
-        """[N_FIELDS] all fields of the only sample: a view."""
-        return self._words[:N_FIELDS]
+        """[N_FIELDS, B] all fields: a view."""
+        return self._words[: self._flags].view(N_FIELDS, self._stride)[:, : self._samples]
 
     def flags(self) -> list[int]:
         """Those that calls have left, by turn; this waits for the device."""

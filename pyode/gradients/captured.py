@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from .._ops import native
-from .._ops.contract import N_FIELDS
 from ..methods import Tableau
 from ..stepping.outputs import interpolant_of
-from ..stepping.ring import DT
+from ..stepping.ring import DT, rows_for
 from ..stepping.tape import Step
 from .explicit import ExplicitReversal
 from .reversal import Recipe
@@ -20,20 +19,20 @@ from .survey import Survey
 
 
 class CapturedReversal:
-    """The steps of a joint solve undone, as ExplicitReversal does it, where nobody looks.
+    """The steps of a solve undone, as ExplicitReversal does it, where nobody looks.
 
     Args:
         recipe: of the solve.
         room: for how many steps.
         y0: what states are like.
-        stage_times: [stages], what times of a step are like.
-        n_outputs: of the solve.
+        stage_times, words: what a step's are like; see Ring.
+        output_times: the shape of the solve's, [T] or [T, B].
         params: the tensors whose gradients are wanted.
 
     Attributes:
         states, times, words: as a Ring's.
-        output_times: [n_outputs] float64.
-        gradients: [n_outputs, *y0.shape] what arrives at the outputs.
+        output_times: float64.
+        gradients: [T, *y0.shape] what arrives at the outputs.
         end: the last state.
         left: [1] int64, how many steps are to be undone; all of these are to be filled before `open`.
         lam: the gradient at the start of the step undone last.
@@ -41,23 +40,26 @@ class CapturedReversal:
     """
 
     def __init__(
-        self, recipe: Recipe, room: int, y0: Tensor, stage_times: Tensor, n_outputs: int, params: tuple[Tensor, ...]
+        self,
+        recipe: Recipe,
+        room: int,
+        y0: Tensor,
+        stage_times: Tensor,
+        words: Tensor,
+        output_times: torch.Size,
+        params: tuple[Tensor, ...],
     ) -> None:
         method = recipe.method
         assert isinstance(method, Tableau)
-        self.states, self.times = y0.new_empty((room + 2, *y0.shape)), stage_times.new_zeros(room + 2, len(stage_times))
-        self.output_times = torch.zeros(n_outputs, dtype=torch.float64, device=y0.device)
-        self.words = self.output_times.new_zeros(room + 2, N_FIELDS)
-        self.gradients, self.end, self.lam = (
-            y0.new_zeros((n_outputs, *y0.shape)),
-            torch.zeros_like(y0),
-            torch.zeros_like(y0),
-        )
+        self.states, self.times, self.words = rows_for(room, y0, stage_times, words)
+        self.output_times = torch.zeros(output_times, dtype=torch.float64, device=y0.device)
+        self.gradients, self.end = y0.new_zeros((output_times[0], *y0.shape)), torch.zeros_like(y0)
+        self.lam = torch.zeros_like(y0)
         self.left, self._both = (torch.tensor(x, dtype=torch.int64, device=y0.device) for x in ([1], [-1, 0]))
         self.totals = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
         # The step to be undone, and the one before it.
-        self._here = self.words.new_zeros(2, N_FIELDS), self.times.new_zeros(2, len(stage_times))
-        steps = [Step(words[DT : DT + 1], times, None) for words, times in zip(*self._here)]
+        self._here = words.new_zeros((2, *words.shape)), stage_times.new_zeros((2, *stage_times.shape))
+        steps = [Step(its_words[DT], times, None) for its_words, times in zip(*self._here)]
         self.reversal = ExplicitReversal(recipe, steps, self.end, None, self.gradients, params, True, False, [])
         self.reversal.survey = Survey(params, recipe.warns)
         self.interpolant = interpolant_of(native, method)

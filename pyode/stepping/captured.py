@@ -61,7 +61,8 @@ class CapturedLoop(AdaptiveLoop):
         self.first_step = torch.zeros(B, dtype=torch.float64, device=clock) if first_step else None
         self.crossings = torch.zeros(2, B, dtype=torch.int64, device=clock)
         self.controller.stay_on_device()
-        stage_times = y0.new_empty(len(self.tableau.abscissae), dtype=self.layout.real_dtype)
+        shape = (len(self.tableau.abscissae), B)[: 1 if B == 1 else 2]
+        stage_times = y0.new_empty(shape, dtype=self.layout.real_dtype)
         self.ring = None if room is None else Ring(room, y0, stage_times, self.controller)
         if self.quadrature is not None:
             self.quadrature.stay_on_device()
@@ -98,7 +99,7 @@ class CapturedLoop(AdaptiveLoop):
         if self.quadrature is not None:
             self.quadrature.keep_integrands()
         if self.ring is not None:
-            self.ring.times[0, -1] = self.start()
+            self.ring.restart(self.start())
         if self.checks:
             wrong = ~in_order(self.grid.times)
             self.controller.finish(wrong.expand(self.layout.samples), int(Status.NON_FINITE))

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._ops.contract import N_FIELDS, REAL_FIELDS
+from .._ops.contract import INTEGER_FIELDS, REAL_FIELDS
 from .._ops.words import Readings
-from .tape import Step, passed_by_one
+from ..control import Times
+from .tape import Step, passed_by_one, passed_by_samples
 
 DT = REAL_FIELDS.index("dt_prev")
 
 
 class Ring:
-    """Room for the steps of one sample, each in the row of its number: the first in row 1.
+    """Room for the steps that some sample has accepted, each in the row of its number: the first in row 1.
 
     A step is written before it is judged, over one that was rejected. What finds no room goes to the last row: then
     more steps have been accepted than there is room for, and all else is right.
@@ -24,40 +25,74 @@ class Ring:
     Args:
         room: for how many steps.
         y0: what states are like.
-        times: [stages], what the times of a step are like.
+        times: [stages] or [stages, B], what the times of a step are like.
         controller: of the solve.
 
     Attributes:
         states: [room + 2, *y0.shape], those at the steps' starts.
-        times: [room + 2, stages], those of the evaluations after the first; the last in row 0 is that of the start.
-        words: [room + 2, N_FIELDS], the step state when the step was judged; in row 0 of a step that passes nothing.
+        times: [room + 2, stages, ...], those of the evaluations after the first; the last in row 0 is that of the
+            start. Samples that have not moved have the first one's.
+        words: [room + 2, N_FIELDS, B], the step state when the step was judged, with a size of 0 where it was not
+            accepted; in row 0 of a step that passes nothing.
+        n: [1] int64, how many steps there are.
     """
 
     def __init__(self, room: int, y0: Tensor, times: Tensor, controller: Any) -> None:
         self.room, self._controller = room, controller
-        self.states = y0.new_empty((room + 2, *y0.shape))
-        self.times = times.new_zeros(room + 2, len(times))
-        self.words = torch.zeros(room + 2, N_FIELDS, dtype=torch.float64, device=y0.device)
+        self.states, self.times, self.words = rows_for(room, y0, times, controller.words)
+        self.n = torch.zeros(1, dtype=torch.int64, device=y0.device)
+
+    def restart(self, start: Tensor) -> None:
+        """Begins at a time, as func sees it."""
+        self.n.zero_()
+        self.times[0, -1] = start
 
     def begin(self, y: Tensor) -> None:
         """Notes a step's start and times."""
-        self._row = (self._controller.field("n_accepted") + 1).clamp(max=self.room + 1)
+        self._row = (self.n + 1).clamp(max=self.room + 1)
         self.states.index_copy_(0, self._row, y[None])
         self.times.index_copy_(0, self._row, self._controller.stage_times[None])
 
     def end(self) -> None:
         """Notes what has come of it."""
-        self.words.index_copy_(0, self._row, self._controller.words[None])
+        words, accepted = self._controller.words, self._controller.field("accepted") != 0
+        if len(accepted) != 1:
+            words, first = words.clone(), self.times.index_select(0, (self._row - 1))[:, -1:]
+            words[DT] = torch.where(accepted, words[DT], 0.0)
+            times = self.times.index_select(0, self._row)
+            self.times.index_copy_(0, self._row, torch.where(accepted, times, first))
+        self.words.index_copy_(0, self._row, words[None])
+        self.n += accepted.any()
 
 
-def steps_from(times: Tensor, words: Tensor, values: list[float], polynomial: Any) -> Iterator[Step]:
+def rows_for(room: int, y0: Tensor, times: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the states, times and words of so many steps; see Ring."""
+    times, words = (x.new_zeros((room + 2, *x.shape)) for x in (times, words))
+    return y0.new_empty((room + 2, *y0.shape)), times, words
+
+
+def steps_from(times: Tensor, words: Tensor, output_times: Times, polynomial: Any) -> Iterator[Step]:
     """The steps on a ring, as a tape has them.
 
     Args:
         times, words: [N + 1, ...], those of a ring with N steps.
-        values: the output times.
+        output_times: of the solve.
         polynomial: the dense output.
     """
-    for n, row in enumerate(words[1:].cpu(), 1):
-        passed = passed_by_one(Readings(row, 1, 1), values, polynomial)
-        yield Step(words[n, DT : DT + 1], times[n], times[0, -1] if n == 1 else None, False, tuple(passed))
+    samples = words.shape[2]
+    for n, row in enumerate(words[1:].cpu() if samples == 1 else words[1:], 1):
+        told = Readings(row.reshape(-1), samples, samples)
+        if samples == 1:
+            passed = passed_by_one(told, output_times.values, polynomial)
+        else:
+            passed = passed_by_samples(told, output_times.tensor.to(words), polynomial)
+        yield Step(words[n, DT], times[n], times[0, -1] if n == 1 else None, False, tuple(passed))
+
+
+def n_passed(words: Tensor) -> Tensor:
+    """[B] how many outputs each sample has passed in all steps, of words as on a ring."""
+    begin, end = (
+        words[:, len(REAL_FIELDS) + INTEGER_FIELDS.index(name)].view(torch.int64)
+        for name in ("output_begin", "output_end")
+    )
+    return (end - begin).sum(0)
