@@ -107,15 +107,14 @@ class CapturedReversal:
         shares, carried = self._shares(1, self.interpolant, self._inside), self._shares(0, self._at_end)[-1]
         self.reversal.totals.restart(self.totals)
         lam, _ = self.reversal.undo(1, y, self.lam, shares, carried)
-        for place, found in zip((self.lam, *self.totals), (lam + self._inside, *self.reversal.totals.settled())):
-            place.copy_(found)
+        torch._foreach_copy_((self.lam, *self.totals), (lam + self._inside, *self.reversal.totals.settled()))
         self.left -= 1
 
     def _load(self) -> Tensor:
         """Brings here the last step that is left, and the one before; returns the state at its start."""
         rows = self.left + self._both
         for place, ring in zip(self._here, (self.words, self.times)):
-            place.copy_(ring.index_select(0, rows))
+            torch.index_select(ring, 0, rows, out=place)
         return self.states.index_select(0, self.left)[0]
 
     def _shares(self, step: int, interpolant: Any, start: Tensor | None = None) -> list[Tensor | None]:

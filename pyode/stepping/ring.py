@@ -40,7 +40,8 @@ class Ring:
     def __init__(self, room: int, y0: Tensor, times: Tensor, controller: Any) -> None:
         self.room, self._controller = room, controller
         self.states, self.times, self.words = rows_for(room, y0, times, controller.words)
-        self.n = torch.zeros(1, dtype=torch.int64, device=y0.device)
+        n = controller.field("n_accepted")
+        self.n = n if len(n) == 1 else n.new_zeros(1)
 
     def restart(self, start: Tensor) -> None:
         """Begins at a time, as func sees it."""
@@ -57,12 +58,12 @@ class Ring:
         """Notes what has come of it."""
         words, accepted = self._controller.words, self._controller.field("accepted") != 0
         if len(accepted) != 1:
-            words, first = words.clone(), self.times.index_select(0, (self._row - 1))[:, -1:]
+            words, first = words.clone(), self.times.index_select(0, self._row - 1)[:, -1:]
             words[DT] = torch.where(accepted, words[DT], 0.0)
             times = self.times.index_select(0, self._row)
             self.times.index_copy_(0, self._row, torch.where(accepted, times, first))
+            self.n += accepted.any()
         self.words.index_copy_(0, self._row, words[None])
-        self.n += accepted.any()
 
 
 def rows_for(room: int, y0: Tensor, times: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
