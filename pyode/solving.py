@@ -118,7 +118,7 @@ def _native_loop(problem: Problem, fail: Callable[[SolveError], None]) -> Loop |
         )  # fmt: skip
     return joint_loop(
         problem.compiled, problem.form, problem.y0, problem.times, problem.method, problem.rtol, problem.atol,
-        problem.policy, problem.grid, problem.options, fail, eagerly,
+        problem.policy, problem.grid, problem.options, fail, eagerly, problem.kind,
     )  # fmt: skip
 
 
