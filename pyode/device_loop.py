@@ -122,7 +122,7 @@ def _what_looks_on(problem: Problem, hooks: Hooks) -> str | None:
     return None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Prepared:
     """A solve that was done, to be done again from another start; nothing of func, and of no state.
 

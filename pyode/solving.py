@@ -33,7 +33,7 @@ from .stepping.tape import Tape
 STEPS_TRIED = 4  # of a solve that chooses its steps, to find out whether compiling pays
 
 
-@dataclass
+@dataclass(eq=False)
 class Solved:
     """What a solve has come to.
 

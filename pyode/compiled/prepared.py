@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 
-@dataclass
+@dataclass(eq=False)
 class Prepared:
     """A solve with everything fixed but the numbers of the state and of func's tensors.
 
