@@ -261,7 +261,7 @@ class Plan:
             ys, gradient: [T, ...] the states there, and the gradients that arrive.
             wanted: the inputs whose gradients are wanted.
             tolerances: rtol and atol for the integrals.
-            first_measured: the first of them, of the inputs wanted and then of time, with a share in the norm of a state.
+            first_measured: the first of them, time's being the last, that has a share in the norm of a state.
             states, first_steps: of rows with steps of their own: where they tell how they ended, and [B] float64.
 
         Returns:
