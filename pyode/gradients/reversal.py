@@ -24,7 +24,7 @@ Retake = Callable[[Step, Tensor, Tensor, Tensor], Tensor]
 Undone = tuple[Tensor, list[Tensor], "Tensor | None"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Recipe:
     """How a solve is done, as far as its steps depend on it.
 

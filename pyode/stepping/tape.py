@@ -14,7 +14,7 @@ from .._ops.contract import RightHandSide
 from .recorder import Evaluation, Recorder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Passed:
     """An output within a step; of several samples one each, of some of them, with all numbers in tensors [n].
 
@@ -33,7 +33,7 @@ class Passed:
     timed: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """An accepted explicit Runge-Kutta step of one sample or of some out of B, without its states.
 
