@@ -82,7 +82,7 @@ def note(tape: Tape, loop: CapturedLoop, times: Times, options: dict[str, Any], 
     tape.undo = RingUndoing(options, bound, key, ring.room, loop.tableau, times, *rows) if n else None
 
 
-@dataclass
+@dataclass(eq=False)
 class RingUndoing:
     """What undoes the steps of one solve.
 

@@ -54,7 +54,7 @@ def undo_on_device(
     return unless(None, partial(undoing.undo, t), options, "options")
 
 
-@dataclass
+@dataclass(eq=False)
 class GridUndoing:
     """What undoes the steps of one solve; see Reversal.
 
