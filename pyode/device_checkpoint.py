@@ -77,9 +77,11 @@ def note(tape: Tape, loop: CapturedLoop, times: Times, options: dict[str, Any], 
         raise TooManySteps(n)
     *states, tape.end = torch.cat([ring.states[1 : n + 1], loop.y[None]]).unbind()
     tape.states = dict(enumerate(states))
-    rows = ring.times[: n + 1].clone(), ring.words[: n + 1].clone()
+    times_, words, anew, openings = (x[: n + 1].clone() for x in (ring.times, ring.words, ring.anew, ring.openings))
+    rows = times_, words, anew, openings
+    jumps = loop.grid.jump_t is not None
     key = (key[0], "undone", *key[1:], ring.room)
-    tape.undo = RingUndoing(options, bound, key, ring.room, loop.tableau, times, *rows) if n else None
+    tape.undo = RingUndoing(options, bound, key, ring.room, loop.tableau, times, rows, jumps) if n else None
 
 
 @dataclass(eq=False)
@@ -91,7 +93,8 @@ class RingUndoing:
         key: tells what is captured from others but for whose gradients are wanted.
         room: on the ring.
         method, output_times: of the solve.
-        times, words: [N + 1, ...] of the ring's rows that are used.
+        rows: [N + 1, ...] times, words, anew and openings of the ring, as far as they are used.
+        jumps: whether steps may begin anew.
     """
 
     options: dict[str, Any]
@@ -100,12 +103,12 @@ class RingUndoing:
     room: int
     method: Tableau
     output_times: Times
-    times: Tensor
-    words: Tensor
+    rows: tuple[Tensor, Tensor, Tensor, Tensor]
+    jumps: bool
 
     def steps(self) -> list[Step]:
         """The steps, for the host."""
-        return list(steps_from(self.times, self.words, self.output_times, interpolant_of(native, self.method)))
+        return list(steps_from(self.rows, self.output_times, interpolant_of(native, self.method)))
 
     def __call__(
         self,
@@ -131,8 +134,8 @@ class RingUndoing:
             loop: CapturedReversal = captured.loop
             n = len(states)
             torch.stack(list(states.values()), out=loop.states[1 : n + 1])
-            loop.times[: n + 1].copy_(self.times)
-            loop.words[: n + 1].copy_(self.words)
+            for place, rows in zip((loop.times, loop.words, loop.anew, loop.openings), self.rows):
+                place[: n + 1].copy_(rows)
             loop.output_times.copy_(self.output_times.tensor)
             loop.gradients.copy_(gradient)
             loop.end.copy_(end)
@@ -141,9 +144,8 @@ class RingUndoing:
 
         def make(func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedReversal, list[Tensor]]:
             plain = replace(recipe, func=for_one_sample(func, recipe.form), grid=None)
-            times, words, outputs = self.times[0], self.words[0], self.output_times.tensor.shape
-            wanted = standing_for(params, stand_ins)
-            return CapturedReversal(plain, self.room, end, times, words, outputs, wanted), []
+            like = end, self.rows[0][0], self.rows[1][0], self.jumps, self.output_times.tensor.shape
+            return CapturedReversal(plain, self.room, *like, standing_for(params, stand_ins)), []
 
         def collect(loop: CapturedReversal) -> Undone:
             return loop.lam + self._at_start(gradient), [total.clone() for total in loop.totals], None
@@ -159,7 +161,7 @@ class RingUndoing:
 
     def _at_start(self, gradient: Tensor) -> Tensor:
         """What arrives at outputs that no step has passed."""
-        n = n_passed(self.words)
+        n = n_passed(self.rows[1])
         if len(n) == 1:
             return gradient[0]
         outputs = torch.arange(len(gradient), device=gradient.device)[:, None]

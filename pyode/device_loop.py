@@ -136,8 +136,8 @@ def _what_looks_on(problem: Problem, hooks: Hooks) -> str | None:
         return "options['norm'] is a function of the user's"
     if hooks.tape is not None and hooks.tape.most < math.inf:
         return "options['checkpoints'] keeps a part of the states"
-    if hooks.tape is not None and problem.method.adaptive and (problem.grid.jump_t is not None or hooks.tape.time):
-        return "gradient='checkpoint' notes where jump_t ends a step, and the times of all if they have a gradient"
+    if hooks.tape is not None and problem.method.adaptive and hooks.tape.time:
+        return "gradient='checkpoint' has the gradient of times from every step"
     if problem.callbacks or hooks.step or hooks.after_step:
         return "callbacks, events, dense output, progress and compact look at every step"
     wanting = (problem.y0, problem.times.tensor, *(x for _, x in reachable(problem.func)))

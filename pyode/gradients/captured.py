@@ -26,11 +26,12 @@ class CapturedReversal:
         room: for how many steps.
         y0: what states are like.
         stage_times, words: what a step's are like; see Ring.
+        jumps: whether steps may begin anew.
         output_times: the shape of the solve's, [T] or [T, B].
         params: the tensors whose gradients are wanted.
 
     Attributes:
-        states, times, words: as a Ring's.
+        states, times, words, anew, openings: as a Ring's.
         output_times: float64.
         gradients: [T, *y0.shape] what arrives at the outputs.
         end: the last state.
@@ -46,27 +47,32 @@ class CapturedReversal:
         y0: Tensor,
         stage_times: Tensor,
         words: Tensor,
+        jumps: bool,
         output_times: torch.Size,
         params: tuple[Tensor, ...],
     ) -> None:
         method = recipe.method
         assert isinstance(method, Tableau)
-        self.states, self.times, self.words = rows_for(room, y0, stage_times, words)
+        self.jumps = jumps
+        self.states, *rows = rows_for(room, y0, stage_times, words)
+        self.times, self.words, self.anew, self.openings = rows
         self.output_times = torch.zeros(output_times, dtype=torch.float64, device=y0.device)
         self.gradients, self.end = y0.new_zeros((output_times[0], *y0.shape)), torch.zeros_like(y0)
         self.lam = torch.zeros_like(y0)
         self.left, self._both = (torch.tensor(x, dtype=torch.int64, device=y0.device) for x in ([1], [-1, 0]))
         self.totals = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
-        # The step to be undone, and the one before it.
-        self._here = words.new_zeros((2, *words.shape)), stage_times.new_zeros((2, *stage_times.shape))
-        steps = [Step(its_words[DT], times, None) for its_words, times in zip(*self._here)]
+        # The step to be undone, and the one before it; and the state at the end, and whether a step begins there anew.
+        self._here = [rows[:2].clone() for rows in (self.times, self.words, self.anew, self.openings)]
+        self._end, self._apart = torch.zeros_like(y0), torch.ones((), dtype=torch.bool, device=y0.device)
+        opening = self._here[3][1] if jumps else None
+        steps = [Step(its_words[DT], times, opening) for times, its_words in zip(*self._here[:2])]
         self.reversal = ExplicitReversal(recipe, steps, self.end, None, self.gradients, params, True, False, [])
         self.reversal.survey = Survey(params, recipe.warns)
         self.interpolant = interpolant_of(native, method)
         # Of the derivative at a step's end alone, which the step after it has evaluated.
         last = len(method.weights)
-        rows = [row if j == last else () for j, row in enumerate(self.interpolant.coefficients)]
-        self._at_end = native.Interpolant(tuple(rows), self.interpolant.end)
+        alone = tuple(row if j == last else () for j, row in enumerate(self.interpolant.coefficients))
+        self._at_end = native.Interpolant(alone, self.interpolant.end)
         self._inside = torch.zeros_like(y0)
 
     def trial(self) -> Iterator[None]:
@@ -89,38 +95,57 @@ class CapturedReversal:
     @torch.enable_grad()
     def open(self) -> None:
         """Begins at the end, whose derivative the last step's outputs may need."""
-        self._load()
-        self.lam.zero_()
-        for total in self.totals:
-            total.zero_()
-        share = self._shares(1, self._at_end)[-1]
-        if share is not None:
-            self.reversal.totals.restart()
-            lam, _ = self.reversal.undo_end(1, self.end, self.lam, share)
-            arrives = (share != 0).any()
-            for place, found in zip((self.lam, *self.totals), (lam, *self.reversal.totals.settled())):
-                place.copy_(torch.where(arrives, found, 0))
+        for place in (self.lam, *self.totals):
+            place.zero_()
+        self._end.copy_(self.end)
+        self._apart.fill_(True)
+        if not self.jumps:
+            self._load()
+            self._undo_end()
 
     @torch.enable_grad()
     def _turn(self) -> None:
-        y = self._load()
+        y, (_, _, anew, _) = self._load(), self._here
+        if self.jumps:
+            self._undo_end()
         shares, carried = self._shares(1, self.interpolant, self._inside), self._shares(0, self._at_end)[-1]
+        if self.jumps and carried is not None:
+            carried = torch.where(anew[1], 0, carried)
         self.reversal.totals.restart(self.totals)
         lam, _ = self.reversal.undo(1, y, self.lam, shares, carried)
         torch._foreach_copy_((self.lam, *self.totals), (lam + self._inside, *self.reversal.totals.settled()))
+        if self.jumps:
+            self._end.copy_(y)
+            self._apart.copy_(anew[1])
         self.left -= 1
+
+    def _undo_end(self) -> None:
+        """Undoes the evaluation at the step's end, where that is not the first of the step behind."""
+        share = self._shares(1, self._at_end)[-1]
+        if share is None:
+            return
+        places = self.lam, *self.totals
+        self.reversal.totals.restart(self.totals)
+        lam, _ = self.reversal.undo_end(1, self._end, self.lam, share)
+        arrives = self._apart & (share != 0).any()
+        for place, found in zip(places, (lam, *self.reversal.totals.settled())):
+            place.copy_(torch.where(arrives, found, place))
 
     def _load(self) -> Tensor:
         """Brings here the last step that is left, and the one before; returns the state at its start."""
         rows = self.left + self._both
-        for place, ring in zip(self._here, (self.words, self.times)):
+        n = len(self._here) if self.jumps else 2
+        for place, ring in zip(self._here[:n], (self.times, self.words, self.anew, self.openings)):
             torch.index_select(ring, 0, rows, out=place)
+        if self.jumps:
+            times, _, anew, openings = self._here
+            openings[1] = torch.where(anew[1], openings[1], times[0, -1])
         return self.states.index_select(0, self.left)[0]
 
     def _shares(self, step: int, interpolant: Any, start: Tensor | None = None) -> list[Tensor | None]:
         """What outputs within one of both steps give to its derivatives, that at its end the last, and to its start."""
         found = native.interpolate_vjp(
-            self.reversal.layout, interpolant, self._here[0][step], self.output_times, self.gradients, start
+            self.reversal.layout, interpolant, self._here[1][step], self.output_times, self.gradients, start
         )
         n = self.reversal.n_stages + 1
         return [*found, *[None] * (n - len(found))]

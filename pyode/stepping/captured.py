@@ -144,12 +144,15 @@ class CapturedLoop(AdaptiveLoop):
         there = (now == (stops if stops.dim() == 2 else stops[:, None])).any(0)
         arrived, running = there & (field("accepted") != 0), field("status") == int(Status.RUNNING)
         jumped = arrived & running
-        self.crossings += torch.stack([jumped, (arrived.any() & running.any()).expand_as(jumped)])
+        anew = arrived.any() & running.any()
+        self.crossings += torch.stack([jumped, anew.expand_as(jumped)])
         mask = jumped if self.layout.samples == 1 else column(jumped, self.y)
         if self.at_jump is not None:
             self.y.copy_(torch.where(mask, self.at_jump(now, jumped, self.y), self.y))
         t = now.to(self.layout.real_dtype)
         behind = torch.where(jumped, neighbour(t, field("dt_prev").sign().to(t)), t)
+        if self.ring is not None:
+            self.ring.pass_jump(anew, jumped, behind)
         if quadrature is not None:
             quadrature.restart()
         k = self.dynamics(behind[0] if self.layout.samples == 1 else behind, self.y)

@@ -34,18 +34,21 @@ class Ring:
             start. Samples that have not moved have the first one's.
         words: [room + 2, N_FIELDS, B], the step state when the step was judged, with a size of 0 where it was not
             accepted; in row 0 of a step that passes nothing.
+        anew: [room + 2] bool, which steps begin with an evaluation of their own, behind a discontinuity.
+        openings: [room + 2, ...], the times of those.
         n: [1] int64, how many steps there are.
     """
 
     def __init__(self, room: int, y0: Tensor, times: Tensor, controller: Any) -> None:
         self.room, self._controller = room, controller
-        self.states, self.times, self.words = rows_for(room, y0, times, controller.words)
+        self.states, self.times, self.words, self.anew, self.openings = rows_for(room, y0, times, controller.words)
         n = controller.field("n_accepted")
         self.n = n if len(n) == 1 else n.new_zeros(1)
 
     def restart(self, start: Tensor) -> None:
         """Begins at a time, as func sees it."""
         self.n.zero_()
+        self.anew.zero_()
         self.times[0, -1] = start
 
     def begin(self, y: Tensor) -> None:
@@ -65,21 +68,29 @@ class Ring:
             self.n += accepted.any()
         self.words.index_copy_(0, self._row, words[None])
 
+    def pass_jump(self, anew: Tensor, jumped: Tensor, behind: Tensor) -> None:
+        """Notes whether the next step begins anew, behind the discontinuity at which some samples are."""
+        row = (self.n + 1).clamp(max=self.room + 1)
+        opening = torch.where(jumped, behind, self.times.index_select(0, row - 1)[:, -1])
+        for place, x in ((self.openings, opening), (self.anew, anew)):
+            place.index_copy_(0, row, torch.where(anew, x, place.index_select(0, row)))
 
-def rows_for(room: int, y0: Tensor, times: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the states, times and words of so many steps; see Ring."""
-    times, words = (x.new_zeros((room + 2, *x.shape)) for x in (times, words))
-    return y0.new_empty((room + 2, *y0.shape)), times, words
+
+def rows_for(room: int, y0: Tensor, times: Tensor, words: Tensor) -> tuple[Tensor, ...]:
+    """Memory for the states, times, words, anew and openings of so many steps; see Ring."""
+    like = times, words, words.new_empty((), dtype=torch.bool), times[0]
+    return y0.new_empty((room + 2, *y0.shape)), *(x.new_zeros((room + 2, *x.shape)) for x in like)
 
 
-def steps_from(times: Tensor, words: Tensor, output_times: Times, polynomial: Any) -> Iterator[Step]:
-    """The steps on a ring, as a tape has them.
+def steps_from(rows: tuple[Tensor, Tensor, Tensor, Tensor], output_times: Times, polynomial: Any) -> Iterator[Step]:
+    """The steps on a ring, as a tape has them, but for where they end on discontinuities.
 
     Args:
-        times, words: [N + 1, ...], those of a ring with N steps.
+        rows: [N + 1, ...] the times, words, anew and openings of a ring with N steps.
         output_times: of the solve.
         polynomial: the dense output.
     """
+    times, words, anew, openings = rows
     samples = words.shape[2]
     for n, row in enumerate(words[1:].cpu() if samples == 1 else words[1:], 1):
         told = Readings(row.reshape(-1), samples, samples)
@@ -87,7 +98,8 @@ def steps_from(times: Tensor, words: Tensor, output_times: Times, polynomial: An
             passed = passed_by_one(told, output_times.values, polynomial)
         else:
             passed = passed_by_samples(told, output_times.tensor.to(words), polynomial)
-        yield Step(words[n, DT], times[n], times[0, -1] if n == 1 else None, False, tuple(passed))
+        opening = openings[n] if anew[n] else (times[0, -1] if n == 1 else None)
+        yield Step(words[n, DT], times[n], opening, False, tuple(passed))
 
 
 def n_passed(words: Tensor) -> Tensor:
