@@ -22,7 +22,7 @@ from .problem import for_one_sample
 from .state import Func
 from .stepping.captured import CapturedLoop
 from .stepping.outputs import column, interpolant_of
-from .stepping.ring import n_passed, steps_from
+from .stepping.ring import Rows, n_passed, steps_from
 from .stepping.tape import Step, Tape
 
 FIRST_ROOM = 64  # for so many steps, as long as no solve has taken more
@@ -77,9 +77,7 @@ def note(tape: Tape, loop: CapturedLoop, times: Times, options: dict[str, Any], 
         raise TooManySteps(n)
     *states, tape.end = torch.cat([ring.states[1 : n + 1], loop.y[None]]).unbind()
     tape.states = dict(enumerate(states))
-    times_, words, anew, openings = (x[: n + 1].clone() for x in (ring.times, ring.words, ring.anew, ring.openings))
-    rows = times_, words, anew, openings
-    jumps = loop.grid.jump_t is not None
+    rows, jumps = Rows(*(x[: n + 1].clone() for x in ring.rows)), loop.grid.jump_t is not None
     key = (key[0], "undone", *key[1:], ring.room)
     tape.undo = RingUndoing(options, bound, key, ring.room, loop.tableau, times, rows, jumps) if n else None
 
@@ -93,7 +91,7 @@ class RingUndoing:
         key: tells what is captured from others but for whose gradients are wanted.
         room: on the ring.
         method, output_times: of the solve.
-        rows: [N + 1, ...] times, words, anew and openings of the ring, as far as they are used.
+        rows: [N + 1] of the ring, as far as they are used.
         jumps: whether steps may begin anew.
     """
 
@@ -103,7 +101,7 @@ class RingUndoing:
     room: int
     method: Tableau
     output_times: Times
-    rows: tuple[Tensor, Tensor, Tensor, Tensor]
+    rows: Rows
     jumps: bool
 
     def steps(self) -> list[Step]:
@@ -134,7 +132,7 @@ class RingUndoing:
             loop: CapturedReversal = captured.loop
             n = len(states)
             torch.stack(list(states.values()), out=loop.states[1 : n + 1])
-            for place, rows in zip((loop.times, loop.words, loop.anew, loop.openings), self.rows):
+            for place, rows in zip(loop.rows, self.rows):
                 place[: n + 1].copy_(rows)
             loop.output_times.copy_(self.output_times.tensor)
             loop.gradients.copy_(gradient)
@@ -144,7 +142,7 @@ class RingUndoing:
 
         def make(func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedReversal, list[Tensor]]:
             plain = replace(recipe, func=for_one_sample(func, recipe.form), grid=None)
-            like = end, self.rows[0][0], self.rows[1][0], self.jumps, self.output_times.tensor.shape
+            like = end, self.rows.times[0], self.rows.words[0], self.jumps, self.output_times.tensor.shape
             return CapturedReversal(plain, self.room, *like, standing_for(params, stand_ins)), []
 
         def collect(loop: CapturedReversal) -> Undone:
@@ -161,7 +159,7 @@ class RingUndoing:
 
     def _at_start(self, gradient: Tensor) -> Tensor:
         """What arrives at outputs that no step has passed."""
-        n = n_passed(self.rows[1])
+        n = n_passed(self.rows.words)
         if len(n) == 1:
             return gradient[0]
         outputs = torch.arange(len(gradient), device=gradient.device)[:, None]

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._ops import native
 from ..methods import Tableau
 from ..stepping.outputs import interpolant_of
-from ..stepping.ring import DT, rows_for
+from ..stepping.ring import DT, Rows, rows_for
 from ..stepping.tape import Step
 from .explicit import ExplicitReversal
 from .reversal import Recipe
@@ -31,7 +31,7 @@ class CapturedReversal:
         params: the tensors whose gradients are wanted.
 
     Attributes:
-        states, times, words, anew, openings: as a Ring's.
+        states, rows: as a Ring's.
         output_times: float64.
         gradients: [T, *y0.shape] what arrives at the outputs.
         end: the last state.
@@ -54,18 +54,17 @@ class CapturedReversal:
         method = recipe.method
         assert isinstance(method, Tableau)
         self.jumps = jumps
-        self.states, *rows = rows_for(room, y0, stage_times, words)
-        self.times, self.words, self.anew, self.openings = rows
+        self.states, self.rows = rows_for(room, y0, stage_times, words)
         self.output_times = torch.zeros(output_times, dtype=torch.float64, device=y0.device)
         self.gradients, self.end = y0.new_zeros((output_times[0], *y0.shape)), torch.zeros_like(y0)
         self.lam = torch.zeros_like(y0)
         self.left, self._both = (torch.tensor(x, dtype=torch.int64, device=y0.device) for x in ([1], [-1, 0]))
         self.totals = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
         # The step to be undone, and the one before it; and the state at the end, and whether a step begins there anew.
-        self._here = [rows[:2].clone() for rows in (self.times, self.words, self.anew, self.openings)]
+        self._here = Rows(*(x[:2].clone() for x in self.rows))
         self._end, self._apart = torch.zeros_like(y0), torch.ones((), dtype=torch.bool, device=y0.device)
-        opening = self._here[3][1] if jumps else None
-        steps = [Step(its_words[DT], times, opening) for times, its_words in zip(*self._here[:2])]
+        opening = self._here.openings[1] if jumps else None
+        steps = [Step(its_words[DT], times, opening) for times, its_words in zip(self._here.times, self._here.words)]
         self.reversal = ExplicitReversal(recipe, steps, self.end, None, self.gradients, params, True, False, [])
         self.reversal.survey = Survey(params, recipe.warns)
         self.interpolant = interpolant_of(native, method)
@@ -105,18 +104,18 @@ class CapturedReversal:
 
     @torch.enable_grad()
     def _turn(self) -> None:
-        y, (_, _, anew, _) = self._load(), self._here
+        y, anew = self._load(), self._here.anew[1]
         if self.jumps:
             self._undo_end()
         shares, carried = self._shares(1, self.interpolant, self._inside), self._shares(0, self._at_end)[-1]
         if self.jumps and carried is not None:
-            carried = torch.where(anew[1], 0, carried)
+            carried = torch.where(anew, 0, carried)
         self.reversal.totals.restart(self.totals)
         lam, _ = self.reversal.undo(1, y, self.lam, shares, carried)
         torch._foreach_copy_((self.lam, *self.totals), (lam + self._inside, *self.reversal.totals.settled()))
         if self.jumps:
             self._end.copy_(y)
-            self._apart.copy_(anew[1])
+            self._apart.copy_(anew)
         self.left -= 1
 
     def _undo_end(self) -> None:
@@ -134,8 +133,8 @@ class CapturedReversal:
     def _load(self) -> Tensor:
         """Brings here the last step that is left, and the one before; returns the state at its start."""
         rows = self.left + self._both
-        n = len(self._here) if self.jumps else 2
-        for place, ring in zip(self._here[:n], (self.times, self.words, self.anew, self.openings)):
+        n = len(self.rows) if self.jumps else 2  # what else there is nobody needs
+        for place, ring in zip(self._here[:n], self.rows):
             torch.index_select(ring, 0, rows, out=place)
         if self.jumps:
             times, _, anew, openings = self._here
@@ -145,7 +144,7 @@ class CapturedReversal:
     def _shares(self, step: int, interpolant: Any, start: Tensor | None = None) -> list[Tensor | None]:
         """What outputs within one of both steps give to its derivatives, that at its end the last, and to its start."""
         found = native.interpolate_vjp(
-            self.reversal.layout, interpolant, self._here[1][step], self.output_times, self.gradients, start
+            self.reversal.layout, interpolant, self._here.words[step], self.output_times, self.gradients, start
         )
         n = self.reversal.n_stages + 1
         return [*found, *[None] * (n - len(found))]

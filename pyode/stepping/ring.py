@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,26 @@ from .tape import Step, passed_by_one, passed_by_samples
 DT = REAL_FIELDS.index("dt_prev")
 
 
+class Rows(NamedTuple):
+    """What is known of steps beside the states at their starts, each in the row of its number: the first in row 1.
+
+    Attributes:
+        times: [..., stages] or [..., stages, B], those of the evaluations after the first; the last in row 0 is that of
+            the start. Samples that have not moved have the first one's.
+        words: [..., N_FIELDS, B], the step state when the step was judged, with a size of 0 where it was not accepted;
+            in row 0 of a step that passes nothing.
+        anew: [...] bool, which steps begin with an evaluation of their own, behind a discontinuity.
+        openings: [...] or [..., B], the times of those.
+    """
+
+    times: Tensor
+    words: Tensor
+    anew: Tensor
+    openings: Tensor
+
+
 class Ring:
-    """Room for the steps that some sample has accepted, each in the row of its number: the first in row 1.
+    """Room for the steps that some sample has accepted.
 
     A step is written before it is judged, over one that was rejected. What finds no room goes to the last row: then
     more steps have been accepted than there is room for, and all else is right.
@@ -30,63 +48,58 @@ class Ring:
 
     Attributes:
         states: [room + 2, *y0.shape], those at the steps' starts.
-        times: [room + 2, stages, ...], those of the evaluations after the first; the last in row 0 is that of the
-            start. Samples that have not moved have the first one's.
-        words: [room + 2, N_FIELDS, B], the step state when the step was judged, with a size of 0 where it was not
-            accepted; in row 0 of a step that passes nothing.
-        anew: [room + 2] bool, which steps begin with an evaluation of their own, behind a discontinuity.
-        openings: [room + 2, ...], the times of those.
+        rows: [room + 2], see there.
         n: [1] int64, how many steps there are.
     """
 
     def __init__(self, room: int, y0: Tensor, times: Tensor, controller: Any) -> None:
         self.room, self._controller = room, controller
-        self.states, self.times, self.words, self.anew, self.openings = rows_for(room, y0, times, controller.words)
+        self.states, self.rows = rows_for(room, y0, times, controller.words)
         n = controller.field("n_accepted")
         self.n = n if len(n) == 1 else n.new_zeros(1)
 
     def restart(self, start: Tensor) -> None:
         """Begins at a time, as func sees it."""
         self.n.zero_()
-        self.anew.zero_()
-        self.times[0, -1] = start
+        self.rows.anew.zero_()
+        self.rows.times[0, -1] = start
 
     def begin(self, y: Tensor) -> None:
         """Notes a step's start and times."""
         self._row = (self.n + 1).clamp(max=self.room + 1)
         self.states.index_copy_(0, self._row, y[None])
-        self.times.index_copy_(0, self._row, self._controller.stage_times[None])
+        self.rows.times.index_copy_(0, self._row, self._controller.stage_times[None])
 
     def end(self) -> None:
         """Notes what has come of it."""
         words, accepted = self._controller.words, self._controller.field("accepted") != 0
         if len(accepted) != 1:
-            words, first = words.clone(), self.times.index_select(0, self._row - 1)[:, -1:]
+            words, first = words.clone(), self.rows.times.index_select(0, self._row - 1)[:, -1:]
             words[DT] = torch.where(accepted, words[DT], 0.0)
-            times = self.times.index_select(0, self._row)
-            self.times.index_copy_(0, self._row, torch.where(accepted, times, first))
+            times = self.rows.times.index_select(0, self._row)
+            self.rows.times.index_copy_(0, self._row, torch.where(accepted, times, first))
             self.n += accepted.any()
-        self.words.index_copy_(0, self._row, words[None])
+        self.rows.words.index_copy_(0, self._row, words[None])
 
     def pass_jump(self, anew: Tensor, jumped: Tensor, behind: Tensor) -> None:
         """Notes whether the next step begins anew, behind the discontinuity at which some samples are."""
         row = (self.n + 1).clamp(max=self.room + 1)
-        opening = torch.where(jumped, behind, self.times.index_select(0, row - 1)[:, -1])
-        for place, x in ((self.openings, opening), (self.anew, anew)):
+        opening = torch.where(jumped, behind, self.rows.times.index_select(0, row - 1)[:, -1])
+        for place, x in ((self.rows.openings, opening), (self.rows.anew, anew)):
             place.index_copy_(0, row, torch.where(anew, x, place.index_select(0, row)))
 
 
-def rows_for(room: int, y0: Tensor, times: Tensor, words: Tensor) -> tuple[Tensor, ...]:
-    """Memory for the states, times, words, anew and openings of so many steps; see Ring."""
+def rows_for(room: int, y0: Tensor, times: Tensor, words: Tensor) -> tuple[Tensor, Rows]:
+    """Memory for the states and rows of so many steps; see Ring."""
     like = times, words, words.new_empty((), dtype=torch.bool), times[0]
-    return y0.new_empty((room + 2, *y0.shape)), *(x.new_zeros((room + 2, *x.shape)) for x in like)
+    return y0.new_empty((room + 2, *y0.shape)), Rows(*(x.new_zeros((room + 2, *x.shape)) for x in like))
 
 
-def steps_from(rows: tuple[Tensor, Tensor, Tensor, Tensor], output_times: Times, polynomial: Any) -> Iterator[Step]:
+def steps_from(rows: Rows, output_times: Times, polynomial: Any) -> Iterator[Step]:
     """The steps on a ring, as a tape has them, but for where they end on discontinuities.
 
     Args:
-        rows: [N + 1, ...] the times, words, anew and openings of a ring with N steps.
+        rows: of a ring with N steps, [N + 1].
         output_times: of the solve.
         polynomial: the dense output.
     """
