@@ -130,6 +130,13 @@ def contenders(case: Case, task: str) -> dict[str, Contender]:
     if task == "direct":
         theirs, ours = torchdiffeq.odeint, pyode.odeint
         return {"torchdiffeq": lambda: case.gradients(theirs), "host": lambda: case.gradients(ours)}
+    if task == "checkpoint":
+        host, device = ({"gradient": "checkpoint", **more} for more in ({}, DEVICE_LOOP))
+        return {
+            "torchdiffeq": lambda: case.gradients(torchdiffeq.odeint),
+            "host": lambda: case.gradients(pyode.odeint, options=host),
+            "device": lambda: case.gradients(pyode.odeint, options=device),
+        }
     adjoint = pyode.odeint_adjoint
     return {
         "torchdiffeq": lambda: case.gradients(torchdiffeq.odeint_adjoint),
@@ -177,7 +184,7 @@ def measure(seconds: float = 10.0) -> list[dict[str, Any]]:
         return []
     rows = []
     for name, case in device_cases().items():
-        for task in ("solve", "direct", "adjoint") if name in TRAINED else ("solve",):
+        for task in ("solve", "direct", "checkpoint", "adjoint") if name in TRAINED else ("solve",):
             with torch.set_grad_enabled(task != "solve"):
                 if task == "solve":
                     check(case)
@@ -236,7 +243,7 @@ def test_solve(benchmark: Any, name: str, solver: str) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("solver", ["torchdiffeq", "host"])
-@pytest.mark.parametrize("task", ["direct", "adjoint"])
+@pytest.mark.parametrize("task", ["direct", "checkpoint", "adjoint"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_training(benchmark: Any, name: str, task: str, solver: str) -> None:
     benchmark.group = f"{name}, {task}"
