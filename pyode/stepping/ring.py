@@ -72,14 +72,16 @@ class Ring:
 
     def end(self) -> None:
         """Notes what has come of it."""
-        words, accepted = self._controller.words, self._controller.field("accepted") != 0
+        row, rows, words = self._row, self.rows, self._controller.words
+        accepted = self._controller.field("accepted") != 0
         if len(accepted) != 1:
-            words, first = words.clone(), self.rows.times.index_select(0, self._row - 1)[:, -1:]
+            words = words.clone()
             words[DT] = torch.where(accepted, words[DT], 0.0)
-            times = self.rows.times.index_select(0, self._row)
-            self.rows.times.index_copy_(0, self._row, torch.where(accepted, times, first))
+            times, anew, openings = (x.index_select(0, row) for x in (rows.times, rows.anew, rows.openings))
+            first = torch.where(anew, openings, rows.times.index_select(0, row - 1)[:, -1])
+            rows.times.index_copy_(0, row, torch.where(accepted, times, first[:, None]))
             self.n += accepted.any()
-        self.rows.words.index_copy_(0, self._row, words[None])
+        rows.words.index_copy_(0, row, words[None])
 
     def pass_jump(self, anew: Tensor, jumped: Tensor, behind: Tensor) -> None:
         """Notes whether the next step begins anew, behind the discontinuity at which some samples are."""
