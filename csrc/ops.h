@@ -87,12 +87,14 @@ struct FinishStep {
 
 /// The transpose of Interpolate: what gradients of the outputs that each sample's last step passed give to the step,
 /// out_j = dt_prev sum_m w_j(x_m) g_m and start = sum_m g_m. Only cuda, as the host knows which outputs there are. The
-/// order is the host's: of one sample sums of at most kMaxStages terms as stage_combine has them, else one by one.
+/// order is the host's: of one sample sums of at most kMaxStages terms as stage_combine has them, without the outputs
+/// at the step's end, of which end = sum_m g_m; of several one by one, and end = 0.
 struct InterpolateVjp {
   Interpolate outputs;  // of which neither states nor derivatives are read; out_stride is that of g
   const void* g;        // [T, B, D]
   void* out[kMaxStages];
-  void* start;  // may be null
+  void* start;  // with `end`: may be null
+  void* end;
 };
 
 /// out[b, :] = accepted[b] ? moved[b, :] : stayed[b, :], after a step which only some samples accepted.

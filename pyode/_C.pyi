@@ -297,6 +297,7 @@ def interpolate_vjp(
     g_stride: int,
     outs: list[Any],
     start: Any,
+    end: Any,
     /,
 ) -> None: ...
 def repeat_while(layout: Layout, left: Any, condition: int, /) -> None: ...

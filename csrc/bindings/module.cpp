@@ -131,7 +131,7 @@ void end_step(const OwnedLayout& where, const Table& table, const Interpolant& i
 
 void interpolate_vjp(const OwnedLayout& where, const Interpolant& interpolant, py::handle words, py::handle times,
                      int64_t n_times, bool per_sample, py::handle g, int64_t g_stride, const py::list& outs,
-                     py::handle start) {
+                     py::handle start, py::handle end) {
   InterpolateVjp op = {};
   op.outputs = interpolant.op;
   op.outputs.state = {address<double>(words), where.layout.samples, where.layout.samples};
@@ -143,6 +143,7 @@ void interpolate_vjp(const OwnedLayout& where, const Interpolant& interpolant, p
   op.g = address(g);
   for (int j = 0; j < op.outputs.terms; ++j) op.out[j] = address(outs[interpolant.stages[j]]);
   op.start = address(start);
+  op.end = address(end);
   check_launch(pyode::cuda::interpolate_vjp(where.layout, op));
 }
 #endif

@@ -35,6 +35,7 @@ __global__ void interpolate_vjp_kernel(const __grid_constant__ InterpolateVjp op
                                        int64_t cuts) {
   using A = arithmetic_t<T>;
   __shared__ double weights[kMaxStages][kMaxStages];  // of each stage at each output
+  __shared__ bool at_end[kMaxStages];
   const Interpolate& outputs = op.outputs;
   for (int64_t task = blockIdx.x; task < samples * cuts; task += gridDim.x) {
     const int64_t b = task / cuts, begin = task % cuts * blockDim.x + threadIdx.x, step = cuts * blockDim.x;
@@ -42,18 +43,21 @@ __global__ void interpolate_vjp_kernel(const __grid_constant__ InterpolateVjp op
     const A dt = static_cast<A>(s.dt_prev);
     for (int64_t d = b * size + begin; d < (b + 1) * size; d += step) {
       for (int j = 0; j < outputs.terms; ++j) static_cast<T*>(op.out[j])[d] = store<T>(A(0));
-      if (op.start != nullptr) static_cast<T*>(op.start)[d] = store<T>(A(0));
+      if (op.start != nullptr) static_cast<T*>(op.start)[d] = static_cast<T*>(op.end)[d] = store<T>(A(0));
     }
     for (int64_t first = s.output_begin; first < s.output_end; first += kMaxStages) {
       const int64_t left = s.output_end - first, n = left < kMaxStages ? left : kMaxStages;
       __syncthreads();
-      for (int64_t i = threadIdx.x; i < n * outputs.terms; i += blockDim.x) {
-        const int64_t m = i / outputs.terms, j = i % outputs.terms;
+      for (int64_t i = threadIdx.x; i < n * (outputs.terms + 1); i += blockDim.x) {
+        const int64_t m = i / (outputs.terms + 1), j = i % (outputs.terms + 1);
         const double x = output_position(s, output_time(outputs.grid, first + m, b));
-        const double* const c = outputs.c[j];
-        const double weight =
-            samples == 1 ? interpolant_weight(c, outputs.degree, x) : weight_of_samples(c, outputs.degree, x);
-        weights[j][m] = x == 1 ? outputs.end[j] : weight;
+        if (j == outputs.terms) {
+          at_end[m] = samples == 1 && x == 1;
+        } else if (samples == 1) {
+          weights[j][m] = x == 1 ? 0 : interpolant_weight(outputs.c[j], outputs.degree, x);
+        } else {
+          weights[j][m] = x == 1 ? outputs.end[j] : weight_of_samples(outputs.c[j], outputs.degree, x);
+        }
       }
       __syncthreads();
       for (int64_t d = b * size + begin; d < (b + 1) * size; d += step) {
@@ -75,8 +79,10 @@ __global__ void interpolate_vjp_kernel(const __grid_constant__ InterpolateVjp op
           if (terms > 0 && dt != 0) *out = store<T>(advance_state(load(*out), dt, sum));
         }
         if (op.start == nullptr) continue;
-        T* const start = static_cast<T*>(op.start) + d;
-        for (int64_t m = 0; m < n; ++m) *start = store<T>(load(*start) + load(g[m * outputs.out_stride]));
+        for (int64_t m = 0; m < n; ++m) {
+          T* const sum = static_cast<T*>(at_end[m] ? op.end : op.start) + d;
+          *sum = store<T>(load(*sum) + load(g[m * outputs.out_stride]));
+        }
       }
     }
     __syncthreads();

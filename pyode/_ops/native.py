@@ -467,16 +467,23 @@ def end_step(
 
 
 def interpolate_vjp(
-    layout: Layout, interpolant: Interpolant, words: Tensor, times: Tensor, g: Tensor, start: Tensor | None = None
+    layout: Layout,
+    interpolant: Interpolant,
+    words: Tensor,
+    times: Tensor,
+    g: Tensor,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
 ) -> list[Tensor | None]:
     """The transpose of `interpolate`, of the outputs which the step has passed of which words [N_FIELDS, B] tell.
 
     Returns, for every derivative, what gradients g [T, ...] of the outputs at the times [T] or [T, B] give to it; None
-    where it has no weight in any. The sum of theirs is written to `start`. On CUDA alone.
+    where it has no weight in any. The sum of theirs is written to `start`, of one sample's at the step's end to `end`,
+    and these give nothing to a derivative. On CUDA alone.
     """
     outs = [torch.empty_like(g[0]) if any(row) else None for row in interpolant.coefficients]
     _C.interpolate_vjp(
-        layout.handle, interpolant, words, times, len(times), times.dim() == 2, g, layout.stride, outs, start
+        layout.handle, interpolant, words, times, len(times), times.dim() == 2, g, layout.stride, outs, start, end
     )
     return outs
 

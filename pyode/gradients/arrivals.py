@@ -44,17 +44,23 @@ class JointArrivals:
         elsewhere |= set() if left is None else set(left.nonzero()[:, 0].tolist())
         return sum(self.gradient[i] for i in range(1, len(self.gradient)) if i not in elsewhere) + self.gradient[0]
 
+    def at_end(self, step: Step) -> Tensor | None:
+        """What arrives at outputs at a step's end."""
+        found = [self.gradient[passed.index] for passed in step.outputs if passed.position == 1.0]
+        return sum(found[1:], found[0]) if found else None
+
     def inside(self, step: Step) -> Tensor | None:
-        """What arrives at outputs within a step: they move with its start."""
-        found = [self.gradient[passed.index] for passed in step.outputs]
+        """What arrives at outputs inside a step: they move with its start."""
+        found = [self.gradient[passed.index] for passed in step.outputs if passed.position != 1.0]
         return sum(found[1:], found[0]) if found else None
 
     def shares(self, step: Step, n: int) -> Shares:
-        """What outputs within a step give to its n derivatives, that at its end included."""
-        if not step.outputs:
+        """What outputs inside a step give to its n derivatives, that at its end included."""
+        inside = [passed for passed in step.outputs if passed.position != 1.0]
+        if not inside:
             return [None] * n
-        gradients = [self.gradient[passed.index] for passed in step.outputs]
-        columns = [passed.polynomial.weights_at(passed.position) for passed in step.outputs]
+        gradients = [self.gradient[passed.index] for passed in inside]
+        columns = [passed.polynomial.weights_at(passed.position) for passed in inside]
         rows = (tuple(column[j] if j < len(column) else 0.0 for column in columns) for j in range(n))
         return [self._sum(row, gradients, step.dt) if any(row) else None for row in rows]
 
@@ -95,6 +101,9 @@ class SampleArrivals:
         if left is not None:
             there[: len(left)] &= ~left
         return torch.where(_beside(there, self.gradient), self.gradient, 0.0).sum(0)
+
+    def at_end(self, step: Step) -> None:
+        """Nothing: those at a step's end are not told apart from those inside."""
 
     def inside(self, step: Step) -> Tensor | None:  # noqa: D102
         total = None

@@ -72,7 +72,7 @@ class CapturedReversal:
         last = len(method.weights)
         alone = tuple(row if j == last else () for j, row in enumerate(self.interpolant.coefficients))
         self._at_end = native.Interpolant(alone, self.interpolant.end)
-        self._inside = torch.zeros_like(y0)
+        self._inside, self._arriving = torch.zeros_like(y0), torch.zeros_like(y0)
 
     def trial(self) -> Iterator[None]:
         """Undoes the last step, driven by the host."""
@@ -105,9 +105,11 @@ class CapturedReversal:
     @torch.enable_grad()
     def _turn(self) -> None:
         y, anew = self._load(), self._here.anew[1]
+        shares = self._shares(1, self.interpolant, self._inside, self._arriving)
+        carried = self._shares(0, self._at_end)[-1]
+        self.lam += self._arriving
         if self.jumps:
             self._undo_end()
-        shares, carried = self._shares(1, self.interpolant, self._inside), self._shares(0, self._at_end)[-1]
         if self.jumps and carried is not None:
             carried = torch.where(anew, 0, carried)
         self.reversal.totals.restart(self.totals)
@@ -141,10 +143,10 @@ class CapturedReversal:
             openings[1] = torch.where(anew[1], openings[1], times[0, -1])
         return self.states.index_select(0, self.left)[0]
 
-    def _shares(self, step: int, interpolant: Any, start: Tensor | None = None) -> list[Tensor | None]:
-        """What outputs within one of both steps give to its derivatives, that at its end the last, and to its start."""
+    def _shares(self, step: int, interpolant: Any, *start_and_end: Tensor) -> list[Tensor | None]:
+        """What outputs within one of both steps give to its derivatives, that at its end the last, and to its ends."""
         found = native.interpolate_vjp(
-            self.reversal.layout, interpolant, self._here.words[step], self.output_times, self.gradients, start
+            self.reversal.layout, interpolant, self._here.words[step], self.output_times, self.gradients, *start_and_end
         )
         n = self.reversal.n_stages + 1
         return [*found, *[None] * (n - len(found))]

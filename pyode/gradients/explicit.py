@@ -70,6 +70,9 @@ class ExplicitReversal(Reversal):
         for n, y in self.backwards(states):
             step = steps[n]
             self._compact(n)
+            arriving = arrivals.at_end(step)
+            if arriving is not None:
+                lam = lam + arriving
             if last is None and (shares[-1] is not None or self._needs_slope_at_end(step)):
                 lam, last = self.undo_end(n, y1, lam, shares[-1])
             if self.clock is not None and last is not None and shares[-1] is not None:
