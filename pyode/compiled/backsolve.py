@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..control import Times, grid_from
+from ..control import grid_from
 from ..errors import Status
-from ..gradients.backsolve import BacksolveConfig, backwards
+from ..gradients.backsolve import Arriving, BacksolveConfig, backwards
 from ..gradients.backsolve_samples import Found, SampleBacksolveConfig
 from ..gradients.survey import warn_of_loss
 from ..methods import Tableau
@@ -30,12 +30,8 @@ if TYPE_CHECKING:
 def backsolve_compiled(
     compiled: CompiledDynamics | WithArgs,
     form: Form,
-    times: Times,
     config: BacksolveConfig,
-    ys: Tensor,
-    gradients: Tensor,
-    params: tuple[Tensor, ...],
-    time: bool,
+    arriving: Arriving,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]] | None:
     """The gradients with respect to y0 (packed), t if wanted, and the parameters; None if a loop has to do it.
 
@@ -44,12 +40,12 @@ def backsolve_compiled(
 
     Args:
         compiled: the dynamics.
-        form, times, config, ys, gradients, params, time: as `Backsolve`'s.
+        form, config, arriving: as `Backsolve`'s.
 
     Raises:
         SolveError: the backward solve failed.
     """
-    method = config.method
+    method, times, ys, params = config.method, arriving.times, arriving.ys, arriving.params
     if (
         not (isinstance(method, Tableau) and method.adaptive)
         or not (form.is_tensor or form.is_tuple)
@@ -61,14 +57,14 @@ def backsolve_compiled(
         or not solved_natively(ys)
     ):
         return None
-    found = _library_for(compiled, form, ys.dtype, method, params, time, config.warns)
+    found = _library_for(compiled, form, ys.dtype, method, params, arriving.with_time, config.warns)
     if found is None:
         return None
     entry, library, wanted = found
     ends, options = backwards(times, config.options)
     rtol, atol = (x if isinstance(x, float) else torch.stack([x, x]) for x in (config.rtol, config.atol))
     least_rtol, least_atol = (x if isinstance(x, float) else float(x.min()) for x in (config.rtol, config.atol))
-    ys, gradients = ys.detach().contiguous(), gradients.detach().contiguous()
+    ys, gradients = ys.detach().contiguous(), arriving.gradients.detach().contiguous()
     z = torch.stack([ys[-1], gradients[-1]])
     grid = grid_from(options, ends, ys.device)
     rows = entry.rows_of(form.shapes[0])
@@ -84,7 +80,7 @@ def backsolve_compiled(
         stats.n_rejected += solve.sample.n_rejected
     if solve.sample.status != Status.SUCCESS:
         raise error_of(solve)
-    of_t = of_times.to(times.tensor) if time else None
+    of_t = of_times.to(times.tensor) if arriving.with_time else None
     return start[1] + gradients[0], of_t, _by_params(params, wanted, of_wanted)
 
 
