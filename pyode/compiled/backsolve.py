@@ -10,7 +10,7 @@ from torch import Tensor
 from ..control import grid_from
 from ..errors import Status
 from ..gradients.backsolve import Arriving, BacksolveConfig, backwards
-from ..gradients.backsolve_samples import Found, SampleBacksolveConfig
+from ..gradients.backsolve_samples import Found, SampleArriving, SampleBacksolveConfig
 from ..gradients.survey import warn_of_loss
 from ..methods import Tableau
 from ..solution import Stats
@@ -88,36 +88,33 @@ def backsolve_samples_compiled(
     compiled: CompiledDynamics | WithArgs,
     form: Form,
     config: SampleBacksolveConfig,
-    times: Tensor,
-    ys: Tensor,
-    gradients: Tensor,
-    first_step: Tensor,
-    _segments: tuple[int, ...],  # as the library has them
-    params: tuple[Tensor, ...],
-    with_time: bool,
+    arriving: SampleArriving,
 ) -> Found | None:
     """The same of samples with steps of their own: what `SampleBacksolve.solve` returns, or None.
 
     Args:
         compiled, form: the dynamics, and the form of the user's state.
-        config, and all others: as `SampleBacksolve`'s.
+        config, arriving: as `SampleBacksolve`'s.
 
     Raises:
         SolveError: the backward solve of a sample failed.
     """
-    if not (form.is_tensor or form.is_tuple) or not form.per_sample or not solved_natively(ys):
+    params, with_time = arriving.params, arriving.with_time
+    if not (form.is_tensor or form.is_tuple) or not form.per_sample or not solved_natively(arriving.ys):
         return None
-    found = _library_for(compiled, form, ys.dtype, config.tableau, params, with_time, config.warns, per_sample=True)
+    found = _library_for(
+        compiled, form, arriving.ys.dtype, config.tableau, params, with_time, config.warns, per_sample=True
+    )
     if found is None:
         return None
     entry, library, wanted = found
-    times, ys, gradients = (x.detach().contiguous() for x in (times, ys, gradients))
+    times, ys, gradients = (x.detach().contiguous() for x in (arriving.times, arriving.ys, arriving.gradients))
     z = torch.stack([ys[-1], torch.zeros_like(ys[-1])], 1)
     rtol, atol = config.tolerances
     grid, states = config.grid_of(times), RowStates(len(z))
     plan = Plan(library, z.shape, z.dtype, len(z), grid, config.policy, rtol, atol, None, per_sample=True)
     end, of_times, of_wanted, solve = plan.run_back(
-        z, entry.inputs, times, ys, gradients, wanted, states=states, first_steps=first_step.contiguous()
+        z, entry.inputs, times, ys, gradients, wanted, states=states, first_steps=arriving.first_step.contiguous()
     )
     stats = config.options.get("stats")
     if stats is not None:
