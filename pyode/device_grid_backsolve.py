@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ._ops import graph_loop
+from ._ops.contract import RightHandSide
 from .captures import BoundFunc, Captured, Key, captured_for, standing_for, surroundings
 from .device_grid import check_steps, within
 from .device_solve import launch
+from .gradients.augmented import AugmentedDynamics, AugmentedState
 from .gradients.backsolve import Arriving, Backsolve, BacksolveConfig, Found, interval
 from .problem import Problem
 from .solution import Stats
@@ -47,11 +49,17 @@ class PreparedBacksolve(Backsolve):
         super().__init__(*further)
         config, integrals = self.config, super()._quadrature()
         self.integrals = integrals
-        self.dynamics.quadrature = integrals if integrals.values else None
+        self.augmented: AugmentedDynamics | None = None
+        dynamics: RightHandSide = self.dynamics
+        layout, beside = self.layout, integrals if integrals.values else None
+        if not config.method.one_step:
+            state = AugmentedState(torch.stack(self.ys[:1] * 2), integrals.values)
+            dynamics = self.augmented = AugmentedDynamics(self.dynamics, state)
+            layout, beside = state.layout(self.ops, layout), None
         self.loops = [
             PreparedGrid(
-                self.dynamics, config.method, self.layout, interval(self.times, i), grid, config.options, self.rtol,
-                self.atol, self.dynamics.quadrature,
+                dynamics, config.method, layout, interval(self.times, i), grid, config.options, self.rtol, self.atol,
+                beside,
             )
             for i, grid in enumerate(reversed(grids), 1)
         ]  # fmt: skip
@@ -61,7 +69,13 @@ class PreparedBacksolve(Backsolve):
         return self.integrals
 
     def _over_interval(self, i: int, z: Tensor, quadrature: Quadrature) -> Tensor:
-        return self._carry_out(self.loops[i - 1], z, self.config.options)
+        loop, augmented = self.loops[i - 1], self.augmented
+        if augmented is None:
+            return self._carry_out(loop, z, self.config.options)
+        augmented.dynamics.quadrature = augmented
+        end = self._carry_out(loop, augmented.state.pack([z, *quadrature.values]), self.config.options)
+        z, *quadrature.values = augmented.state.unpack(end)
+        return z
 
 
 class DeviceGridBacksolve:
@@ -80,7 +94,7 @@ class DeviceGridBacksolve:
         self.grids = torch.split(steps, list(lengths))
         self.key: Key = (
             self.bound.key, "backwards", ys.shape, ys.dtype, ys.device, tuple(form.shapes), config.method.name,
-            *within(options).values(), self.bound.which(arriving.params), arriving.with_time, outputs.tensor.dtype,
+            *within(options).items(), self.bound.which(arriving.params), arriving.with_time, outputs.tensor.dtype,
             lengths, tuple(steps.tolist()), surroundings(),
         )  # fmt: skip
 

@@ -15,7 +15,10 @@ from ._ops.words import Readings
 from .captures import Captured, CaptureError, Key, captured_solves
 from .control import Times, UnreadTimes, check_times
 from .errors import warn
-from .methods import Method, Tableau
+from .methods import ImplicitTableau, Method, Tableau
+from .methods.adams import VariableAdams
+from .methods.external import ScipySolver
+from .methods.multistep import FixedAdams
 from .stepping.captured import CapturedLoop
 from .stepping.outcome import Outcome
 
@@ -85,10 +88,22 @@ def obstacle(y: Tensor, method: Method) -> str | None:
         return f"the state is on the {y.device.type.upper()}"
     if backend_for(y) is not native:
         return "pyode's CUDA kernels can't work on the state"
-    if not isinstance(method, Tableau):
-        return f"{method.name!r} is not an explicit Runge-Kutta method"
+    hosts = _what_is_the_hosts(method)
+    if hosts is not None:
+        return hosts
     if graph_loop.is_capturing(y.device):
         return "a graph is being captured"
+    return None
+
+
+def _what_is_the_hosts(method: Method) -> str | None:
+    """What of a method's steps the host does, if anything."""
+    if isinstance(method, VariableAdams):
+        return f"it chooses the orders and sizes of the steps of {method.name!r}"
+    if isinstance(method, ImplicitTableau) or (isinstance(method, FixedAdams) and method.implicit):
+        return f"it looks whether the equations of a step of {method.name!r} are solved"
+    if isinstance(method, ScipySolver):
+        return "SciPy is its"
     return None
 
 
