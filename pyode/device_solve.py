@@ -73,7 +73,7 @@ class Given:
         """Copies all to its place, unless it is there."""
         if captured.filled == self.mark:
             return
-        loop = captured.loop
+        loop, captured.filled = captured.loop, None
         pairs = [(loop.rtol, self.rtol), (loop.atol, self.atol), (loop.first_step, self.first_step)]
         pairs += [(getattr(loop.grid, name), getattr(self.grid, name)) for name in ("times", "step_t", "jump_t")]
         for place, given in pairs:
@@ -126,12 +126,13 @@ def launch(captured: Captured, key: Key, fill: Callable[[], None], collect: Call
         fill: copies in what is to be solved.
         collect: copies out what has come of it; others use its memory behind that.
     """
-    with captured.graph.in_use():
-        fill()
-        captured.graph.launch()
-        found = collect(captured.loop)
-    captured_solves.put(key, captured)
-    return found
+    try:
+        with captured.graph.in_use():
+            fill()
+            captured.graph.launch()
+            return collect(captured.loop)
+    finally:  # of an interrupt too: the device may be at work on it
+        captured_solves.put(key, captured)
 
 
 class DeviceSolve(Outcome):

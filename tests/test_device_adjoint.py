@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_loops import DEVICE, MARKS, ON, Field, both_gradients, check_same_gradients, n_captures, normal, times
+from device_loops import DEVICE, MARKS, ON, Field, both_gradients, check_same_gradients, normal, times
 
 import pyode
 
@@ -75,25 +75,6 @@ def test_errors_are_those_of_the_host_driven_loop(restart):
     (theirs, their_stats), (ours, our_stats) = errors
     assert ours.args == theirs.args
     assert our_stats == their_stats
-
-
-def test_training_captures_once_and_follows_the_host_driven_loop():
-    finals = []
-    y0, before = normal(8, 3), n_captures()
-    for more in ({}, ON):
-        torch.manual_seed(0)
-        func = Field()
-        optimizer = torch.optim.SGD(func.parameters(), lr=0.1)
-        for _ in range(5):
-            optimizer.zero_grad(set_to_none=False)
-            with torch.enable_grad():
-                out = pyode.odeint_adjoint(func, y0, times(), rtol=1e-4, atol=1e-6, options=more)
-                (out[-1] - 1).square().mean().backward()
-            optimizer.step()
-        finals.append([p.detach().clone() for p in func.parameters()])
-    for a, b in zip(*finals):
-        assert torch.equal(a, b)
-    assert n_captures() == before + 2  # forwards and backwards
 
 
 def gradients_of(func, y0, wanted, args=(), **kwargs):
