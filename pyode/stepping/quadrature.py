@@ -6,6 +6,7 @@ parameters and of time are such integrals.
 
 from __future__ import annotations
 
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -39,7 +40,6 @@ class Quadrature:
     ) -> None:
         self.values, self.ops = values, ops
         self.rtol, self.atol, self.in_norm = rtol, atol, in_norm
-        self._all_layouts = [ops.Layout(1, v.numel(), (0, v.numel()), v.dtype, v.device) for v in values]
         self._ends: list[Tensor] = []
         self._outputs: list[Tensor] = []
         self._evaluations: list[list[Tensor] | None] = []
@@ -51,6 +51,10 @@ class Quadrature:
             self._weights, self._error_weights = method.weights, method.error_weights
             columns = zip(method.interpolant, (*method.error_weights, *[0.0] * 99))
             self._needed = [bool(any(row) or e) for row, e in columns]
+
+    @cached_property
+    def _all_layouts(self) -> list[Layout]:
+        return [self.ops.Layout(1, v.numel(), (0, v.numel()), v.dtype, v.device) for v in self.values]
 
     @property
     def layouts(self) -> list[Layout]:
