@@ -19,7 +19,7 @@ from torch import Tensor
 
 import pyode
 
-from .cases import Case, cases
+from .cases import Case, cases, flat
 from .timing import Contender, interleaved, repeated, seconds_of
 
 try:
@@ -59,9 +59,9 @@ def samples(case: Case, odeint: Callable[..., Tensor]) -> Tensor:
         return case.solve(odeint, options={"control": "per_sample"})
 
 
-TASKS: dict[str, Callable[[Case, Callable[..., Tensor]], Tensor]] = {
+TASKS: dict[str, Callable[[Case, Callable[..., Tensor]], Any]] = {
     "solve": solution,
-    "gradient": lambda case, odeint: case.gradient(odeint),
+    "gradient": lambda case, odeint: case.gradients(odeint),
     "per sample": samples,
 }
 
@@ -87,10 +87,9 @@ def contenders(case: Case, task: str) -> tuple[dict[str, Contender], float]:
         all_of_them["torchdiffeq"] = lambda: run(case, torchdiffeq.odeint)
     if diffrax_cases is not None:
         all_of_them |= diffrax_cases.contenders(case, task)
-    expected = all_of_them["eager"]()
-    for contender in all_of_them.values():
-        found = contender()
-        found = found if isinstance(found, Tensor) else diffrax_cases.as_tensor(found)
+    expected = flat(all_of_them["eager"]())
+    for key, contender in all_of_them.items():
+        found = flat(diffrax_cases.as_torch(contender()) if key.startswith("diffrax") else contender())
         # Step for step the same controllers, but diffrax's; it is as close as the tolerances are.
         assert float((found - expected).norm() / expected.norm()) < (1e-2 if case.name == "lorenz1024" else 1e-3)
     return all_of_them, seconds

@@ -134,12 +134,12 @@ def contenders(case: Case, task: str) -> dict[str, Contender]:
         }
     if task == "direct":
         theirs, ours = torchdiffeq.odeint, pyode.odeint
-        return {"torchdiffeq": lambda: case.gradient(theirs), "host": lambda: case.gradient(ours)}
+        return {"torchdiffeq": lambda: case.gradients(theirs), "host": lambda: case.gradients(ours)}
     adjoint = pyode.odeint_adjoint
     return {
-        "torchdiffeq": lambda: case.gradient(torchdiffeq.odeint_adjoint),
-        "host": lambda: case.gradient(adjoint),
-        "device": lambda: case.gradient(on_device(adjoint)),
+        "torchdiffeq": lambda: case.gradients(torchdiffeq.odeint_adjoint),
+        "host": lambda: case.gradients(adjoint),
+        "device": lambda: case.gradients(on_device(adjoint)),
     }
 
 

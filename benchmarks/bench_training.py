@@ -93,7 +93,7 @@ def check(case: Case, kind: str) -> dict[str, float]:
 
 def contenders(case: Case, kind: str) -> dict[str, Contender]:
     """Those that are timed."""
-    steps = {name: (lambda solve=solve: case.gradient(solve)) for name, solve in SOLVERS[kind].items()}
+    steps = {name: (lambda solve=solve: case.gradients(solve)) for name, solve in SOLVERS[kind].items()}
     return {**steps, "bare": bare(case, kind)}
 
 

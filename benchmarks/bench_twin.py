@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 import pyode
 
-from .cases import Case, cases
+from .cases import Case, cases, flat
 from .timing import Contender, interleaved
 
 TITLE = "pyode against its pure-Python twin (dopri5, float32, rtol 1e-5, atol 1e-7)"
@@ -30,31 +29,31 @@ def solution(case: Case) -> Tensor:
         return case.solve(pyode.odeint)
 
 
-def tasks() -> dict[tuple[str, str], Callable[[], Tensor]]:
+def tasks() -> dict[tuple[str, str], Contender]:
     """What is timed, by case and kind."""
-    everything: dict[tuple[str, str], Callable[[], Tensor]] = {}
+    everything: dict[tuple[str, str], Contender] = {}
     for name, case in cases().items():
         everything[name, "solve"] = lambda case=case: solution(case)
     for name in TRAINED:
         case = cases()[name]
         for kind, odeint in (("direct", pyode.odeint), ("adjoint", pyode.odeint_adjoint)):
-            everything[name, f"gradient, {kind}"] = lambda case=case, odeint=odeint: case.gradient(odeint)
+            everything[name, f"gradient, {kind}"] = lambda case=case, odeint=odeint: case.gradients(odeint)
     return everything
 
 
-def by_twin(task: Callable[[], Tensor]) -> Tensor:
+def by_twin(task: Contender) -> Any:
     """The same, in plain torch."""
     with pyode.backend("reference"):
         return task()
 
 
-def check(task: Callable[[], Tensor]) -> None:
+def check(task: Contender) -> None:
     """Both agree to rounding, which the dynamics amplify."""
-    ours, twin = task(), by_twin(task)
+    ours, twin = flat(task()), flat(by_twin(task))
     assert float((ours - twin).norm() / twin.norm()) < 1e-4
 
 
-def contenders(task: Callable[[], Tensor]) -> dict[str, Contender]:
+def contenders(task: Contender) -> dict[str, Contender]:
     """Those that are timed."""
     return {"pure Python": lambda: by_twin(task), "pyode": task}
 

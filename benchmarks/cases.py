@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -70,19 +71,22 @@ class Case:
         """The states at every t, [T, *y0.shape], by any odeint; at TOLERANCES unless the arguments say else."""
         return odeint(self.f, self.y0, self.t, **(TOLERANCES | arguments))
 
+    def gradients(self, odeint: Callable[..., Tensor], **arguments: Any) -> tuple[Tensor, ...]:
+        """Of mean(y**2) with respect to f's parameters: what is timed."""
+        return torch.autograd.grad(self.solve(odeint, **arguments).square().mean(), self.parameters)
+
     def gradient(self, odeint: Callable[..., Tensor], **arguments: Any) -> Tensor:
-        """Of mean(y**2) with respect to f's parameters, flat."""
-        loss = self.solve(odeint, **arguments).square().mean()
-        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, self.parameters)])
+        """The same as one vector."""
+        return flat(self.gradients(odeint, **arguments))
 
     def to(self, target: torch.device | torch.dtype | str) -> Case:
         """This case on another device, or in another dtype; a module is copied."""
         f = deepcopy(self.f).to(target) if isinstance(self.f, nn.Module) else self.f
         return Case(self.name, f, self.y0.to(target), self.t.to(target))
 
-    @property
+    @cached_property
     def parameters(self) -> list[Tensor]:
-        """Those of f."""
+        """Those of f, found once, as an optimizer does."""
         return list(self.f.parameters()) if isinstance(self.f, nn.Module) else []
 
     def count_evaluations(self, odeint: Callable[..., Tensor], **arguments: Any) -> int:
@@ -103,6 +107,11 @@ class Counted(nn.Module):
         """f(t, y)."""
         self.n += 1
         return self.f(t, y)
+
+
+def flat(found: Tensor | Sequence[Tensor]) -> Tensor:
+    """All numbers of a solution or of gradients, as one vector."""
+    return torch.cat([part.reshape(-1) for part in ([found] if isinstance(found, Tensor) else found)])
 
 
 def cases() -> dict[str, Case]:

@@ -91,7 +91,6 @@ def _gradient(case: Case, make: Any, y0: Any) -> Contender | None:
     return lambda: [g.block_until_ready() for g in compiled(parameters)]
 
 
-def as_tensor(x: Any) -> torch.Tensor:
-    """What a contender returns, as it would be from torch."""
-    parts = [torch.from_numpy(np.array(part)) for part in (x if isinstance(x, list) else [x])]
-    return torch.cat([part.reshape(-1) for part in parts]) if isinstance(x, list) else parts[0]
+def as_torch(x: Any) -> Any:
+    """What a contender returns, as it would be from torch: a tensor, or one for each parameter."""
+    return [as_torch(part) for part in x] if isinstance(x, list) else torch.from_numpy(np.array(x))

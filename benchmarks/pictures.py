@@ -101,7 +101,7 @@ def measure_work(name: str, seconds: float) -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = {"rtol": rtol, **times}
         for key, run in timed.items():
             found = run()
-            found = found if isinstance(found, Tensor) else diffrax_cases.as_tensor(found)
+            found = found if isinstance(found, Tensor) else diffrax_cases.as_torch(found)
             row[f"{key}_error"] = float((found.double() - exact).abs().mean() / exact.abs().mean())
         yield row
 

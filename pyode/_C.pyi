@@ -155,20 +155,22 @@ class SolveAgain:
 
 class Kind: ...
 
-class IdleLoops:
+class Kinds:
     def __init__(
         self,
         inspector: Inspector,
-        compiled_type: type,
-        callbacks: tuple[str, ...],
         backend: ContextVar[str],
         grad_enabled: Callable[[], bool],
-        inference_mode: Callable[[], bool],
         transform: Callable[[], Any],
         threads: Callable[[], int],
         forward_mode: Any,
-        most: int,
         /,
+    ) -> None: ...
+    def of(self, y0: Any, t: Any, rtol: Any, atol: Any, others: Any, /) -> Kind | None: ...
+
+class IdleLoops:
+    def __init__(
+        self, kinds: Kinds, callbacks: tuple[str, ...], inference_mode: Callable[[], bool], most: int, /
     ) -> None: ...
     def solve(
         self, func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: Any, options: Any, args: Any, /
@@ -176,6 +178,21 @@ class IdleLoops:
     def put(self, kind: Kind, loop: Any, /) -> None: ...
     def clear(self) -> None: ...
     def __len__(self) -> int: ...
+
+class Guards:
+    def __init__(
+        self,
+        items: list[tuple[Any, Any, Any]],
+        cells: list[tuple[Any, Any]],
+        functions: list[tuple[Any, Any, Any, Any]],
+        containers: list[tuple[Any, Any]],
+        /,
+    ) -> None: ...
+    def hold(self, altered: Callable[[Any, Any], bool], /) -> bool: ...
+
+class Forms:
+    def __init__(self, inspector: Inspector, tensors: list[Any], /) -> None: ...
+    def hold(self) -> bool: ...
 
 def stage_combine(layout: Layout, weights: tuple[float, ...], y: Any, ks: list[Any], dt: Any, out: Any, /) -> None: ...
 def stages(

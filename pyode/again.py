@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._ops import forced, native
-from ._ops.native import IdleLoops, Kind, SolveAgain, inspector
+from ._ops.native import IdleLoops, Inspector, Kind, Kinds, SolveAgain, inspector
 from ._ops.transforms import innermost_transform
 from .callbacks import NAMES as CALLBACKS
 from .compiled.dynamics import CompiledDynamics
-from .compiled.prepared import key_of
 from .compiled.samples import samples_again
 from .compiled.solve import joint_again
 from .state import Dynamics, Func
@@ -27,22 +26,41 @@ from .stepping.adaptive import AdaptiveLoop
 from .stepping.fixed_grid import FixedGridLoop
 from .stepping.hooks import NO_HOOKS, raise_it
 
-PER_SAMPLE, ON_DEVICE = {"control": "per_sample"}, {"device_loop": True}
+PER_SAMPLE = {"control": "per_sample"}
 LARGEST = 1 << 18  # bytes of a state; a loop keeps the memory of a few
 
 
+def kinds_by(inspector: Inspector) -> Kinds:
+    """What tells the kind of a solve, by an inspector's looks."""
+    return Kinds(inspector, forced, torch.is_grad_enabled, innermost_transform, torch.get_num_threads, forward_ad)
+
+
+kinds = kinds_by(inspector)
+
+
 def solve_again(
-    func: Func, y0: Any, t: Any, rtol: Any, atol: Any, method: Any, options: Any, args: Any
+    func: Func,
+    y0: Any,
+    t: Any,
+    rtol: Any,
+    atol: Any,
+    method: Any,
+    options: Any,
+    args: Any,
+    solver: Callable[..., Any],
 ) -> tuple[Tensor | None, Kind | None]:
-    """Solves as the last solve of the same kind did, where func is not compiled and there are no options.
+    """Solves as the last solve of the same kind did, where there are no options.
 
     Args:
         func, y0, t, rtol, atol, method, options, args: as `odeint`'s.
+        solver: `odeint` itself, for gradients of gradients of compiled solves.
 
     Returns:
         The states at the output times, [T, *y0.shape], or None if there was no such solve; and the kind, by which a
         solve is to be kept for the next one, or None if none is kept.
     """
+    if isinstance(func, CompiledDynamics):
+        return _compiled_again(func, y0, t, rtol, atol, method, options, args, solver)
     ys, loop, kind = idle.loops.solve(func, y0, t, rtol, atol, method, options, args)
     if loop is not None and kind is not None:
         loop.dynamics.set(func)
@@ -51,41 +69,22 @@ def solve_again(
     return ys, kind
 
 
-def _is_plain(y0: Any, t: Any, rtol: Any, atol: Any, options: Any, args: Any) -> bool:
-    """Whether arguments are of the kinds that need no further look."""
-    return (
-        type(y0) is Tensor
-        and type(t) is Tensor
-        and type(rtol) is float
-        and type(atol) is float
-        and (options is None or type(options) is dict)
-        and type(args) is tuple
-    )
-
-
-def solve_natively_again(
-    func: Func,
+def _compiled_again(
+    func: CompiledDynamics,
     y0: Any,
     t: Any,
     rtol: Any,
     atol: Any,
-    method: str | None,
-    options: dict[str, Any] | None,
+    method: Any,
+    options: Any,
     args: Any,
     solver: Callable[..., Any],
-) -> tuple[Tensor | None, tuple[Any, ...] | None]:
-    """The same for a solve that is one launch on a device, and for a compiled func, which keeps the last solve itself.
-
-    Args:
-        solver: `odeint` itself, for gradients of gradients of compiled solves.
-    """
-    if not _is_plain(y0, t, rtol, atol, options, args):
+) -> tuple[Tensor | None, Kind | None]:
+    """The same for one that keeps its last solves itself; every sample may have steps of its own."""
+    if (options and options != PER_SAMPLE) or type(args) is not tuple:
         return None, None
-    if options == ON_DEVICE and not args:
-        from .device_loop import solve_again as again_on_device  # only those who ask for it wait for its import
-
-        return again_on_device(func, y0, t, rtol, atol, method), None
-    if not isinstance(func, CompiledDynamics) or (options and options != PER_SAMPLE):
+    kind = kinds.of(y0, t, rtol, atol, ("odeint", method))
+    if kind is None:
         return None, None
     compiled = func.with_args(args)
 
@@ -94,8 +93,7 @@ def solve_natively_again(
         return found
 
     if not options:
-        return joint_again(compiled, key_of(y0, rtol, atol, method), y0, t, eagerly), None
-    kind = key_of(y0, rtol, atol, "odeint", method)
+        return joint_again(compiled, kind, y0, t, eagerly), kind
     loop = samples_again(compiled, kind, y0, t, eagerly, raise_it)
     return None if loop is None else loop.solve(y0), kind
 
@@ -106,11 +104,7 @@ class Idle(threading.local):
     MOST = 16
 
     def __init__(self) -> None:
-        self.loops = IdleLoops(
-            inspector, CompiledDynamics, CALLBACKS, forced,
-            torch.is_grad_enabled, torch.is_inference_mode_enabled, innermost_transform, torch.get_num_threads,
-            forward_ad, self.MOST,
-        )  # fmt: skip
+        self.loops = IdleLoops(kinds, CALLBACKS, torch.is_inference_mode_enabled, self.MOST)
 
 
 idle = Idle()

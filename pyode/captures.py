@@ -114,7 +114,7 @@ def _itself(x: Any) -> Any:
     return x
 
 
-@dataclass
+@dataclass(eq=False)
 class Captured:
     """A captured solve.
 

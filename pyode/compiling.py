@@ -7,6 +7,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+from torch._C._dynamo import eval_frame
+
+# What torch.compile does with the frames of this thread; None outside of what it has compiled.
+_at_work = getattr(eval_frame, "get_eval_frame_callback", lambda: "unknown")
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -14,14 +19,15 @@ R = TypeVar("R")
 def not_compiled(f: Callable[P, R]) -> Callable[P, R]:
     """The same function; torch.compile breaks its graph at a call of it, and leaves the frames inside alone.
 
-    As torch.compiler.disable has it, but without importing the compiler, which takes seconds: it is asked only where it
-    is there already. A compiled func within a solve remains compiled.
+    As torch.compiler.disable has it, but without importing the compiler, which takes seconds, and without its wrapper's
+    microseconds: it is asked only where it is there already, and at work. A compiled func within a solve remains
+    compiled.
     """
     apart: list[Callable[P, R]] = []
 
     @wraps(f)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if "torch._dynamo" not in sys.modules:
+        if "torch._dynamo" not in sys.modules or _at_work() is None:
             return f(*args, **kwargs)
         if not apart:
             apart.append(sys.modules["torch._dynamo"].disable(f))

@@ -122,7 +122,7 @@ def _what_looks_on(problem: Problem, hooks: Hooks) -> str | None:
     return None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Prepared:
     """A solve that was done, to be done again from another start; nothing of func, and of no state.
 
@@ -181,12 +181,14 @@ def replace_times(given: Given) -> Given:
     return Given(given.times.in_tensor(given.grid.times), given.grid, given.rtol, given.atol, given.first_step)
 
 
-def solve_again(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None) -> Tensor | None:
+def solve_again(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: Any) -> Tensor | None:
     """A solve like one that was done before, from another start, without a look at all the rest.
 
     None if there was none, or if it fails: then it is to be told.
     """
-    if type(y0) is not Tensor or torch.is_grad_enabled() or not y0.is_contiguous() or has_callbacks(func):
+    if not (type(y0) is Tensor and type(t) is Tensor and type(rtol) is float and type(atol) is float):
+        return None
+    if torch.is_grad_enabled() or not y0.is_contiguous() or has_callbacks(func):
         return None
     prepared = _remembered.find(func, y0, t, rtol, atol, method)
     captured = None if prepared is None or graph_loop.is_capturing(y0.device) else captured_solves.take(prepared.key)

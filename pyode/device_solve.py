@@ -25,7 +25,7 @@ from .stepping.outcome import Outcome
 Found = TypeVar("Found")
 
 
-@dataclass
+@dataclass(eq=False)
 class Given:
     """What differs between solves of one kind, beside their states and args.
 

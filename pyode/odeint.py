@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .again import solve_again, solve_natively_again
+from .again import solve_again
 from .compiled.dynamics import compiled_by
 from .compiling import not_compiled
 from .control import check_dict
@@ -20,6 +20,7 @@ from .vmapped import check_transforms, odeint_vmapped, under_vmap
 
 GRADIENTS = ("direct", "adjoint", "checkpoint")
 GRADIENT_OPTIONS = ("gradient", "checkpoints", "graph_bytes")
+ON_DEVICE = {"device_loop": True}
 
 
 @not_compiled
@@ -93,9 +94,11 @@ def odeint(
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, sections II.1 to II.6; the interface is
         torchdiffeq's.
     """
+    if type(options) is dict and len(options) == 1 and "compile" in options:
+        func, options = compiled_by(options["compile"], func) or func, None
     kind: Any = None
     if event_fn is None:
-        again, kind = solve_again(func, y0, t, rtol, atol, method, options, args)
+        again, kind = solve_again(func, y0, t, rtol, atol, method, options, args, odeint)
         if again is not None:
             return again
     if under_vmap(method):
@@ -104,10 +107,10 @@ def odeint(
         )
         if found is not None:
             return found
-    if type(options) is dict and len(options) == 1 and "compile" in options:
-        func, options = compiled_by(options["compile"], func) or func, None
-    if event_fn is None and kind is None:
-        again, kind = solve_natively_again(func, y0, t, rtol, atol, method, options, args, odeint)
+    if options == ON_DEVICE and event_fn is None and not args:
+        from .device_loop import solve_again as again_on_device  # only those who ask for it wait for its import
+
+        again = again_on_device(func, y0, t, rtol, atol, method)
         if again is not None:
             return again
     options = {} if options is None else check_dict(options, "options")

@@ -40,7 +40,7 @@ Event = Callable[[Tensor, Tensor], Tensor]  # of times [B] and states [B, D]; re
 PER_SAMPLE = "with control='per_sample'"
 
 
-@dataclass
+@dataclass(eq=False)
 class Problem:
     """A solve with all its arguments checked.
 

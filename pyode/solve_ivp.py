@@ -12,9 +12,9 @@ from torch import Tensor
 
 from . import methods
 from ._ops.contract import Policy
+from .again import kinds
 from .callbacks import callbacks_of
 from .compiled.dynamics import CompiledDynamics
-from .compiled.prepared import key_of
 from .compiled.samples import samples_again
 from .compiling import not_compiled
 from .control import check_dict, check_options, check_tolerance, filter_from, policy_from
@@ -129,7 +129,7 @@ def solve_ivp(
         )  # fmt: skip
         if found_by_elements is not None:
             return found_by_elements
-    key = None
+    kind = None
     if (
         type(func) is CompiledDynamics
         and control == "per_sample"
@@ -137,6 +137,8 @@ def solve_ivp(
         and type(args) is tuple
         and not (options or event_fn is not None or dense_output or progress)
     ):
+        kind = kinds.of(y0, t, rtol, atol, ("solve_ivp", method, controller, first_step, max_num_steps))
+    if isinstance(func, CompiledDynamics) and kind is not None:
         compiled = func.with_args(args)
 
         def eagerly(y: Tensor) -> Tensor:
@@ -146,9 +148,8 @@ def solve_ivp(
             ).ys  # fmt: skip
             return found
 
-        key = key_of(y0, rtol, atol, "solve_ivp", method, controller, first_step, max_num_steps)
         errors: list[SolveError] = []
-        again = samples_again(compiled, key, y0, t, eagerly, errors.append)
+        again = samples_again(compiled, kind, y0, t, eagerly, errors.append)
         if again is not None:
             ys = again.solve(y0)
             if errors and throw:
@@ -161,7 +162,7 @@ def solve_ivp(
     memory: dict[str, Any] = {name: options.pop(name) for name in ("checkpoints", "graph_bytes") if name in options}
     options = _with_arguments(options, method, control, compile, first_step, max_num_steps)
     problem = pose(func, y0, t, rtol, atol, method, options, None, args, strict=True)
-    problem = replace(problem, policy=_policy_of(problem.policy, controller), kind=key)
+    problem = replace(problem, policy=_policy_of(problem.policy, controller), kind=kind)
     _check_method(problem, controller, event_fn is not None or dense_output, compact)
     graph = torch.is_grad_enabled()
     adjoint = None

@@ -33,7 +33,7 @@ from .stepping.tape import Tape
 STEPS_TRIED = 4  # of a solve that chooses its steps, to find out whether compiling pays
 
 
-@dataclass
+@dataclass(eq=False)
 class Solved:
     """What a solve has come to.
 
@@ -118,7 +118,7 @@ def _native_loop(problem: Problem, fail: Callable[[SolveError], None]) -> Loop |
         )  # fmt: skip
     return joint_loop(
         problem.compiled, problem.form, problem.y0, problem.times, problem.method, problem.rtol, problem.atol,
-        problem.policy, problem.grid, problem.options, fail, eagerly,
+        problem.policy, problem.grid, problem.options, fail, eagerly, problem.kind,
     )  # fmt: skip
 
 

@@ -23,8 +23,9 @@ Y0 = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
 def _none_idle(request, monkeypatch):
     """No loops, and tensors looked at as torch's age has it."""
     if not request.param:
-        for module in (state, again):
-            monkeypatch.setattr(module, "inspector", inspector_by_attributes())
+        by_attributes = inspector_by_attributes()
+        monkeypatch.setattr(state, "inspector", by_attributes)
+        monkeypatch.setattr(again, "kinds", again.kinds_by(by_attributes))
     monkeypatch.setattr(idle, "loops", Idle().loops)
 
 

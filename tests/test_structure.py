@@ -124,12 +124,16 @@ def test_importing_pyode_imports_no_extra():
 
 
 def test_importing_pyode_is_quick(tmp_path):
-    # Beside torch's own seconds: under 50 ms, of the process's own time and the best of four, for machines are busy.
-    # The first compiles the sources, which an installed package has done.
+    # Beside torch's own second: under 50 ms, of the process's own time and the best of four. Where a busy machine takes
+    # longer for torch, pyode may, too. The first compiles the sources, which an installed package has done.
     compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     # A collection of torch's many objects takes 100 ms, and falls due wherever their number says so.
-    code = "import torch, time, gc; gc.disable(); t = time.process_time(); import pyode; print(time.process_time() - t)"
-    assert any(float(in_a_new_process(code, **compiled)) < 0.05 for _ in range(4))
+    code = (
+        "import gc, time; gc.disable(); now = time.process_time; a = now(); import torch; b = now(); import pyode; "
+        "print(b - a, now() - b)"
+    )
+    tries = [[float(x) for x in in_a_new_process(code, **compiled).split()] for _ in range(4)]
+    assert any(ours < 0.05 * max(torchs, 1) for torchs, ours in tries), tries
 
 
 def test_importing_pyode_does_not_start_cuda_or_threads():

@@ -36,8 +36,15 @@ inline int64_t integer(const py::object& number) {
   return value;
 }
 
+inline py::object call(const py::object& function) { return checked(PyObject_CallNoArgs(function.ptr())); }
+
+inline bool is_true(const py::object& found) { return found.ptr() == Py_True; }
+
+/// Whether a == b; not if they can't be compared.
 inline bool equal(const py::object& a, const py::object& b) {
-  return a.is(b) || PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) == 1;
+  const int same = PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
+  if (same < 0) PyErr_Clear();
+  return same == 1;
 }
 
 template <class T = void>

@@ -56,7 +56,7 @@ class Inspector {
   bool is_unshared(py::handle x) const {
     if (storage_uses_.is_none()) return false;
     const py::object storage = call_method(x, PYODE_NAME(untyped_storage));
-    return uses(x, storage) == alone_ && call_method(storage, PYODE_NAME(resizable)).ptr() == Py_True;
+    return uses(x, storage) == alone_ && is_true(call_method(storage, PYODE_NAME(resizable)));
   }
 
  private:
@@ -98,7 +98,6 @@ class Inspector {
   }
 
   static bool ask(py::handle tensor, Look& look) {
-    const auto is_true = [](const py::object& answer) { return answer.ptr() == Py_True; };
     look.dtype = reinterpret_cast<uintptr_t>(attribute(tensor, PYODE_NAME(dtype)).ptr());
     look.device = static_cast<uint64_t>(PyObject_Hash(attribute(tensor, PYODE_NAME(device)).ptr()));
     look.on_cpu = is_true(attribute(tensor, PYODE_NAME(is_cpu)));

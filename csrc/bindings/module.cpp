@@ -6,6 +6,7 @@
 #include "../cpu/parallel.h"
 #include "compiled.h"
 #include "grid.h"
+#include "guards.h"
 #include "idle_loops.h"
 #if defined(PYODE_CUDA)
 #include "../cuda/graph_loop.h"
@@ -191,22 +192,26 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("settled", &Calls::settled)
       .def_readonly("copies", &Calls::copies);
   py::class_<SolveAgain>(m, "SolveAgain").def(py::init<py::object>());
-  py::class_<Kind, std::shared_ptr<Kind>>(m, "Kind");
-  py::class_<IdleLoops>(m, "IdleLoops")
-      .def(py::init([](const Inspector& inspector, py::object compiled_type, py::tuple callbacks, py::object backend,
-                       py::object grad_enabled, py::object inference_mode, py::object transform, py::object threads,
-                       py::object forward_mode, size_t most) {
-             return new IdleLoops(
-                 inspector,
-                 {std::move(compiled_type), std::move(callbacks), std::move(backend), std::move(grad_enabled),
-                  std::move(inference_mode), std::move(transform), std::move(threads), std::move(forward_mode)},
-                 most);
+  py::class_<Kind, std::shared_ptr<Kind>>(m, "Kind").def(
+      "__eq__", [](const Kind& a, const Kind& b) { return a == b; }, py::is_operator());
+  py::class_<Kinds>(m, "Kinds")
+      .def(py::init([](const Inspector& inspector, py::object backend, py::object grad_enabled, py::object transform,
+                       py::object threads, py::object forward_mode) {
+             return new Kinds(inspector, {std::move(backend), std::move(grad_enabled), std::move(transform),
+                                          std::move(threads), std::move(forward_mode)});
            }),
            py::keep_alive<1, 2>())
+      .def("of", &Kinds::of);
+  py::class_<IdleLoops>(m, "IdleLoops")
+      .def(py::init<const Kinds&, py::tuple, py::object, size_t>(), py::keep_alive<1, 2>())
       .def("solve", &IdleLoops::solve)
       .def("put", &IdleLoops::put)
       .def("clear", &IdleLoops::clear)
       .def("__len__", &IdleLoops::size);
+  py::class_<Guards>(m, "Guards").def(py::init<py::list, py::list, py::list, py::list>()).def("hold", &Guards::hold);
+  py::class_<Forms>(m, "Forms")
+      .def(py::init<const Inspector&, py::list>(), py::keep_alive<1, 2>())
+      .def("hold", &Forms::hold);
   m.def("stage_combine", &stage_combine);
   m.def("stages", &stages);
   m.def("take_grid_steps", &take_grid_steps);

@@ -48,7 +48,7 @@ class RightHandSide(Protocol):
         """The same where y need not become a stage's state: nothing is noted of it, and dy/dt has a graph back to y."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Layout:
     """How the states of one solve lie in memory: [samples, size] numbers, contiguous.
 
@@ -76,7 +76,7 @@ class Layout:
         return len(self.segments) - 1
 
 
-@dataclass
+@dataclass(eq=False)
 class Policy:
     """The step-size controller's constants, by torchdiffeq's names.
 
@@ -122,7 +122,7 @@ def neighbour(t: Tensor, sign: Tensor) -> Tensor:
     return torch.nextafter(t, torch.where(sign == 0, t, sign * math.inf))
 
 
-@dataclass
+@dataclass(eq=False)
 class Grid:
     """The times that a solve has to meet, float64, on the `clock_device`: outputs in the direction of integration, the
     others sorted in either.

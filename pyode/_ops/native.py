@@ -45,10 +45,13 @@ Inspector = _C.Inspector  # csrc/bindings/inspector.h
 inspector = Inspector(Tensor, exchange, storage_uses, torch.empty(1, device="cpu"))
 
 Calls = _C.Calls  # csrc/bindings/evaluator.h
-Kind = _C.Kind  # csrc/bindings/idle_loops.h
-IdleLoops = _C.IdleLoops
+Kind = _C.Kind  # csrc/bindings/kinds.h
+Kinds = _C.Kinds
+IdleLoops = _C.IdleLoops  # csrc/bindings/idle_loops.h
 SolveAgain = _C.SolveAgain  # csrc/bindings/steps.h
 call_compiled = _C.call_compiled  # csrc/bindings/compiled.h
+Guards = _C.Guards  # csrc/bindings/guards.h
+Forms = _C.Forms
 
 
 def supports(y: Tensor) -> bool:

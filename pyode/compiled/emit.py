@@ -52,7 +52,7 @@ def without_ones(shape: Index, *strides: Index) -> tuple[Index, ...]:
     return tuple(tuple(x[i] for i in kept) for x in (shape, *strides))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Matrix:
     """Where a factor lies, and its three strides."""
 
@@ -68,7 +68,7 @@ class _Matrix:
         return _Matrix(self.pointer, (n, j, i))
 
 
-@dataclass
+@dataclass(eq=False)
 class Code:
     """The statements of one function.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops.native import Forms, inspector
 from ..errors import CompileError
 from ..methods import Tableau
 from .graph import Graph
@@ -68,7 +69,7 @@ class Entry:
         self.method = method
         self._inputs, self._given = lowered.inputs, dict[int, Tensor]()
         self.origin = self
-        self._forms = [(x.dtype, x.shape) for x in self._inputs]
+        self._forms = Forms(inspector, self._inputs)
         self._dynamics = Dynamics(lowered.outputs, dtype, self.rows, own_times=per_sample)
         self._check_stack(self._dynamics)
         self.source = solver_source(self._dynamics, method, per_sample=per_sample)
@@ -185,10 +186,7 @@ class Entry:
 
     def fits(self) -> bool:
         """Whether the inputs are still of their shapes and dtypes."""
-        for x, (dtype, shape) in zip(self._inputs, self._forms):
-            if x.dtype is not dtype or x.shape != shape:
-                return False
-        return True
+        return self._forms.hold()
 
     def rows_of(self, shape: torch.Size) -> int:
         """How many rows a state has whose first part has this shape."""

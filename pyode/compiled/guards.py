@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._ops import native
 from ..parameters import slots_of
 
 _DEEPEST = 8  # of closures within closures
@@ -61,12 +62,9 @@ class Guards:
         self._functions: list[tuple[types.FunctionType, Any, Any, Any]] = []  # code and defaults
         self._seen: set[int] = set()
         self._visit(func, _DEEPEST)
-        # In rows that are looked at in one go: most containers are modules' hooks, and empty.
-        self._empty = [now for now, copy in self._attributes if not copy]
-        filled = [(now, copy) for now, copy in self._attributes if copy]
-        self._containers, self._copies = [now for now, _ in filled], [copy for _, copy in filled]
         if before is not None:
             self._find_counters(before)
+        self._native = native.Guards(self._items, self._cells, self._functions, self._attributes)
 
     def _find_counters(self, before: Guards) -> None:
         known = {id(container): copy for container, copy in before._attributes}
@@ -109,31 +107,13 @@ class Guards:
 
     def hold(self) -> bool:
         """Whether nothing has changed."""
-        try:
-            for container, key, value in self._items:
-                if container[key] is not value:
-                    return False
-            for cell, value in self._cells:
-                if cell.cell_contents is not value:
-                    return False
-            for function, code, defaults, keywords in self._functions:
-                if function.__code__ is not code or function.__defaults__ is not defaults:
-                    return False
-                if function.__kwdefaults__ is not keywords:
-                    return False
-            if any(self._empty) or self._containers != self._copies:
-                for now, before in self._attributes:
-                    if now != before and not self._only_counted(now, before):
-                        return False
-        except (KeyError, IndexError, RuntimeError, ValueError):  # gone, or a comparison of tensors
-            return False
-        return True
+        return self._native.hold(self._is_altered)
 
-    def _only_counted(self, now: Any, before: Any) -> bool:
-        """Whether nothing but counters differs."""
+    def _is_altered(self, now: Any, before: Any) -> bool:
+        """Whether more differs than counters."""
         keys = self._counters.get(id(now), ())
         blank = dict.fromkeys(keys)
-        return bool(keys) and {**_entries(now), **blank} == {**_entries(before), **blank}
+        return not keys or {**_entries(now), **blank} != {**_entries(before), **blank}
 
     def _visit(self, value: Any, depth: int) -> None:
         if depth == 0 or id(value) in self._seen or isinstance(value, (Tensor, type, str, bytes, int, float)):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .._ops import backend_for, native
+from .._ops.native import Kind
 from .arguments import WithArgs
 from .dynamics import CompiledDynamics
 from .native import TIME
@@ -18,40 +19,30 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 
-@dataclass
+@dataclass(eq=False)
 class Prepared:
     """A solve with everything fixed but the numbers of the state and of func's tensors.
 
     Attributes:
-        key: all that it depends on beside the times and these numbers.
-        t, version: the times, and how often they had been written to.
+        kind: all else that it depends on.
         entry, plan: what was compiled; whatever tensors are in `args`.
         wanted: to which of func's tensors there are gradients, TIME among them if to the times; None if there are none.
     """
 
-    key: tuple[Any, ...]
-    t: Tensor
-    version: int
+    kind: Kind
     entry: Entry
     plan: Plan
     wanted: tuple[int, ...] | None
 
     def serves(
-        self, compiled: CompiledDynamics | WithArgs, key: tuple[Any, ...], y0: Tensor, t: Any
+        self, compiled: CompiledDynamics | WithArgs, kind: Kind, y0: Tensor, t: Tensor
     ) -> tuple[list[Tensor], bool] | None:
-        """Whether a solve is the same but for these numbers, and nothing that func was compiled for has changed.
+        """Whether a solve is of the same kind, and nothing that func was compiled for has changed.
 
         Returns:
             If so, the tensors that func uses, and whether gradients are wanted.
         """
-        if not (
-            t is self.t
-            and key == self.key
-            and t._version == self.version
-            and y0.is_contiguous()
-            and solved_natively(y0)
-            and compiled.unchanged()
-        ):
+        if kind != self.kind or torch.is_autocast_enabled("cpu") or not compiled.unchanged():
             return None
         inputs = compiled.inputs_of(self.entry)
         wanted = wanted_of(inputs, y0, t)
@@ -63,13 +54,6 @@ class Prepared:
 def solved_natively(y0: Tensor) -> bool:
     """Whether compiled code may solve from a state: on the CPU, not empty, and no transform or autocast is at work."""
     return y0.is_cpu and y0.numel() > 0 and backend_for(y0) is native and not torch.is_autocast_enabled("cpu")
-
-
-def key_of(y0: Any, rtol: Any, atol: Any, *others: Any) -> tuple[Any, ...] | None:
-    """All that a solve depends on beside the times, if it is a plain one; others are compared by ==."""
-    if type(y0) is not Tensor or type(rtol) is not float or type(atol) is not float:
-        return None
-    return (y0.shape, y0.dtype, rtol, atol, *others)
 
 
 def wanted_of(inputs: list[Tensor], y0: Tensor, t: Tensor) -> tuple[int, ...] | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._ops.contract import Grid, Policy
+from .._ops.native import Kind
 from ..control import Times
 from ..errors import SolveError
 from ..methods import Method, Tableau
@@ -24,17 +25,17 @@ from .prepared import Prepared, solved_natively, wanted_of
 
 def samples_again(
     compiled: CompiledDynamics | WithArgs,
-    key: tuple[Any, ...] | None,
-    y0: Any,
-    t: Any,
+    kind: Kind,
+    y0: Tensor,
+    t: Tensor,
     eagerly: Callable[[Tensor], Tensor],
     fail: Callable[[SolveError], None],
 ) -> CompiledSamples | None:
-    """The last solve's loop, if that was the same but for y0's numbers; it saves what checking the arguments costs."""
+    """The last solve's loop, if that was of the same kind; it saves what checking the arguments costs."""
     last = compiled.last_samples
-    if key is None or not isinstance(last, Prepared):
+    if not isinstance(last, Prepared):
         return None
-    found = last.serves(compiled, key, y0, t)
+    found = last.serves(compiled, kind, y0, t)
     return None if found is None else CompiledSamples(last.plan, *found, t, eagerly, fail)
 
 
@@ -52,9 +53,9 @@ def sample_loop(
     options: dict[str, Any],
     eagerly: Callable[[Tensor], Tensor],
     fail: Callable[[SolveError], None],
-    key: tuple[Any, ...] | None = None,
+    kind: Kind | None = None,
 ) -> CompiledSamples | None:
-    """The solve, about to be done; None if the eager loop has to do it. With a key it is remembered.
+    """The solve, about to be done; None if the eager loop has to do it. With a kind it is remembered.
 
     That is where a norm is the user's, the state is a structure other than a tuple, not on the CPU, or empty, or func
     can't be compiled.
@@ -75,8 +76,8 @@ def sample_loop(
     if library is None:
         return None
     plan = Plan(library, y0.shape, y0.dtype, rows, grid, policy, rtol, atol, first_step, per_sample=True)
-    if key is not None and not t.is_inference():  # which does not tell when it is written to
-        compiled.last_samples = Prepared(key, t, t._version, entry.origin, plan, wanted)
+    if kind is not None:
+        compiled.last_samples = Prepared(kind, entry.origin, plan, wanted)
     return CompiledSamples(plan, entry.inputs, wanted is not None, t, eagerly, fail)
 
 

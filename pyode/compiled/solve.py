@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .._ops.contract import Grid, Policy
+from .._ops.native import Kind
 from ..control import Times
 from ..errors import SolveError, Status
-from ..methods import DEFAULT, Method, Tableau
+from ..methods import Method, Tableau
 from ..solution import Stats
 from ..state import Form
 from ..stepping.course import stage_times
@@ -22,7 +23,7 @@ from .dynamics import CompiledDynamics
 from .native import Solve
 from .node import solve_recorded
 from .plan import Plan
-from .prepared import Prepared, key_of, solved_natively, wanted_of
+from .prepared import Prepared, solved_natively, wanted_of
 
 if TYPE_CHECKING:
     from .entry import Entry
@@ -30,16 +31,16 @@ if TYPE_CHECKING:
 
 def joint_again(
     compiled: CompiledDynamics | WithArgs,
-    key: tuple[Any, ...] | None,
-    y0: Any,
-    t: Any,
+    kind: Kind,
+    y0: Tensor,
+    t: Tensor,
     eagerly: Callable[[Tensor], Tensor],
 ) -> Tensor | None:
-    """The states at the output times where the last solve was the same but for y0's numbers; None if not."""
+    """The states at the output times where the last solve was of the same kind; None if not."""
     last = compiled.last
-    if key is None or not isinstance(last, Prepared):
+    if not isinstance(last, Prepared):
         return None
-    found = last.serves(compiled, key, y0, t)
+    found = last.serves(compiled, kind, y0, t)
     if found is None:
         return None
     inputs, recorded = found
@@ -63,8 +64,9 @@ def joint_loop(
     options: dict[str, Any],
     fail: Callable[[SolveError], None],
     eagerly: Callable[[Tensor], Tensor],
+    kind: Kind | None = None,
 ) -> CompiledLoop | None:
-    """The solve, about to be done; None if a loop has to do it.
+    """The solve, about to be done; None if a loop has to do it. With a kind it is remembered.
 
     That is where a norm is the user's, a method is not an explicit Runge-Kutta method, the state is not on the CPU or
     empty, autocast is at work, or func can't be compiled. Where gradients are wanted, the states are one node of
@@ -103,10 +105,8 @@ def joint_loop(
         plan.ends_of = ends_of
         return plan
 
-    key = None
-    if not (form.is_tuple or options or steps) and type(rtol) is float and type(atol) is float:
-        key = key_of(y0, rtol, atol, None if method.name == DEFAULT else method.name)
-    return CompiledLoop(compiled, plan, entry, times.tensor, method, key, wanted, fail, eagerly)
+    kind = None if options or steps else kind
+    return CompiledLoop(compiled, plan, entry, times.tensor, method, kind, wanted, fail, eagerly)
 
 
 class CompiledLoop:
@@ -127,13 +127,13 @@ class CompiledLoop:
         entry: Entry,
         t: Tensor,
         method: Tableau,
-        key: tuple[Any, ...] | None,
+        kind: Kind | None,
         wanted: tuple[int, ...] | None,
         fail: Callable[[SolveError], None],
         eagerly: Callable[[Tensor], Tensor],
     ) -> None:
         self._compiled, self._plan, self._entry, self._t = compiled, plan, entry, t
-        self._method, self._key, self._wanted, self._fail, self._eagerly = method, key, wanted, fail, eagerly
+        self._method, self._kind, self._wanted, self._fail, self._eagerly = method, kind, wanted, fail, eagerly
 
     def solve(self, y0: Tensor, first_step: float | None = None) -> Tensor:
         """Returns the states at the output times, [T, *y0.shape]."""
@@ -142,8 +142,8 @@ class CompiledLoop:
             ys, self._solve = solve_recorded(plan, entry.inputs, self._eagerly, y0, self._t)
         else:
             ys, self._solve = plan.run(y0, entry.inputs)
-        if self._key is not None and not self._t.is_inference():  # which does not tell when it is written to
-            self._compiled.last = Prepared(self._key, self._t, self._t._version, entry.origin, plan, self._wanted)
+        if self._kind is not None:
+            self._compiled.last = Prepared(self._kind, entry.origin, plan, self._wanted)
         sample = self._solve.sample
         self.last_step = abs(sample.dt_prev) if self._method.adaptive else None
         if sample.status != _SUCCESS:

@@ -44,7 +44,7 @@ Found = tuple[Tensor, Tensor | None, list[Tensor]]  # the gradients of y0, the t
 Stack = Callable[[Tensor, Tensor], Tensor]  # of x and y to [x, -y]
 
 
-@dataclass
+@dataclass(eq=False)
 class BacksolveConfig:
     """How the backward solve is done, all checked.
 

@@ -39,7 +39,7 @@ def effects_of(f: Tensor, gradients: Tensor) -> Tensor:
     return (f * gradients).sum(-1)
 
 
-@dataclass
+@dataclass(eq=False)
 class SampleBacksolveConfig:
     """How the backward solve is done, all checked."""
 

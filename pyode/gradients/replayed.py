@@ -19,7 +19,7 @@ from ..methods import Tableau
 from ..state import Form, Func
 
 
-@dataclass
+@dataclass(eq=False)
 class Again:
     """A step to be taken again; numbers are 0-dim, or [B] where the state has samples.
 

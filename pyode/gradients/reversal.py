@@ -21,7 +21,7 @@ from .vjp import Totals, Vjp
 Retake = Callable[[Step, Tensor, Tensor, Tensor], Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class Recipe:
     """How a solve is done, as far as its steps depend on it.
 

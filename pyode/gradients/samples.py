@@ -16,7 +16,7 @@ from .backsolve_samples import Found, SampleArriving, SampleBacksolveConfig
 from .twice import backsolve_samples_with_graph
 
 
-@dataclass
+@dataclass(eq=False)
 class SolvedSamples:
     """A forward solve, done without a graph.
 

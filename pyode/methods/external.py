@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScipySolver:
     """Any method of scipy.integrate.solve_ivp; the option solver names it, "LSODA" by default."""
 

@@ -11,7 +11,7 @@ HIGHEST_ORDER = 12
 HIGHEST_EXPLICIT_IN_FLOAT32 = 10  # by default: above, rounding errors grow from step to step, however short these are
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FixedAdams:
     """An Adams-Bashforth method, or with it as predictor an Adams-Moulton method solved by functional iteration.
 

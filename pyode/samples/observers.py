@@ -18,7 +18,7 @@ from .batch import Samples
 from .dense_output import SampleDenseOutput
 
 
-@dataclass
+@dataclass(eq=False)
 class Observers:
     """Those of one solve; None are those that it does not ask for."""
 

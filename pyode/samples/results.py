@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..compiled.samples import CompiledSamples
 
 
-@dataclass
+@dataclass(eq=False)
 class Results:
     """How each of B samples has fared.
 

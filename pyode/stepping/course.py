@@ -57,7 +57,7 @@ def table_of(ops: ModuleType, tableau: Tableau) -> Any:
     return ops.Table(tableau.rows, tableau.weights, tableau.error_weights)
 
 
-@dataclass
+@dataclass(eq=False)
 class Course:
     """A fixed grid, or a part of it, under way: what a method needs to take its steps.
 

@@ -24,7 +24,7 @@ def raise_it(error: SolveError) -> None:
         del error  # a frame that knows the exception which knows it is a cycle, and all frames above it live on in it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hooks:
     """What a loop calls beside func.
 

@@ -15,7 +15,7 @@ from .._ops.reference import Interpolant
 from .recorder import Evaluation, Recorder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Passed:
     """An output within a step; of several samples one each, of some of them, with all numbers in tensors [n].
 
@@ -34,7 +34,7 @@ class Passed:
     timed: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """An accepted explicit Runge-Kutta step of one sample or of some out of B, without its states.
 

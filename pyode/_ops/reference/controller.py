@@ -19,7 +19,7 @@ _SUCCESS, _RUNNING, _STEP_TOO_SMALL, _TOO_MANY_STEPS, _NON_FINITE = range(5)
 _LEAST_ERROR = 1e-10  # as kLeastError
 
 
-@dataclass
+@dataclass(eq=False)
 class Sample:
     """The step state of one sample; see csrc/core/step_state.h for every field."""
 

@@ -16,7 +16,7 @@ from .norms import scaled_error
 from .sums import stage_combine
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """See native.Table."""
 
@@ -43,7 +43,7 @@ def stages(
     return state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Steps:
     """See native.Steps."""
 
@@ -91,7 +91,7 @@ class Steps:
         return y1, flags & ~Flag.OUTPUT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdamsTable:
     """See native.AdamsTable."""
 
