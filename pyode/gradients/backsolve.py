@@ -71,7 +71,7 @@ class BacksolveConfig:
     warns: bool
 
 
-@dataclass
+@dataclass(eq=False)
 class Arriving:
     """The outputs of a forward solve, what arrives at them, and what is wanted of the backward solve.
 

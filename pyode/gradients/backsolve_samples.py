@@ -67,7 +67,7 @@ class SampleBacksolveConfig:
         return Grid(ends.contiguous(), self.grid.step_t, jumps.contiguous() if len(jumps) else None)
 
 
-@dataclass
+@dataclass(eq=False)
 class SampleArriving:
     """The outputs of a forward solve of B samples, what arrives at them, and what is wanted of the backward solve.
 
