@@ -32,11 +32,11 @@ class Field(nn.Module):
 
 
 class Driven(Field):
-    """The same, with a time for each row."""
+    """The same, with a time for each row or one for all."""
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         self.calls += 1
-        return self.frozen * torch.tanh(y @ self.matrix + self.bias) * (1 + torch.sin(self.rate * t))[:, None]
+        return self.frozen * torch.tanh(y @ self.matrix + self.bias) * (1 + torch.sin(self.rate * t)).unsqueeze(-1)
 
 
 def loss_of(y: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ def assert_same(t: Tensor = T, samples: int = 21, tolerance: float = 1e-10, **ar
     )
     assert (ours.n_accepted, ours.n_rejected) == (theirs.n_accepted, theirs.n_rejected)
     assert ours.n_accepted > 0
-    if samples == 1:  # else evaluations of several samples are one where func is called
+    if arguments.get("control") == "joint":
+        assert ours.n_f_evals <= theirs.n_f_evals  # what gives the parameters' gradients needs no evaluation of its own
+    elif samples == 1:  # else evaluations of several samples are one where func is called
         assert ours.n_f_evals == theirs.n_f_evals
     assert_close(our_gradients, their_gradients, tolerance)
 
@@ -77,6 +79,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_options(name):
     assert_same(**CASES[name])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "times of their own"])
+def test_options_where_all_samples_take_one_step(name):
+    assert_same(control="joint", **CASES[name])
 
 
 def test_a_discontinuity_is_seen_from_its_side():
@@ -165,6 +172,30 @@ def test_events_end_samples_where_the_adjoint_begins():
         assert 0 < int((solution.event_index >= 0).sum()) < 9
         loss = loss_of(solution.ys.nan_to_num()) + loss_of(solution.event_y.nan_to_num()) + solution.event_t.nansum()
         found.append(torch.autograd.grad(loss, [y0, *own], allow_unused=True))
+    assert_close(*found, 1e-9)
+
+
+@pytest.mark.parametrize("time", [False, True])
+def test_an_event_ends_all_samples_where_the_adjoint_begins(time):
+    found = []
+    for field in (strict(Driven()), Driven()):
+        y0, t, own = starts(9), T.clone().requires_grad_(time), [p for p in field.parameters() if p.requires_grad]
+        solution = pyode.solve_ivp(
+            field, y0, t, event_fn=lambda t, y: y[0, 0] + 0.5, control="joint", gradient="adjoint", rtol=1e-7, atol=1e-9
+        )
+        assert 0.3 < solution.event_t < 0.31
+        loss = loss_of(solution.ys.nan_to_num()) + loss_of(solution.event_y.nan_to_num()) + solution.event_t.sum()
+        found.append(torch.autograd.grad(loss, [y0, *own, *([t] if time else [])], allow_unused=True))
+    assert_close(*found, 1e-9)
+
+
+def test_a_tuple_whose_parts_take_one_step():
+    weight, found = torch.linspace(-1, 1, 4).double().reshape(2, 2).requires_grad_(), []
+    f = lambda t, y: (torch.tanh(y[1] @ weight), -y[0] * t)  # noqa: E731
+    for g in (strict(f), f):
+        parts = starts(4), starts(4)
+        ys = pyode.solve_ivp(g, parts, T, control="joint", gradient="adjoint", params=(weight,)).ys
+        found.append(torch.autograd.grad(loss_of(ys[0]) + loss_of(ys[1] * ys[0]), [*parts, weight]))
     assert_close(*found, 1e-9)
 
 

@@ -100,9 +100,17 @@ class TestHowItEnds:
         assert in_process(tmp_path / "nothing.py", "x") == 2
         assert "can't open file" in capsys.readouterr().err
 
-    def test_a_module_that_is_not_there_is_an_import_error(self, in_process):
+    @pytest.mark.parametrize("name", ["nothing_of_this_name", "nothing_of_this_name.inside", "torch.nothing_inside"])
+    def test_a_module_that_is_not_there_is_told_as_python_does(self, in_process, capsys, name):
+        assert in_process("-m", name) == 1
+        assert f"no module named {name!r}" in capsys.readouterr().err
+
+    def test_what_a_package_fails_to_import_is_no_missing_module(self, in_process, tmp_path, monkeypatch):
+        (tmp_path / "package").mkdir()
+        (tmp_path / "package" / "__init__.py").write_text("import nothing_of_this_name")
+        monkeypatch.chdir(tmp_path)
         with pytest.raises(ImportError, match="nothing_of_this_name"):
-            in_process("-m", "nothing_of_this_name")
+            in_process("-m", "package.module")
 
 
 def test_help_says_what_it_does(capsys):

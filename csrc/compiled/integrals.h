@@ -238,13 +238,12 @@ class AdjointIntegrals {
   /// Of error_, relative to what is tolerated between value_ and another.
   double mean_square(const T* other) const {
     double largest = 0;
-    // A seminorm leaves out the parameters, but not time, which is the last.
-    const int first = !solve.seminorm ? 0 : G::n_gradients - (G::has_time ? 1 : 0);
     int64_t p = 0;
-    for (int i = 0; i < first; ++i) p += G::gradient_sizes[i];
-    for (int i = first; i < G::n_gradients; ++i) {
+    for (int i = 0; i < G::n_gradients; ++i) {
+      const int64_t end = p + G::gradient_sizes[i];
+      if (i < solve.first_measured) p = end;
       double sum = 0;
-      for (const int64_t end = p + G::gradient_sizes[i]; p < end; ++p) {
+      for (; p < end; ++p) {
         const double ratio = scaled_error(std::abs(error_[p]), std::abs(value_[p]), std::abs(other[p]),
                                           static_cast<T>(solve.integral_rtol), static_cast<T>(solve.integral_atol));
         sum += ratio * ratio;

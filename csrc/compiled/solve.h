@@ -52,7 +52,7 @@ struct CompiledSolve {
   const double* arrival_times;  // [n_arrivals], or of rows with steps of their own [n_arrivals, rows], in its order
   int64_t n_arrivals;
   double integral_rtol, integral_atol;
-  int64_t seminorm;  // whether the integrals have no share in the norm
+  int64_t first_measured;  // the first of the integrals, of which time's is the last, with a share in the norm
   // What comes back.
   double* states;    // of rows with steps of their own, [kRowWords, rows]
   int64_t n_failed;  // of these rows

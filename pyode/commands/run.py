@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import runpy
 import sys
@@ -41,8 +42,20 @@ def run(chosen: argparse.Namespace) -> int:
     sys.argv = [target, *chosen.arguments]
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.getcwd() if chosen.as_module else os.path.dirname(os.path.realpath(target))
+    if chosen.as_module and not _exists(target):
+        print(f"python -m pyode run: no module named {target!r}", file=sys.stderr)
+        return 1  # as from python -m
     if chosen.as_module:
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(os.path.abspath(target), run_name="__main__")  # as __file__ is under python
     return 0
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:  # of a package that it is in, or of what that imports
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        return False

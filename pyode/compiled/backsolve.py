@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..control import grid_from
+from ..control import Times, grid_from
 from ..errors import Status
 from ..gradients.backsolve import Arriving, BacksolveConfig, backwards
 from ..gradients.backsolve_samples import Found, SampleArriving, SampleBacksolveConfig
@@ -32,6 +32,7 @@ def backsolve_compiled(
     form: Form,
     config: BacksolveConfig,
     arriving: Arriving,
+    measured: bool = True,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]] | None:
     """The gradients with respect to y0 (packed), t if wanted, and the parameters; None if a loop has to do it.
 
@@ -41,6 +42,7 @@ def backsolve_compiled(
     Args:
         compiled: the dynamics.
         form, config, arriving: as `Backsolve`'s.
+        measured: whether integrals have a share in the norm: time's, and those of parameters if config has it so.
 
     Raises:
         SolveError: the backward solve failed.
@@ -70,8 +72,9 @@ def backsolve_compiled(
     rows = entry.rows_of(form.shapes[0])
     plan = Plan(library, z.shape, z.dtype, rows, grid, config.policy, rtol, atol, config.first_step)
     values = torch.tensor(times.values, dtype=torch.float64, device="cpu")
+    first_measured = (len(wanted) if config.seminorm else 0) if measured else len(wanted) + 1
     start, of_times, of_wanted, solve = plan.run_back(
-        z, entry.inputs, values, ys, gradients, wanted, (least_rtol, least_atol), config.seminorm
+        z, entry.inputs, values, ys, gradients, wanted, (least_rtol, least_atol), first_measured
     )
     stats: Stats | None = options.get("stats")
     if stats is not None:
@@ -99,8 +102,10 @@ def backsolve_samples_compiled(
     Raises:
         SolveError: the backward solve of a sample failed.
     """
+    if not form.per_sample:
+        return _backsolve_one(compiled, form, config, arriving)
     params, with_time = arriving.params, arriving.with_time
-    if not (form.is_tensor or form.is_tuple) or not form.per_sample or not solved_natively(arriving.ys):
+    if not (form.is_tensor or form.is_tuple) or not solved_natively(arriving.ys):
         return None
     found = _library_for(
         compiled, form, arriving.ys.dtype, config.tableau, params, with_time, config.warns, per_sample=True
@@ -122,6 +127,33 @@ def backsolve_samples_compiled(
     if solve.n_failed > 0:
         raise states.error()
     return end[:, 1] + gradients[0], of_times, _by_params(params, wanted, of_wanted)
+
+
+def _backsolve_one(
+    compiled: CompiledDynamics | WithArgs, form: Form, config: SampleBacksolveConfig, given: SampleArriving
+) -> Found | None:
+    """The same where the whole state is the only sample: [T] times, the last of them once or several times."""
+    times, ys, gradients = given.times[:, 0], given.ys, given.gradients
+    n = int((times != times[-1]).sum()) + 1
+    if given.with_time and bool(gradients[-1].any()):  # it does not move with t, but arrives where others do that move
+        return None
+    ends = Times(times[:n], times[:n].tolist())
+    arriving = torch.cat([gradients[: n - 1], gradients[n - 1 :].sum(0, keepdim=True)])
+    options = {**config.options, "step_t": config.grid.step_t, "jump_t": config.grid.jump_t}
+    joint = BacksolveConfig(
+        config.tableau, config.rtol, config.atol, options, config.policy, float(given.first_step), restart=False,
+        norm=lambda _: None, fused=True, seminorm=True, callbacks={}, warns=config.warns,
+    )  # fmt: skip
+    shape = (n, *form.shapes[0]) if form.is_tensor else (n, ys.shape[-1])
+    one = Arriving(ends, ys[:n].reshape(shape), arriving.reshape(shape), given.params, given.with_time)
+    found = backsolve_compiled(compiled, form, joint, one, measured=False)
+    if found is None:
+        return None
+    y0, moved, of_params = found
+    of_times = torch.zeros_like(times)
+    if moved is not None:
+        of_times[:n] = moved
+    return y0.reshape(1, -1), of_times[:, None], of_params
 
 
 def _library_for(

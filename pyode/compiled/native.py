@@ -63,7 +63,7 @@ class Solve(Structure):
         ("gradient", c_void_p), ("y0_gradient", c_void_p), ("gradients", c_void_p),
         ("output_time_gradient", c_void_p), ("end_gradient", c_void_p),
         ("arriving_states", c_void_p), ("arrival_times", c_void_p), ("n_arrivals", c_int64),
-        ("integral_rtol", c_double), ("integral_atol", c_double), ("seminorm", c_int64),
+        ("integral_rtol", c_double), ("integral_atol", c_double), ("first_measured", c_int64),
         ("states", c_void_p), ("n_failed", c_int64), ("sample", _Sample), ("evaluations", c_int64),
         ("finite_start", c_int64),
     )  # fmt: skip

@@ -247,7 +247,7 @@ class Plan:
         gradient: Tensor,
         wanted: list[Tensor],
         tolerances: tuple[float, float] = (0.0, 0.0),
-        seminorm: bool = True,
+        first_measured: int = 0,
         states: RowStates | None = None,
         first_steps: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, list[Tensor], Solve]:
@@ -260,8 +260,8 @@ class Plan:
             times: [T] or [T, B] float64, of the forward solve's outputs.
             ys, gradient: [T, ...] the states there, and the gradients that arrive.
             wanted: the inputs whose gradients are wanted.
-            tolerances: rtol and atol for the integrals, if they have a share in the norm.
-            seminorm: whether they have none.
+            tolerances: rtol and atol for the integrals.
+            first_measured: the first of them, time's being the last, that has a share in the norm of a state.
             states, first_steps: of rows with steps of their own: where they tell how they ended, and [B] float64.
 
         Returns:
@@ -278,7 +278,7 @@ class Plan:
         solve.y0, solve.out, solve.gradients = z.data_ptr(), out.data_ptr(), places.buffer_info()[0]
         solve.arriving_states, solve.gradient = ys.data_ptr(), gradient.data_ptr()
         solve.arrival_times, solve.n_arrivals = times.data_ptr(), len(times)
-        (solve.integral_rtol, solve.integral_atol), solve.seminorm = tolerances, seminorm
+        (solve.integral_rtol, solve.integral_atol), solve.first_measured = tolerances, first_measured
         self._call("", solve, inputs)
         if self.library.timed:
             of_start = found.pop()
