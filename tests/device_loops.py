@@ -95,7 +95,7 @@ class HostRead(nn.Module):
     """Can't be captured."""
 
     def forward(self, t, y):
-        return -y if float(t) >= 0 else y
+        return -y if float(t.detach()) >= 0 else y
 
 
 def both_gradients(solve, func, y0, t, wanted=(), options=None, backwards=None, forwards=True, **kwargs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_loops import DEVICE, MARKS, ON, Field, both_gradients, check_same_gradients, normal, times
+from device_loops import DEVICE, MARKS, ON, Field, HostRead, both_gradients, check_same_gradients, normal, times
 
 import pyode
 
@@ -55,6 +55,13 @@ def test_of_tensors_of_which_one_was_computed_from_the_other():
     (theirs, _), (ours, _) = both_gradients(solve, func, normal(5, 3), times(4), (base,), adjoint_params=(base, rate))
     for a, b in zip(theirs, ours):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_can_not_be_captured_is_the_hosts(restart):
+    kwargs = {"backwards": {"restart": restart}, "forwards": False, "captures": 0}
+    with pytest.warns(UserWarning, match=r"adjoint_options\['device_loop'\]: .* can't be captured"):
+        check_same_gradients(solve, HostRead(), normal(5, 3), times(4).requires_grad_(), **kwargs)
 
 
 def test_a_solve_without_integrals():
