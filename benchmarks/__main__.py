@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import platform
+import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,15 @@ def machine() -> dict[str, Any]:
     return {"processor": platform.processor() or platform.machine(), **describe()}
 
 
+def save(results: dict[str, Any], where: str | None) -> None:
+    """Writes them to a path.json, or to the NAME.json of our results."""
+    if where is None:
+        return
+    path = Path(where) if where.endswith(".json") else RESULTS / f"{where}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def main() -> None:
     """Runs the suites that were asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time pyode against its peers.")
@@ -77,21 +88,25 @@ def main() -> None:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5:
         print(f"Something else is running (load {load:.1f}): torch's threads then wait for each other, in f too.\n")
+    failed = []
     for name in chosen.suites or SUITES:
         try:
             suite = import_module(f"{__package__}.bench_{name}")
         except ModuleNotFoundError as missing:
             print(f'{name}: not run, {missing.name} is missing: pip install "pyode[bench]"\n')
             continue
-        rows = suite.measure(chosen.seconds)
-        results[name] = rows
+        rows = results[name] = []
+        try:
+            for row in suite.measure(chosen.seconds):
+                rows.append(row)
+                save(results, chosen.save)  # what is measured stays if time runs out
+        except Exception:  # the other suites are measured all the same
+            traceback.print_exc()
+            failed.append(name)
         if rows:
             print(f"{suite.TITLE}\n\n{as_markdown(rows, suite.COLUMNS)}\n", flush=True)
-    if chosen.save:
-        path = Path(chosen.save) if chosen.save.endswith(".json") else RESULTS / f"{chosen.save}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"Written to {path}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from .compiled.dynamics import CompiledDynamics
 from .compiling import not_compiled
 from .control import Times, check_dict, check_options, check_tolerance, first_step_from, policy_from
 from .errors import InvalidValue, warn
-from .gradients.backsolve import AdjointNorm, Backsolve, BacksolveConfig, Found
+from .gradients.backsolve import AdjointNorm, Arriving, Backsolve, BacksolveConfig, Found
 from .gradients.backsolve_samples import SampleBacksolveConfig
 from .gradients.twice import backsolve_with_graph
 from .odeint import odeint
@@ -277,21 +277,17 @@ class _OdeintAdjoint(torch.autograd.Function):
                 )
             else:
                 times = Times(t.new_tensor(values), values)
-                with_time = ctx.needs_input_grad[2]
+                arriving = Arriving(times, ys, gradient, tuple(params), ctx.needs_input_grad[2])
                 if problem.compiled is not None:
                     from .compiled.backsolve import backsolve_compiled  # only those who compile wait for its import
 
-                    found = backsolve_compiled(
-                        problem.compiled, problem.form, times, config, ys, gradient, tuple(params), with_time
-                    )
+                    found = backsolve_compiled(problem.compiled, problem.form, config, arriving)
                 if found is None and config.options.get("device_loop"):
                     from .device_backsolve import backsolve_on_device  # likewise
 
-                    found = backsolve_on_device(problem, times, config, ys, gradient, tuple(params), with_time)
+                    found = backsolve_on_device(problem, config, arriving)
                 if found is None:
-                    found = Backsolve(
-                        problem.func, problem.form, times, config, ys, gradient, tuple(params), with_time
-                    ).solve()
+                    found = Backsolve(problem.func, problem.form, config, arriving).solve()
             y0_gradient, t_gradient, param_gradients = found
             if t_gradient is not None and standing is not None and n > 1:
                 f = Dynamics(problem.func, problem.form, ys[0])(t[n - 1].to(ys.device, ys.real.dtype), ys[n - 1])

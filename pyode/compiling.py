@@ -8,6 +8,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from torch._C._dynamo import eval_frame
+from torch.compiler import is_dynamo_compiling
 
 # What torch.compile does with the frames of this thread; None outside of what it has compiled.
 _at_work = getattr(eval_frame, "get_eval_frame_callback", lambda: "unknown")
@@ -27,7 +28,7 @@ def not_compiled(f: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(f)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if "torch._dynamo" not in sys.modules or _at_work() is None:
+        if "torch._dynamo" not in sys.modules or (not is_dynamo_compiling() and _at_work() is None):
             return f(*args, **kwargs)
         if not apart:
             apart.append(sys.modules["torch._dynamo"].disable(f))

@@ -12,7 +12,6 @@ from ._ops import graph_loop, native
 from .captures import BoundFunc, Captured, CaptureError, Key, captured_for, surroundings
 from .device_grid_checkpoint import undo_on_device
 from .device_solve import launch
-from .methods import Tableau
 from .problem import Problem
 from .solution import Stats
 from .state import Dynamics, Func
@@ -32,7 +31,7 @@ def check_steps(n: int) -> None:
 
 def within(options: dict[str, Any]) -> dict[str, Any]:
     """Those options that tell what a solve does within its steps."""
-    return {"interp": options.get("interp", "linear"), "perturb": bool(options.get("perturb", False))}
+    return {name: options[name] for name in ("interp", "max_order", "perturb") if name in options}
 
 
 class DeviceGrid:
@@ -49,7 +48,6 @@ class DeviceGrid:
     last_step = None
 
     def __init__(self, problem: Problem, tape: Tape | None = None) -> None:
-        assert isinstance(problem.method, Tableau)
         form, y0, options = problem.form, problem.y0, problem.options
         self.problem, self.bound, self.tape = problem, BoundFunc(problem.written, problem.args), tape
         self.grid = grid_of(options, problem.times, problem.func, form.unpack(y0)).detach().cpu()
@@ -57,7 +55,7 @@ class DeviceGrid:
         structure = tuple(form.shapes), form.tree and str(form.tree.spec)
         self.key: Key = (
             self.bound.key, y0.shape, y0.dtype, y0.device, structure, problem.method.name,
-            *within(options).values(), self.grid.dtype, tuple(self.grid.tolist()), tuple(problem.times.values),
+            *within(options).items(), self.grid.dtype, tuple(self.grid.tolist()), tuple(problem.times.values),
             tape is not None, surroundings(),
         )  # fmt: skip
         self.taken = Stats()

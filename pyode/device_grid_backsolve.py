@@ -11,17 +11,30 @@ import torch
 from torch import Tensor
 
 from ._ops import graph_loop
+from ._ops.contract import RightHandSide
 from .captures import BoundFunc, Captured, Key, captured_for, standing_for, surroundings
-from .control import Times
 from .device_grid import check_steps, within
 from .device_solve import launch
-from .gradients.backsolve import Backsolve, BacksolveConfig, Found, interval
+from .gradients.augmented import AugmentedDynamics, AugmentedState
+from .gradients.backsolve import Arriving, Backsolve, BacksolveConfig, Found, interval
 from .problem import Problem
 from .solution import Stats
 from .state import Func
 from .stepping.captured_grid import CapturedGrid, PreparedGrid
 from .stepping.fixed_grid import grid_of
 from .stepping.quadrature import Quadrature
+
+
+def places_for(arriving: Arriving, stand_ins: dict[int, Tensor]) -> Arriving:
+    """The like for a captured solve, with places of its own; see Make."""
+    ys, times = arriving.ys, arriving.times
+    return Arriving(
+        times.in_tensor(times.tensor.to(ys.device)),
+        ys.new_empty(ys.shape),
+        ys.new_empty(ys.shape),
+        standing_for(arriving.params, stand_ins),
+        arriving.with_time,
+    )
 
 
 class PreparedBacksolve(Backsolve):
@@ -36,11 +49,17 @@ class PreparedBacksolve(Backsolve):
         super().__init__(*further)
         config, integrals = self.config, super()._quadrature()
         self.integrals = integrals
-        self.dynamics.quadrature = integrals if integrals.values else None
+        self.augmented: AugmentedDynamics | None = None
+        dynamics: RightHandSide = self.dynamics
+        layout, beside = self.layout, integrals if integrals.values else None
+        if not config.method.one_step:
+            state = AugmentedState(torch.stack(self.ys[:1] * 2), integrals.values)
+            dynamics = self.augmented = AugmentedDynamics(self.dynamics, state)
+            layout, beside = state.layout(self.ops, layout), None
         self.loops = [
             PreparedGrid(
-                self.dynamics, config.method, self.layout, interval(self.times, i), grid, config.options, self.rtol,
-                self.atol, self.dynamics.quadrature,
+                dynamics, config.method, layout, interval(self.times, i), grid, config.options, self.rtol, self.atol,
+                beside,
             )
             for i, grid in enumerate(reversed(grids), 1)
         ]  # fmt: skip
@@ -50,25 +69,22 @@ class PreparedBacksolve(Backsolve):
         return self.integrals
 
     def _over_interval(self, i: int, z: Tensor, quadrature: Quadrature) -> Tensor:
-        return self._carry_out(self.loops[i - 1], z, self.config.options)
+        loop, augmented = self.loops[i - 1], self.augmented
+        if augmented is None:
+            return self._carry_out(loop, z, self.config.options)
+        augmented.dynamics.quadrature = augmented
+        end = self._carry_out(loop, augmented.state.pack([z, *quadrature.values]), self.config.options)
+        z, *quadrature.values = augmented.state.unpack(end)
+        return z
 
 
 class DeviceGridBacksolve:
     """The backward solve for one forward solve, by a method with given steps; see `Backsolve`."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        outputs: Times,
-        config: BacksolveConfig,
-        ys: Tensor,
-        gradients: Tensor,
-        params: tuple[Tensor, ...],
-        with_time: bool,
-    ) -> None:
-        self.problem, self.outputs, self.config = problem, outputs, config
-        self.ys, self.gradients, self.params, self.with_time = ys, gradients, params, with_time
+    def __init__(self, problem: Problem, config: BacksolveConfig, arriving: Arriving) -> None:
+        self.problem, self.config, self.arriving = problem, config, arriving
         self.bound, form, options = BoundFunc(problem.written, problem.args), problem.form, config.options
+        outputs, ys = arriving.times, arriving.ys
         found = [
             grid_of(options, interval(outputs, i), problem.func, form.unpack(ys[i])).detach()
             for i in range(len(outputs) - 1, 0, -1)
@@ -78,13 +94,13 @@ class DeviceGridBacksolve:
         self.grids = torch.split(steps, list(lengths))
         self.key: Key = (
             self.bound.key, "backwards", ys.shape, ys.dtype, ys.device, tuple(form.shapes), config.method.name,
-            *within(options).values(), self.bound.which(params), with_time, outputs.tensor.dtype, lengths,
-            tuple(steps.tolist()), surroundings(),
+            *within(options).items(), self.bound.which(arriving.params), arriving.with_time, outputs.tensor.dtype,
+            lengths, tuple(steps.tolist()), surroundings(),
         )  # fmt: skip
 
     def solve(self) -> Found:
         """Returns the gradients of y0 (packed), of the times (None if not wanted), and of the parameters."""
-        captured = captured_for(self.key, self.bound, self.ys.device, self._make, self._fill, graph_loop.Graph)
+        captured = captured_for(self.key, self.bound, self.arriving.ys.device, self._make, self._fill, graph_loop.Graph)
 
         def collect(loop: CapturedGrid) -> Found:
             a, times, integrals = loop.out
@@ -97,17 +113,12 @@ class DeviceGridBacksolve:
         return found
 
     def _make(self, func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedGrid, list[Tensor]]:
-        counts, ys = Stats(), self.ys
-        outputs, gradients = ys.new_empty(ys.shape), ys.new_empty(ys.shape)
-        times = Times(self.outputs.tensor.to(ys.device), self.outputs.values)
+        counts, inner = Stats(), places_for(self.arriving, stand_ins)
         config = replace(self.config, options={**within(self.config.options), "stats": counts})
-        params = standing_for(self.params, stand_ins)
-        backsolve = PreparedBacksolve(
-            self.grids, func, self.problem.form, times, config, outputs, gradients, params, self.with_time
-        )
-        return CapturedGrid(backsolve.solve, counts), [outputs, gradients]
+        backsolve = PreparedBacksolve(self.grids, func, self.problem.form, config, inner)
+        return CapturedGrid(backsolve.solve, counts), [inner.ys, inner.gradients]
 
     def _fill(self, captured: Captured) -> None:
-        for place, given in zip(captured.inputs, (self.ys, self.gradients)):
+        for place, given in zip(captured.inputs, (self.arriving.ys, self.arriving.gradients)):
             place.copy_(given)
         captured.fill_slots(self.bound)

@@ -15,7 +15,10 @@ from ._ops.words import Readings
 from .captures import Captured, CaptureError, Key, captured_solves
 from .control import Times, UnreadTimes, check_times
 from .errors import warn
-from .methods import Method, Tableau
+from .methods import ImplicitTableau, Method, Tableau
+from .methods.adams import VariableAdams
+from .methods.external import ScipySolver
+from .methods.multistep import FixedAdams
 from .stepping.captured import CapturedLoop
 from .stepping.outcome import Outcome
 
@@ -70,7 +73,7 @@ class Given:
         """Copies all to its place, unless it is there."""
         if captured.filled == self.mark:
             return
-        loop = captured.loop
+        loop, captured.filled = captured.loop, None
         pairs = [(loop.rtol, self.rtol), (loop.atol, self.atol), (loop.first_step, self.first_step)]
         pairs += [(getattr(loop.grid, name), getattr(self.grid, name)) for name in ("times", "step_t", "jump_t")]
         for place, given in pairs:
@@ -85,10 +88,22 @@ def obstacle(y: Tensor, method: Method) -> str | None:
         return f"the state is on the {y.device.type.upper()}"
     if backend_for(y) is not native:
         return "pyode's CUDA kernels can't work on the state"
-    if not isinstance(method, Tableau):
-        return f"{method.name!r} is not an explicit Runge-Kutta method"
+    hosts = _what_is_the_hosts(method)
+    if hosts is not None:
+        return hosts
     if graph_loop.is_capturing(y.device):
         return "a graph is being captured"
+    return None
+
+
+def _what_is_the_hosts(method: Method) -> str | None:
+    """What of a method's steps the host does, if anything."""
+    if isinstance(method, VariableAdams):
+        return f"it chooses the orders and sizes of the steps of {method.name!r}"
+    if isinstance(method, ImplicitTableau) or (isinstance(method, FixedAdams) and method.implicit):
+        return f"it looks whether the equations of a step of {method.name!r} are solved"
+    if isinstance(method, ScipySolver):
+        return "SciPy is its"
     return None
 
 
@@ -111,12 +126,13 @@ def launch(captured: Captured, key: Key, fill: Callable[[], None], collect: Call
         fill: copies in what is to be solved.
         collect: copies out what has come of it; others use its memory behind that.
     """
-    with captured.graph.in_use():
-        fill()
-        captured.graph.launch()
-        found = collect(captured.loop)
-    captured_solves.put(key, captured)
-    return found
+    try:
+        with captured.graph.in_use():
+            fill()
+            captured.graph.launch()
+            return collect(captured.loop)
+    finally:  # of an interrupt too: the device may be at work on it
+        captured_solves.put(key, captured)
 
 
 class DeviceSolve(Outcome):

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # All there is to do on a machine with a GPU, without network, in about nine minutes: builds in place against the Python
-# and torch found there, runs the tests on the device, compute-sanitizer over a short solve, and the GPU benchmarks.
+# and torch found there, runs the tests on the device, the GPU benchmarks, and compute-sanitizer over a short solve.
 #
 #   scripts/check_gpu.sh FOLDER [STAGE...]
 #
-# leaves a log of every stage, summary.txt and gpu.json in FOLDER; fails if a stage did, after the others have run.
+# leaves a log of every stage, summary.txt and gpu.json in FOLDER, of what a stage got done where its time ran out, too;
+# fails if a stage did, after the others have run.
 set -uo pipefail
-stages="build tests_gpu memcheck racecheck benchmarks tests_others"
+stages="build tests_gpu benchmarks memcheck racecheck tests_others"
 if [ $# -lt 1 ]; then
   echo "usage: $0 FOLDER [STAGE...]   the stages: $stages" >&2
   exit 2
@@ -39,7 +40,8 @@ stage() { # name, seconds, command...; the log is NAME.txt
     return
   fi
   echo "=== $name (at most $limit s)"
-  timeout --kill-after=5 "$limit" "$@" >"$folder/$name.txt" 2>&1
+  # At an interrupt pytest tells of the failures so far.
+  timeout --signal=INT --kill-after=10 "$limit" "$@" >"$folder/$name.txt" 2>&1
   status=$?
   tail -n 6 "$folder/$name.txt"
   if ((status != 0)); then failed=1; fi
@@ -87,11 +89,13 @@ for shape, dtype in (((7, 3), torch.float32), ((300, 1001), torch.float32), ((33
     if not caching:
         continue  # nothing can be captured then
     func = Field(shape[-1], shape[-1], bias=False, device="cuda", dtype=dtype)
-    for method, more in (("dopri5", {"jump_t": [0.4]}), ("dopri5", {"control": "per_sample"}), ("rk4", {})):
+    kinds = ("dopri5", {"jump_t": [0.4]}), ("dopri5", {"control": "per_sample"}), ("rk4", {}), ("explicit_adams", {})
+    for method, more in kinds:
         given = {"rtol": 1e-3, "atol": 1e-5, "method": method, "options": {"device_loop": True, **more}}
         with torch.no_grad():
             pyode.odeint(func, y0, t, **given)
-        y = pyode.odeint_adjoint(func, y0, t, **given)
+        restart = {"restart": True} if "jump_t" in more else {}
+        y = pyode.odeint_adjoint(func, y0, t, **given, adjoint_options={**given["options"], **restart})
         y.abs().square().mean().backward()
 torch.cuda.synchronize()
 print("solved")
@@ -105,13 +109,14 @@ sanitizer() { # tool
 }
 
 # The tests need no plugin; with xdist they run in several processes.
-pytest=("$python" -m pytest -p no:cacheprovider -p no:benchmark -o addopts="-q --strict-markers")
+pytest=("$python" -m pytest -p no:cacheprovider -p no:benchmark -o addopts="-q --strict-markers"
+  -o faulthandler_timeout=100 --tb=short) # where a test hangs, or what has failed, is to be told in time
 if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n 8); fi
 
 benchmarks() {
-  "$python" -m pytest -o addopts= -q benchmarks/bench_gpu.py -k launches
+  XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" -m benchmarks gpu gpu_large --seconds 2 --save "$folder/gpu.json"
   local status=$?
-  XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" -m benchmarks gpu gpu_large --seconds 2 --save "$folder/gpu.json" && return "$status"
+  "$python" -m pytest -o addopts= -q benchmarks/bench_gpu.py -k launches && return "$status"
 }
 export -f sanitizer benchmarks
 export python short_solve folder
@@ -126,15 +131,19 @@ stage build 200 env PYODE_CUDA=1 PYODE_CUDA_ARCHITECTURES="${PYODE_CUDA_ARCHITEC
   "$python" setup.py build_ext --inplace
 note "$("$python" -m pyode info 2>&1)"
 stage tests_gpu 200 "${pytest[@]}" -m cuda tests
-stage memcheck 60 bash -c 'sanitizer memcheck'
-stage racecheck 60 bash -c 'sanitizer racecheck'
-stage benchmarks 100 bash -c benchmarks
+stage benchmarks 150 bash -c benchmarks
+stage memcheck 75 bash -c 'sanitizer memcheck'
+stage racecheck 75 bash -c 'sanitizer racecheck'
 stage tests_others 540 "${pytest[@]}" -m "not cuda" tests
 
 echo
 echo "=== summary"
 cat "$summary"
+[ -f "$folder/benchmarks.txt" ] && grep '^[|{]' "$folder/benchmarks.txt" | tee -a "$summary"
 for log in tests_gpu tests_others; do
-  if [ -f "$folder/$log.txt" ]; then echo "$log: $(tail -n 1 "$folder/$log.txt")" | tee -a "$summary"; fi
-done
+  if [ -f "$folder/$log.txt" ]; then
+    echo "$log: $(grep -E '^[0-9]+ (passed|failed|error|skipped)' "$folder/$log.txt" | tail -n 1)"
+    grep -E '^(FAILED|ERROR) ' "$folder/$log.txt" | cut -c 1-200 | head -n 20
+  fi
+done | tee -a "$summary"
 exit $failed

@@ -95,7 +95,7 @@ class HostRead(nn.Module):
     """Can't be captured."""
 
     def forward(self, t, y):
-        return -y if float(t) >= 0 else y
+        return -y if float(t.detach()) >= 0 else y
 
 
 def both_gradients(solve, func, y0, t, wanted=(), options=None, backwards=None, forwards=True, **kwargs):
@@ -115,7 +115,7 @@ def both_gradients(solve, func, y0, t, wanted=(), options=None, backwards=None, 
             out = solve(func, y, t, {**(options or {}), **(more if forwards else {})}, adjoint_options, **kwargs)
             inputs = (*tree_leaves(y), *wanted, *([t] if t.requires_grad else []))
             loss = sum(part.abs().square().sum() for part in tree_leaves(out))
-            found.append((torch.autograd.grad(loss, inputs, materialize_grads=True), stats))
+            found.append((torch.autograd.grad(loss, inputs, retain_graph=True, materialize_grads=True), stats))
     return found
 
 

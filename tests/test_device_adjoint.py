@@ -4,78 +4,84 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_loops import DEVICE, MARKS, ON, Field, n_captures, normal, times
+from device_loops import DEVICE, MARKS, ON, Field, HostRead, both_gradients, check_same_gradients, normal, times
 
 import pyode
 
 pytestmark = MARKS
 
 
+def solve(func, y, t, options, adjoint_options, **kwargs):
+    given = {"rtol": 1e-5, "atol": 1e-7, "options": options, "adjoint_options": adjoint_options, **kwargs}
+    return pyode.odeint_adjoint(func, y, t, **given)
+
+
+INTERVALS = pytest.mark.parametrize(("n", "restart"), [(2, False), (6, False), (4, True)])  # of outputs
+
+
 @pytest.mark.parametrize("norm", [None, "seminorm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("n", [2, 6])
 @pytest.mark.parametrize("stops", [{}, {"jump_t": [0.35]}, {"first_step": 0.1}], ids=["", "jump_t", "first_step"])
-def test_the_adjoints_gradients_are_those_of_the_host_driven_loop(n, dtype, norm, stops):
-    func, y0 = Field(dtype=dtype), normal(5, 3, dtype=dtype)
-    found = []
-    before = n_captures()
-    for more in ({}, ON):
-        stats, y = pyode.Stats(), y0.clone().requires_grad_()
-        with torch.enable_grad():
-            out = pyode.odeint_adjoint(
-                func, y, times(n, dtype), rtol=1e-5, atol=1e-7, options={**more, **stops},
-                adjoint_options={**more, **stops, "norm": norm, "stats": stats},
-            )  # fmt: skip
-            found.append((torch.autograd.grad(out.square().mean(), (y, *func.parameters())), stats))
-    assert n_captures() == before + 2
-    (theirs, their_stats), (ours, our_stats) = found
-    for a, b in zip(theirs, ours):
-        assert torch.equal(a, b)
-    assert our_stats == their_stats
+@INTERVALS
+def test_the_adjoints_gradients_are_those_of_the_host_driven_loop(n, restart, dtype, norm, stops):
+    func, backwards = Field(dtype=dtype), {"norm": norm, "restart": restart}
+    check_same_gradients(
+        solve, func, normal(5, 3, dtype=dtype), times(n, dtype), tuple(func.parameters()), stops, backwards
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize("t_dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("n", [2, 6])
 @pytest.mark.parametrize("stops", [{}, {"jump_t": [0.35]}], ids=["", "jump_t"])
-def test_gradients_of_times_are_those_of_the_host_driven_loop(n, t_dtype, dtype, stops):
-    rate, y0, found = normal(3, dtype=dtype).requires_grad_(), normal(5, 3, dtype=dtype), []
+@INTERVALS
+def test_gradients_of_times_are_those_of_the_host_driven_loop(n, restart, t_dtype, dtype, stops):
+    rate, t = normal(3, dtype=dtype).requires_grad_(), times(n, t_dtype).requires_grad_()
 
     def func(t, y):
         return -rate * y * t + torch.sin(y) / 2
 
-    before = n_captures()
+    kwargs = {"backwards": {"restart": restart}, "adjoint_params": (rate,)}
+    check_same_gradients(solve, func, normal(5, 3, dtype=dtype), t, (rate,), stops, **kwargs)
+
+
+def test_of_tensors_of_which_one_was_computed_from_the_other():
+    base = normal(3).requires_grad_()
+    with torch.enable_grad():
+        rate = base.exp()
+
+    def func(t, y):
+        return -rate * y + base * torch.sin(y)
+
+    (theirs, _), (ours, _) = both_gradients(solve, func, normal(5, 3), times(4), (base,), adjoint_params=(base, rate))
+    for a, b in zip(theirs, ours):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_can_not_be_captured_is_the_hosts(restart):
+    kwargs = {"backwards": {"restart": restart}, "forwards": False, "captures": 0}
+    with pytest.warns(UserWarning, match=r"adjoint_options\['device_loop'\]: .* can't be captured"):
+        check_same_gradients(solve, HostRead(), normal(5, 3), times(4).requires_grad_(), **kwargs)
+
+
+def test_a_solve_without_integrals():
+    check_same_gradients(solve, lambda t, y: torch.sin(y) * t, normal(5, 3), times(4), adjoint_params=())
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_errors_are_those_of_the_host_driven_loop(restart):
+    func, y, errors = Field(), normal(4, 3).requires_grad_(), []
     for more in ({}, ON):
-        stats, y, t = pyode.Stats(), y0.clone().requires_grad_(), times(n, t_dtype).requires_grad_()
+        stats = pyode.Stats()
+        backwards = {**more, "max_step": 0.3, "max_num_steps": 3, "restart": restart, "stats": stats}
         with torch.enable_grad():
-            out = pyode.odeint_adjoint(
-                func, y, t, rtol=1e-5, atol=1e-7, options={**more, **stops}, adjoint_params=(rate,),
-                adjoint_options={**more, **stops, "stats": stats},
-            )  # fmt: skip
-            found.append((torch.autograd.grad(out.abs().square().sum(), (y, t, rate)), stats))
-    assert n_captures() == before + 2
-    (theirs, their_stats), (ours, our_stats) = found
-    assert all(map(torch.equal, theirs, ours))
+            out = solve(func, y, torch.tensor([0.0, 1.5, 2.0], device=DEVICE), more, backwards)
+            with pytest.raises(pyode.SolveError) as caught:
+                out.sum().backward()
+        errors.append((caught.value, stats))
+    (theirs, their_stats), (ours, our_stats) = errors
+    assert ours.args == theirs.args
     assert our_stats == their_stats
-
-
-def test_training_captures_once_and_follows_the_host_driven_loop():
-    finals = []
-    y0, before = normal(8, 3), n_captures()
-    for more in ({}, ON):
-        torch.manual_seed(0)
-        func = Field()
-        optimizer = torch.optim.SGD(func.parameters(), lr=0.1)
-        for _ in range(5):
-            optimizer.zero_grad(set_to_none=False)
-            with torch.enable_grad():
-                out = pyode.odeint_adjoint(func, y0, times(), rtol=1e-4, atol=1e-6, options=more)
-                (out[-1] - 1).square().mean().backward()
-            optimizer.step()
-        finals.append([p.detach().clone() for p in func.parameters()])
-    for a, b in zip(*finals):
-        assert torch.equal(a, b)
-    assert n_captures() == before + 2  # forwards and backwards
 
 
 def gradients_of(func, y0, wanted, args=(), **kwargs):

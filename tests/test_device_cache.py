@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import warnings
 import weakref
 
@@ -130,51 +129,6 @@ def test_what_func_finds_in_global_variables_lives_on():
     assert torch.equal(a, b)
     held = [x for some in captures.captured_solves._kept.values() for captured in some for x, _ in captured.tensors]
     assert any(x is names["rates"] for x in held)
-
-
-@on_gpu
-def test_two_streams_and_two_threads():
-    func, starts = Field(), [normal(50, 3) for _ in range(8)]
-    expected = [pyode.odeint(func, y0, times(), options={}) for y0 in starts]
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    torch.cuda.synchronize()
-    for _ in range(3):
-        found = []
-        for i, y0 in enumerate(starts):
-            with torch.cuda.stream(streams[i % 4]):
-                found.append(pyode.odeint(func, y0, times(), options=ON))
-        torch.cuda.synchronize()
-        assert all(map(torch.equal, found, expected))
-    results: dict[int, bool] = {}
-
-    def work(i):
-        with torch.no_grad(), torch.cuda.stream(streams[i]):
-            results[i] = all(
-                torch.equal(pyode.odeint(func, y0, times(), options=ON), y) for y0, y in zip(starts, expected)
-            )
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == {0: True, 1: True}
-
-
-@on_gpu
-def test_many_solves_keep_no_memory():
-    func, y0 = Field(), normal(50, 3)
-
-    def solves(n):
-        for _ in range(n):
-            pyode.odeint(func, y0, times(), 1e-3, 1e-3, options=ON)
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-
-    allocated, reserved = solves(10)
-    later = solves(3000)
-    assert later[0] <= allocated
-    assert later[1] == reserved
 
 
 @on_gpu

@@ -27,9 +27,9 @@ def check_same(*given, **kwargs):
     check_same_gradients(solve, *given, **kwargs)
 
 
-@pytest.mark.parametrize("options", [{}, {"step_size": 0.3}, {"perturb": True, "interp": "cubic"}])
+@pytest.mark.parametrize("options", [{}, {"step_size": 0.1}, {"perturb": True, "interp": "cubic"}])
 @pytest.mark.parametrize("with_time", [False, True])
-@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("method", [*FIXED, "explicit_adams"])
 def test_gradients_and_counts_are_those_of_the_host_driven_solve(method, with_time, options):
     func, t = Field(), times(4).requires_grad_(with_time)
     check_same(func, normal(5, 3), t, tuple(func.parameters()), method=method, options=options)
@@ -44,6 +44,21 @@ def test_of_every_dtype_backwards_in_time(n, dtype):
         return torch.sin(y) / 2 - rate * y * t / 8
 
     check_same(func, normal(5, 3, dtype=dtype), t, (rate,), adjoint_params=(rate,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_of_a_multistep_method(dtype):
+    rate, t = normal(3, dtype=dtype).requires_grad_(), times(3).requires_grad_()
+
+    def func(t, y, real):
+        return torch.sin(y) / 2 - rate * y * t / 8 * real
+
+    real = normal(3).requires_grad_()  # an integral of another dtype than the state
+    options = {"step_size": 0.1, "max_order": 5}
+    check_same(
+        func, normal(5, 3, dtype=dtype), t, (rate, real), method="explicit_adams", options=options, args=(real,),
+        adjoint_params=(rate,),
+    )  # fmt: skip
 
 
 def test_of_a_structure_behind_an_adaptive_solve_and_with_a_norm_that_nobody_asks():

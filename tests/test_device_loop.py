@@ -38,12 +38,21 @@ def test_bits_and_counts_are_those_of_the_host_driven_loop(method, control):
     check_same(Field(), normal(20, 3), times(), method=method, options={"control": control})
 
 
-@pytest.mark.parametrize("options", [{}, {"step_size": 0.3}, {"step_size": 0.3, "interp": "cubic"}, {"perturb": True}])
+@pytest.mark.parametrize("options", [{}, {"step_size": 0.1}, {"step_size": 0.1, "interp": "cubic"}, {"perturb": True}])
 @pytest.mark.parametrize("backwards", [False, True])
-@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("method", [*FIXED, "explicit_adams"])
 def test_steps_that_are_given(method, backwards, options):
     t = times().flip(0) if backwards else times()
     check_same(Field(), normal(6, 3), t, method=method, options=options)
+
+
+def test_a_multistep_method_begins_anew_at_every_solve():
+    func, y0, before = Field(), normal(6, 3), n_captures()
+    for order in (5, 6):
+        for _ in range(3):
+            (a, _), (b, _) = both(func, y0, times(20), method="explicit_adams", options={"max_order": order})
+            assert torch.equal(a, b)
+    assert n_captures() == before + 2
 
 
 def test_given_steps_are_captured_for_their_times():
@@ -259,8 +268,10 @@ class WithCallback(nn.Module):
         (HostRead(), {}, "can't be captured"),
         (WithCallback(), {}, "callbacks"),
         (Random(), {"method": "rk4"}, "random numbers"),
-        (lambda t, y: -y, {"method": "explicit_adams"}, "not an explicit Runge-Kutta method"),
-        (lambda t, y: -y, {"method": "adams"}, "not an explicit Runge-Kutta method"),
+        (lambda t, y: -y, {"method": "adams"}, "orders and sizes of the steps of 'adams'"),
+        (lambda t, y: -y, {"method": "fixed_adams"}, "equations of a step of 'fixed_adams' are solved"),
+        (lambda t, y: -y, {"method": "gl4"}, "equations of a step of 'gl4' are solved"),
+        (lambda t, y: -y, {"method": "scipy_solver"}, "SciPy"),
         (lambda t, y: -y, {"options": {"norm": lambda y: y.abs().max()}}, "options\\['norm'\\]"),
     ],
 )

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..control import Times, grid_from
 from ..errors import Status
-from ..gradients.backsolve import BacksolveConfig, backwards
-from ..gradients.backsolve_samples import Found, SampleBacksolveConfig
+from ..gradients.backsolve import Arriving, BacksolveConfig, backwards
+from ..gradients.backsolve_samples import Found, SampleArriving, SampleBacksolveConfig
 from ..gradients.survey import warn_of_loss
 from ..methods import Tableau
 from ..solution import Stats
@@ -30,12 +30,8 @@ if TYPE_CHECKING:
 def backsolve_compiled(
     compiled: CompiledDynamics | WithArgs,
     form: Form,
-    times: Times,
     config: BacksolveConfig,
-    ys: Tensor,
-    gradients: Tensor,
-    params: tuple[Tensor, ...],
-    time: bool,
+    arriving: Arriving,
     measured: bool = True,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]] | None:
     """The gradients with respect to y0 (packed), t if wanted, and the parameters; None if a loop has to do it.
@@ -45,13 +41,13 @@ def backsolve_compiled(
 
     Args:
         compiled: the dynamics.
-        form, times, config, ys, gradients, params, time: as `Backsolve`'s.
+        form, config, arriving: as `Backsolve`'s.
         measured: whether integrals have a share in the norm: time's, and those of parameters if config has it so.
 
     Raises:
         SolveError: the backward solve failed.
     """
-    method = config.method
+    method, times, ys, params = config.method, arriving.times, arriving.ys, arriving.params
     if (
         not (isinstance(method, Tableau) and method.adaptive)
         or not (form.is_tensor or form.is_tuple)
@@ -63,14 +59,14 @@ def backsolve_compiled(
         or not solved_natively(ys)
     ):
         return None
-    found = _library_for(compiled, form, ys.dtype, method, params, time, config.warns)
+    found = _library_for(compiled, form, ys.dtype, method, params, arriving.with_time, config.warns)
     if found is None:
         return None
     entry, library, wanted = found
     ends, options = backwards(times, config.options)
     rtol, atol = (x if isinstance(x, float) else torch.stack([x, x]) for x in (config.rtol, config.atol))
     least_rtol, least_atol = (x if isinstance(x, float) else float(x.min()) for x in (config.rtol, config.atol))
-    ys, gradients = ys.detach().contiguous(), gradients.detach().contiguous()
+    ys, gradients = ys.detach().contiguous(), arriving.gradients.detach().contiguous()
     z = torch.stack([ys[-1], gradients[-1]])
     grid = grid_from(options, ends, ys.device)
     rows = entry.rows_of(form.shapes[0])
@@ -87,7 +83,7 @@ def backsolve_compiled(
         stats.n_rejected += solve.sample.n_rejected
     if solve.sample.status != Status.SUCCESS:
         raise error_of(solve)
-    of_t = of_times.to(times.tensor) if time else None
+    of_t = of_times.to(times.tensor) if arriving.with_time else None
     return start[1] + gradients[0], of_t, _by_params(params, wanted, of_wanted)
 
 
@@ -95,38 +91,35 @@ def backsolve_samples_compiled(
     compiled: CompiledDynamics | WithArgs,
     form: Form,
     config: SampleBacksolveConfig,
-    times: Tensor,
-    ys: Tensor,
-    gradients: Tensor,
-    first_step: Tensor,
-    _segments: tuple[int, ...],  # as the library has them
-    params: tuple[Tensor, ...],
-    with_time: bool,
+    arriving: SampleArriving,
 ) -> Found | None:
     """The same of samples with steps of their own: what `SampleBacksolve.solve` returns, or None.
 
     Args:
         compiled, form: the dynamics, and the form of the user's state.
-        config, and all others: as `SampleBacksolve`'s.
+        config, arriving: as `SampleBacksolve`'s.
 
     Raises:
         SolveError: the backward solve of a sample failed.
     """
     if not form.per_sample:
-        return _backsolve_one(compiled, form, config, times[:, 0], ys, gradients, first_step, params, with_time)
-    if not (form.is_tensor or form.is_tuple) or not solved_natively(ys):
+        return _backsolve_one(compiled, form, config, arriving)
+    params, with_time = arriving.params, arriving.with_time
+    if not (form.is_tensor or form.is_tuple) or not solved_natively(arriving.ys):
         return None
-    found = _library_for(compiled, form, ys.dtype, config.tableau, params, with_time, config.warns, per_sample=True)
+    found = _library_for(
+        compiled, form, arriving.ys.dtype, config.tableau, params, with_time, config.warns, per_sample=True
+    )
     if found is None:
         return None
     entry, library, wanted = found
-    times, ys, gradients = (x.detach().contiguous() for x in (times, ys, gradients))
+    times, ys, gradients = (x.detach().contiguous() for x in (arriving.times, arriving.ys, arriving.gradients))
     z = torch.stack([ys[-1], torch.zeros_like(ys[-1])], 1)
     rtol, atol = config.tolerances
     grid, states = config.grid_of(times), RowStates(len(z))
     plan = Plan(library, z.shape, z.dtype, len(z), grid, config.policy, rtol, atol, None, per_sample=True)
     end, of_times, of_wanted, solve = plan.run_back(
-        z, entry.inputs, times, ys, gradients, wanted, states=states, first_steps=first_step.contiguous()
+        z, entry.inputs, times, ys, gradients, wanted, states=states, first_steps=arriving.first_step.contiguous()
     )
     stats = config.options.get("stats")
     if stats is not None:
@@ -137,31 +130,23 @@ def backsolve_samples_compiled(
 
 
 def _backsolve_one(
-    compiled: CompiledDynamics | WithArgs,
-    form: Form,
-    config: SampleBacksolveConfig,
-    times: Tensor,
-    ys: Tensor,
-    gradients: Tensor,
-    first_step: Tensor,
-    params: tuple[Tensor, ...],
-    with_time: bool,
+    compiled: CompiledDynamics | WithArgs, form: Form, config: SampleBacksolveConfig, given: SampleArriving
 ) -> Found | None:
     """The same where the whole state is the only sample: [T] times, the last of them once or several times."""
+    times, ys, gradients = given.times[:, 0], given.ys, given.gradients
     n = int((times != times[-1]).sum()) + 1
-    if with_time and bool(gradients[-1].any()):  # it does not move with t, though it arrives where others do that move
+    if given.with_time and bool(gradients[-1].any()):  # it does not move with t, but arrives where others do that move
         return None
     ends = Times(times[:n], times[:n].tolist())
     arriving = torch.cat([gradients[: n - 1], gradients[n - 1 :].sum(0, keepdim=True)])
     options = {**config.options, "step_t": config.grid.step_t, "jump_t": config.grid.jump_t}
     joint = BacksolveConfig(
-        config.tableau, config.rtol, config.atol, options, config.policy, float(first_step), restart=False,
+        config.tableau, config.rtol, config.atol, options, config.policy, float(given.first_step), restart=False,
         norm=lambda _: None, fused=True, seminorm=True, callbacks={}, warns=config.warns,
     )  # fmt: skip
     shape = (n, *form.shapes[0]) if form.is_tensor else (n, ys.shape[-1])
-    found = backsolve_compiled(
-        compiled, form, ends, joint, ys[:n].reshape(shape), arriving.reshape(shape), params, with_time, measured=False
-    )
+    one = Arriving(ends, ys[:n].reshape(shape), arriving.reshape(shape), given.params, given.with_time)
+    found = backsolve_compiled(compiled, form, joint, one, measured=False)
     if found is None:
         return None
     y0, moved, of_params = found

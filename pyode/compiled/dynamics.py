@@ -154,7 +154,12 @@ class CompiledDynamics(nn.Module):
     def unchanged(self) -> bool:
         """Whether func is as it was when it was traced, but for the values of its tensors."""
         guards = self._guards
-        return guards is None or (guards.hold() and all(entry.fits() for entry in self._distinct))
+        if guards is None:
+            return True
+        for entry in self._distinct:
+            if not entry.fits():
+                return False
+        return guards.hold()
 
     def _make(
         self,

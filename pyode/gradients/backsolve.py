@@ -71,6 +71,25 @@ class BacksolveConfig:
     warns: bool
 
 
+@dataclass(eq=False)
+class Arriving:
+    """The outputs of a forward solve, what arrives at them, and what is wanted of the backward solve.
+
+    Attributes:
+        times: of the outputs.
+        ys: [T, ...] the outputs, packed.
+        gradients: [T, ...] the gradients that arrive at them.
+        params: the tensors whose gradients are wanted, beside y0's.
+        with_time: whether those of the times are.
+    """
+
+    times: Times
+    ys: Tensor
+    gradients: Tensor
+    params: tuple[Tensor, ...]
+    with_time: bool
+
+
 def backwards(times: Times, options: dict[str, Any]) -> tuple[Times, dict[str, Any]]:
     """The ends of the backward solve, and its options: the output times between are its discontinuities."""
     values = times.values
@@ -166,39 +185,26 @@ class Backsolve:
 
     Args:
         func, form: the user's func, and the form of the user's state.
-        times: of the forward solve's outputs.
-        config: see there.
-        ys: [T, ...] the forward solve's outputs, packed.
-        gradients: [T, ...] the gradients that arrive at them.
-        params: the tensors whose gradients are wanted, beside y0's.
-        time: whether those of the times are.
+        config, arriving: see there.
     """
 
-    def __init__(
-        self,
-        func: Func,
-        form: Form,
-        times: Times,
-        config: BacksolveConfig,
-        ys: Tensor,
-        gradients: Tensor,
-        params: tuple[Tensor, ...],
-        time: bool,
-    ) -> None:
-        self.form, self.times, self.config = form, times, config
-        self.ys, self.gradients = plain(ys).unbind(), plain(gradients).unbind()
-        self.time = time
+    def __init__(self, func: Func, form: Form, config: BacksolveConfig, arriving: Arriving) -> None:
+        self.form, self.config, self.arriving, self.times = form, config, arriving, arriving.times
+        ys = arriving.ys
+        self.ys, self.gradients = plain(ys).unbind(), plain(arriving.gradients).unbind()
+        self.time = arriving.with_time
         # torchdiffeq carries the time integral, and its share of the norm, whether it is wanted or not.
         self.time_carried = self.time or (config.restart and config.method.adaptive)
         self.func = func
         self.forward = Dynamics(func, form, self.ys[0])
         self.evals_counted = 0
-        self.time_gradients = list(times.tensor.new_zeros(len(times.values)).to(ys.device)) if time else []
+        new_times = self.times.tensor.new_zeros(len(self.times.values))
+        self.time_gradients = list(new_times.to(ys.device)) if self.time else []
         n, segments = form.segments[-1], form.segments
         self.ops = backend_for(ys)
         self.stack = stack_for(self.ops, form, self.ys[0])
         self.layout = self.ops.Layout(1, 2 * n, (*segments, *(n + s for s in segments[1:])), ys.dtype, ys.device)
-        self.dynamics = AdjointDynamics(self.forward, self.stack, params, self.time_carried, config.warns)
+        self.dynamics = AdjointDynamics(self.forward, self.stack, arriving.params, self.time_carried, config.warns)
         self.rtol, self.atol = (x if isinstance(x, float) else torch.stack([x, x]) for x in (config.rtol, config.atol))
 
     def solve(self) -> Found:
@@ -227,7 +233,7 @@ class Backsolve:
 
     def _quadrature(self) -> Quadrature:
         config, like = self.config, self.ys[0]
-        values = [zero.clone() for zero in self.dynamics.zeros]
+        values = list(self.dynamics.zeros)
         shares = [config.fused and not config.seminorm] * len(values)
         if self.time_carried:
             real = like.real.dtype if like.is_complex() else like.dtype
@@ -243,11 +249,16 @@ class Backsolve:
     def _arrive(self, i: int, a: Tensor, quadrature: Quadrature | None) -> Tensor:
         """The state behind output i, of the forward solve's y and a."""
         if self.time and i > 0:
-            effect = effect_of_time(self.forward, self.times.tensor[i], self.ys[i], self.gradients[i])
-            self.time_gradients[i] = effect.to(self.time_gradients[i])
+            effect = self._effect(i)
             if quadrature is not None:
                 quadrature.values[0] = quadrature.values[0] - effect
         return self.stack(self.ys[i], a)
+
+    def _effect(self, i: int) -> Tensor:
+        """The gradient of output time i, which is noted."""
+        effect = effect_of_time(self.forward, self.times.tensor[i], self.ys[i], self.gradients[i])
+        self.time_gradients[i] = effect.to(self.time_gradients[i])
+        return effect
 
     def _through(self, z: Tensor, quadrature: Quadrature) -> Tensor:
         """One solve from the last output time to the first, with a jump at each between."""

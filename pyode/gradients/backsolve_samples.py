@@ -67,12 +67,11 @@ class SampleBacksolveConfig:
         return Grid(ends.contiguous(), self.grid.step_t, jumps.contiguous() if len(jumps) else None)
 
 
-class SampleBacksolve:
-    """The backward solve for one forward solve of B samples.
+@dataclass(eq=False)
+class SampleArriving:
+    """The outputs of a forward solve of B samples, what arrives at them, and what is wanted of the backward solve.
 
-    Args:
-        func: of times [B] and packed states [B, D].
-        config: see there.
+    Attributes:
         times: [T, B] float64, on the `clock_device`: where the gradients arrive, in the forward solve's direction; the
             first is the start. A sample may be given its last time several times.
         ys: [T, B, D] the states there.
@@ -81,6 +80,29 @@ class SampleBacksolve:
         segments: of the norm of a state.
         params: the tensors whose gradients are wanted, beside y0's.
         with_time: whether those of the times are.
+    """
+
+    times: Tensor
+    ys: Tensor
+    gradients: Tensor
+    first_step: Tensor
+    segments: tuple[int, ...]
+    params: tuple[Tensor, ...]
+    with_time: bool
+
+    @property
+    def both(self) -> tuple[int, ...]:
+        """The segments of the norm of a state and its adjoint."""
+        size = self.ys.shape[-1]
+        return (*self.segments, *(size + s for s in self.segments[1:]))
+
+
+class SampleBacksolve:
+    """The backward solve for one forward solve of samples.
+
+    Args:
+        func: of times [B] and packed states [B, D].
+        config, arriving: see there.
         compacted: returns func with the choice of its rows, if it is to be called with some only: those that still run,
             or that a step has moved.
     """
@@ -91,32 +113,25 @@ class SampleBacksolve:
         self,
         func: Func,
         config: SampleBacksolveConfig,
-        times: Tensor,
-        ys: Tensor,
-        gradients: Tensor,
-        first_step: Tensor,
-        segments: tuple[int, ...],
-        params: tuple[Tensor, ...],
-        with_time: bool,
-        *,
+        arriving: SampleArriving,
         compacted: Compacted | None = None,
     ) -> None:
-        self.func, self.config, self.params, self.with_time = func, config, params, with_time
+        self.func, self.config, self.params, self.with_time = func, config, arriving.params, arriving.with_time
         self.running: RunningRows | None
         self.moved: RunningRows | None
         self.running, self.running_func = (None, func) if compacted is None else compacted()
         self.moved, self.moved_func = (None, func) if compacted is None else compacted()
-        self.times, self.ys, self.gradients, self.first_step = times, ys, gradients, first_step
+        self.times, self.ys, self.gradients = arriving.times, arriving.ys, arriving.gradients
+        self.first_step = arriving.first_step
         self.n_evals = 0
-        self.survey = Survey(params) if config.warns else None
+        self.survey = Survey(self.params) if config.warns else None
         self.vjp = Vjp()
-        self.param_gradients: list[Tensor] = [torch.zeros_like(p) for p in params]
-        self.time_gradients = torch.zeros_like(times)
-        self.behind = torch.zeros_like(times[0], dtype=torch.bool)  # which samples are just behind a discontinuity
-        samples, size = ys.shape[1:]
+        self.param_gradients: list[Tensor] = [torch.zeros_like(p) for p in self.params]
+        self.time_gradients = torch.zeros_like(self.times)
+        self.behind = torch.zeros_like(self.times[0], dtype=torch.bool)  # which samples are just behind a discontinuity
+        ys = self.ys
         self.ops = backend_for(ys)
-        both = (*segments, *(size + s for s in segments[1:]))
-        self.layout = self.ops.Layout(samples, 2 * size, both, ys.dtype, ys.device)
+        self.layout = self.ops.Layout(ys.shape[1], 2 * ys.shape[2], arriving.both, ys.dtype, ys.device)
 
     def accept(self, k: Any, y: Tensor) -> Tensor:
         """See RightHandSide."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._ops.batched import one_by_one
 from ..circumstances import Circumstances
 from ..state import Func
-from .backsolve_samples import Found, SampleBacksolveConfig
+from .backsolve_samples import Found, SampleArriving, SampleBacksolveConfig
 from .twice import backsolve_samples_with_graph
 
 
@@ -31,7 +31,7 @@ class SolvedSamples:
         end_t, end_y: [B] and [B, D] of each sample's event; nan where it had none.
         last_dt: [B] the size of each sample's last step.
         odeint: records a graph, for gradients of gradients.
-        backsolve: carries out the backward solve, of what SampleBacksolve is given behind its func and config.
+        backsolve: carries out the backward solve.
     """
 
     written: Func
@@ -45,7 +45,7 @@ class SolvedSamples:
     end_y: Tensor
     last_dt: Tensor
     odeint: Callable[..., Any]
-    backsolve: Callable[[Tensor, Tensor, Tensor, Tensor, tuple[int, ...], tuple[Tensor, ...], bool], Found]
+    backsolve: Callable[[SampleArriving], Found]
 
 
 class SampleAdjoint(torch.autograd.Function):
@@ -89,7 +89,9 @@ class SampleAdjoint(torch.autograd.Function):
                     params,
                 )  # fmt: skip
             else:
-                found = solved.backsolve(times, ys, gradient, -solved.last_dt, solved.segments, params, t_wanted)
+                found = solved.backsolve(
+                    SampleArriving(times, ys, gradient, -solved.last_dt, solved.segments, params, t_wanted)
+                )
         y0_gradient, time_gradients, param_gradients = found
         t_gradient = None
         if t_wanted:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..gradients.backsolve_samples import Found, SampleBacksolve, SampleBacksolveConfig
+from ..gradients.backsolve_samples import Found, SampleArriving, SampleBacksolve, SampleBacksolveConfig
 from ..gradients.samples import SampleAdjoint, SolvedSamples
 from ..problem import Problem
 from ..state import Func
@@ -51,18 +51,18 @@ def with_adjoint(
 
     func = flat(problem.func)
 
-    def backsolve(*given: Any) -> Found:
+    def backsolve(arriving: SampleArriving) -> Found:
         found = None
         if config.options.get("device_loop"):
             from ..device_backsolve_samples import backsolve_samples_on_device  # only those who ask wait for its import
 
-            found = backsolve_samples_on_device(quiet, flat, config, *given)
+            found = backsolve_samples_on_device(quiet, flat, config, arriving)
         elif problem.compiled is not None:
             from ..compiled.backsolve import backsolve_samples_compiled  # as those who compile do
 
-            found = backsolve_samples_compiled(problem.compiled, problem.form, config, *given)
+            found = backsolve_samples_compiled(problem.compiled, problem.form, config, arriving)
         if found is None:
-            found = SampleBacksolve(func, config, *given, compacted=compacted if config.compact else None).solve()
+            found = SampleBacksolve(func, config, arriving, compacted if config.compact else None).solve()
         return found
 
     end_t, end_y = end or (samples.t0 * torch.nan, torch.full_like(samples.y0, torch.nan))

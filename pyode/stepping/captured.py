@@ -93,7 +93,7 @@ class CapturedLoop(AdaptiveLoop):
         self.crossings.zero_()
         self.out[: 1 if self.grid.times.dim() == 1 else None] = self.y  # a sample may have no way to go
         if self.quadrature is not None:
-            self.quadrature.start_on_device(trial=self.first_step is None)
+            self.quadrature.start(trial=self.first_step is None)
         self.ops.copy(self.layout, self.dynamics(self.start(), self.y), self.k)
         self.measure.start(self.dynamics, self.y, self.k, self.first_step)
         if self.quadrature is not None:

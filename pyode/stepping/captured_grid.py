@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,7 @@ class PreparedGrid(FixedGridLoop):
 
     def steps(self, course: Course) -> Steps:
         """See FixedGridLoop."""
-        return self._steps
+        return copy(self._steps)  # a multistep method's remember derivatives, these have none yet
 
 
 class CapturedGrid:

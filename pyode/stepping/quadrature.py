@@ -6,6 +6,7 @@ parameters and of time are such integrals.
 
 from __future__ import annotations
 
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -24,14 +25,9 @@ class Quadrature:
         values: the integrals at the start; contiguous. Replaced by new tensors, never written to.
         method: of the solve.
         ops: the backend of the solve.
-        rtol, atol: numbers, or with a loop on the device tensors of one: for the integrals' share of the norm.
+        rtol, atol: for the integrals' share of the norm.
         in_norm: for each integral whether it has such a share.
-
-    Attributes:
-        first: with a loop on the device, the first integral at the start; 0 if None, as the others are.
     """
-
-    first: Tensor | None = None
 
     def __init__(
         self,
@@ -44,7 +40,6 @@ class Quadrature:
     ) -> None:
         self.values, self.ops = values, ops
         self.rtol, self.atol, self.in_norm = rtol, atol, in_norm
-        self._all_layouts = [ops.Layout(1, v.numel(), (0, v.numel()), v.dtype, v.device) for v in values]
         self._ends: list[Tensor] = []
         self._outputs: list[Tensor] = []
         self._evaluations: list[list[Tensor] | None] = []
@@ -56,6 +51,10 @@ class Quadrature:
             self._weights, self._error_weights = method.weights, method.error_weights
             columns = zip(method.interpolant, (*method.error_weights, *[0.0] * 99))
             self._needed = [bool(any(row) or e) for row, e in columns]
+
+    @cached_property
+    def _all_layouts(self) -> list[Layout]:
+        return [self.ops.Layout(1, v.numel(), (0, v.numel()), v.dtype, v.device) for v in self.values]
 
     @property
     def layouts(self) -> list[Layout]:
@@ -154,19 +153,19 @@ class Quadrature:
     def stay_on_device(self) -> None:
         """From now on a loop on the device takes the steps: values and integrands at a step's start keep their place.
 
-        To be called before the loop is captured. Then `values` are those at the solve's start, 0, and `ends` those at
-        its end.
+        To be called before the loop is captured. The tolerances are tensors of one number then.
         """
-        self._starts = [torch.empty_like(value) for value in self.values]
+        self.values, self._starts = ([torch.empty_like(value) for value in self.values] for _ in range(2))
         self._outputs = [value.new_empty((2, *value.shape)) for value in self.values]
+        device = self.values[0].device
+        self.rtol, self.atol = (torch.empty((), dtype=torch.float64, device=device) for _ in range(2))
 
-    def start_on_device(self, trial: bool) -> None:
-        """The same as `start`; the values are 0, but for a first one that is given."""
-        for value in self.values:
-            value.zero_()
-        if self.first is not None:
-            self.values[0].copy_(self.first)
-        self.start(trial)
+    def begin_as(self, other: Quadrature) -> None:
+        """Takes the values and the tolerances of another, for a solve by a loop on the device."""
+        for place, given in ((self.rtol, other.rtol), (self.atol, other.atol)):
+            assert isinstance(place, Tensor)
+            place.fill_(given)
+        torch._foreach_copy_(self.values, other.values)
 
     def keep_integrands(self, where: Tensor | None = None) -> None:
         """Makes the evaluation noted last that at the start of the next step, at once or if a mask, [1], is set."""
