@@ -68,6 +68,7 @@ class DeviceLoop(DeviceSolve):
                 return self._launch()
             except TooManySteps as found:
                 self.room = room_for(found.n, self.problem.y0, self.layout.samples, self.key)
+                captured_solves.take(self.key)  # the one that is too small is not to be found again
                 self._captured = self._capture()
 
     def _make(self, func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedLoop, list[Tensor]]:
