@@ -118,6 +118,11 @@ def standing_for(params: Sequence[Tensor], stand_ins: dict[int, Tensor]) -> tupl
     return tuple(stand_ins[id(p)] for p in params)
 
 
+def becomes_a_constant(x: Tensor, device: torch.device) -> bool:
+    """Whether a graph of a device keeps a tensor's value as it is when it is captured: that of a number on the host."""
+    return x.dim() == 0 and x.device.type == "cpu" and device.type != "cpu"
+
+
 def _itself(x: Any) -> Any:
     return x
 
@@ -134,6 +139,7 @@ class Captured:
         kept: see BoundFunc.
         guards: on what func was when it was captured.
         tensors: those that func reads in place, with their addresses.
+        constants: those of which the graph has the values, and these.
         filled: what the inputs that stay the same are filled with.
     """
 
@@ -144,6 +150,7 @@ class Captured:
     kept: tuple[Callable[[], Any], list[Any]]
     guards: Guards
     tensors: list[tuple[Tensor, int]] = field(default_factory=list)
+    constants: list[tuple[Tensor, Any]] = field(default_factory=list)
     filled: Any = None
 
     def fill_slots(self, bound: BoundFunc) -> None:
@@ -153,8 +160,12 @@ class Captured:
 
     def holds(self) -> bool:
         """Whether a launch would still do what func does."""
-        alive = self.kept[0]() is not None
-        return alive and self.guards.hold() and all(x.data_ptr() == address for x, address in self.tensors)
+        return (
+            self.kept[0]() is not None
+            and self.guards.hold()
+            and all(x.data_ptr() == address for x, address in self.tensors)
+            and all(x.item() == value for x, value in self.constants)
+        )
 
 
 class CapturedSolves:
@@ -278,6 +289,8 @@ def _capture(
         raise CaptureError(str(error)) from error
     with _capturing, graph.aside(), torch.no_grad(), _nothing_cast_before():
         func, slots = bound.with_slots()
+        if any(becomes_a_constant(slot, device) for slot in slots):
+            raise CaptureError("a number in args is on the CPU, where a graph would not read it again")
         before = Guards(bound.func)
         # A graph that somebody else holds has a tensor's gradient summed up on his stream. These are in none: the same
         # memory as tensors of their own.
@@ -298,6 +311,7 @@ def _capture(
     # Those that no guard knows, in global variables, are to live on at least: the graph has their addresses.
     used = {id(x): x for x in (*captured.guards.tensors, *all_tensors(bound.func))}
     captured.tensors = [(x, x.data_ptr()) for x in used.values()]
+    captured.constants = [(x, x.item()) for x in used.values() if becomes_a_constant(x, device)]
     lent.take_back()
     captured_solves.n_captures += 1
     return captured

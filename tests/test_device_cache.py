@@ -31,6 +31,25 @@ def test_args_are_copied_in():
     assert n_captures() == before + 2
 
 
+def test_a_number_on_the_host_is_noticed_when_it_changes(monkeypatch):
+    # On a GPU that is what a graph keeps; with the kernels on the host all are on the host.
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(captures, "becomes_a_constant", lambda x, device: x.dim() == 0)
+    rate, y0 = torch.tensor(0.5), normal(4, 3)
+
+    def func(t, y):
+        return -rate * y
+
+    before = n_captures()
+    for change in (1.0, 1.0, 3.0):
+        rate.mul_(change)
+        (a, _), (b, _) = both(func, y0, times())
+        assert torch.equal(a, b)
+    assert n_captures() == before + 2
+    with pytest.warns(UserWarning, match="a number in args is on the CPU"):
+        pyode.odeint(lambda t, y, rate: -rate * y, y0, times(), options=ON, args=(rate,))
+
+
 def test_parameters_are_read_in_place():
     func, y0, before = Field(), normal(4, 3), n_captures()
     for _ in range(5):
