@@ -103,7 +103,7 @@ def _what_is_the_hosts(method: Method) -> str | None:
     if isinstance(method, ImplicitTableau) or (isinstance(method, FixedAdams) and method.implicit):
         return f"it looks whether the equations of a step of {method.name!r} are solved"
     if isinstance(method, ScipySolver):
-        return "SciPy is its"
+        return "SciPy runs there"
     return None
 
 
