@@ -49,7 +49,7 @@ def solve_again(
     args: Any,
     solver: Callable[..., Any],
 ) -> tuple[Tensor | None, Kind | None]:
-    """Solves as the last solve of the same kind did, where there are no options.
+    """Solves as the last solve of the same kind did, where there are no options, but for a compiled func's PER_SAMPLE.
 
     Args:
         func, y0, t, rtol, atol, method, options, args: as `odeint`'s.
@@ -59,43 +59,27 @@ def solve_again(
         The states at the output times, [T, *y0.shape], or None if there was no such solve; and the kind, by which a
         solve is to be kept for the next one, or None if none is kept.
     """
-    if isinstance(func, CompiledDynamics):
-        return _compiled_again(func, y0, t, rtol, atol, method, options, args, solver)
+    if isinstance(func, CompiledDynamics):  # which keeps its last solves itself
+        plain = (not options or options == PER_SAMPLE) and type(args) is tuple
+        kind = kinds.of(y0, t, rtol, atol, ("odeint", method)) if plain else None
+        if kind is None:
+            return None, None
+        compiled = func.with_args(args)
+
+        def eagerly(y: Tensor) -> Tensor:
+            found: Tensor = solver(compiled.func, y, t, rtol, atol, method, options)
+            return found
+
+        if not options:
+            return joint_again(compiled, kind, y0, t, eagerly), kind
+        samples = samples_again(compiled, kind, y0, t, eagerly, raise_it)
+        return None if samples is None else samples.solve(y0), kind
     ys, loop, kind = idle.loops.solve(func, y0, t, rtol, atol, method, options, args)
     if loop is not None and kind is not None:
         loop.dynamics.set(func)
         ys = loop.solve(y0)
         _put(kind, loop)
     return ys, kind
-
-
-def _compiled_again(
-    func: CompiledDynamics,
-    y0: Any,
-    t: Any,
-    rtol: Any,
-    atol: Any,
-    method: Any,
-    options: Any,
-    args: Any,
-    solver: Callable[..., Any],
-) -> tuple[Tensor | None, Kind | None]:
-    """The same for one that keeps its last solves itself; every sample may have steps of its own."""
-    if (options and options != PER_SAMPLE) or type(args) is not tuple:
-        return None, None
-    kind = kinds.of(y0, t, rtol, atol, ("odeint", method))
-    if kind is None:
-        return None, None
-    compiled = func.with_args(args)
-
-    def eagerly(y: Tensor) -> Tensor:
-        found: Tensor = solver(compiled.func, y, t, rtol, atol, method, options)
-        return found
-
-    if not options:
-        return joint_again(compiled, kind, y0, t, eagerly), kind
-    loop = samples_again(compiled, kind, y0, t, eagerly, raise_it)
-    return None if loop is None else loop.solve(y0), kind
 
 
 class Idle(threading.local):

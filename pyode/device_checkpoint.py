@@ -15,7 +15,7 @@ from .captures import BoundFunc, Captured, CaptureError, Key, captured_for, capt
 from .control import Times
 from .device_solve import launch, unless
 from .gradients.captured import CapturedReversal
-from .gradients.reversal import Recipe, Undone
+from .gradients.reversal import Forward, Recipe, Undone
 from .gradients.vjp import MOST_TERMS
 from .methods import Tableau
 from .problem import for_one_sample
@@ -113,19 +113,14 @@ class RingUndoing:
         recipe: Recipe,
         states: dict[int, Tensor],
         t: Tensor,
-        steps: list[Step],
-        end: Tensor,
-        left: None,
-        gradient: Tensor,
-        params: tuple[Tensor, ...],
-        start: bool,
-        time: bool,
+        forward: Forward,
     ) -> Undone | None:
-        """Undoes all steps; None, with a warning of why, if that can't be: then `steps` are for the host to undo.
+        """Undoes all steps; None, with a warning of why, if that can't be: then the host finds them in `forward`.
 
         Args:
-            recipe, states, t: as of the host's reversal, whose other arguments are the rest.
+            recipe, states, t, forward: as of the host's reversal.
         """
+        end, gradient, params = forward.end, forward.gradient, forward.params
         key = (*self.key, self.bound.which(params))
 
         def fill(captured: Captured) -> None:
@@ -153,8 +148,8 @@ class RingUndoing:
             return launch(captured, key, partial(fill, captured), collect)
 
         undone = unless(None, undo, self.options, "options")
-        if undone is None and not steps:
-            steps += self.steps()
+        if undone is None and not forward.steps:
+            forward.steps += self.steps()
         return undone
 
     def _at_start(self, gradient: Tensor) -> Tensor:

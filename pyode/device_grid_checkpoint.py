@@ -14,13 +14,12 @@ from ._ops import graph_loop
 from .captures import BoundFunc, Captured, Key, captured_for, standing_for
 from .device_solve import launch, unless
 from .gradients.explicit import ExplicitReversal
-from .gradients.reversal import Recipe, Undone
+from .gradients.reversal import Forward, Recipe, Undone
 from .gradients.survey import Survey
 from .gradients.time import through_grid
 from .solution import Stats
 from .state import Func
 from .stepping.captured_grid import CapturedGrid
-from .stepping.tape import Step
 
 # At the start, of the params, and if wanted of the steps' ends and the outputs where they lie.
 Gradients = tuple[Tensor, list[Tensor], "tuple[Tensor, Tensor] | None"]
@@ -33,24 +32,16 @@ def undo_on_device(
     recipe: Recipe,
     states: dict[int, Tensor],
     t: Tensor,
-    steps: list[Step],
-    end: Tensor,
-    left: None,
-    gradient: Tensor,
-    params: tuple[Tensor, ...],
-    start: bool,
-    time: bool,
+    forward: Forward,
 ) -> Undone | None:
     """Undoes all steps of a solve; None, with a warning of why, if that can't be.
 
     Args:
         options, bound, key: of the forward solve on the device.
-        recipe, states, t: as of the host's reversal, whose other arguments are the rest.
+        recipe, states, t, forward: as of the host's reversal.
     """
-    key = (key[0], "undone", *key[1:], bound.which(params), start, time)
-    undoing = GridUndoing(
-        bound, key, recipe, steps, torch.stack([*states.values(), end]), gradient, params, start, time
-    )
+    key = (key[0], "undone", *key[1:], bound.which(forward.params), forward.start, forward.time)
+    undoing = GridUndoing(bound, key, recipe, torch.stack([*states.values(), forward.end]), forward)
     return unless(None, partial(undoing.undo, t), options, "options")
 
 
@@ -66,12 +57,8 @@ class GridUndoing:
     bound: BoundFunc
     key: Key
     recipe: Recipe
-    steps: list[Step]
     states: Tensor
-    gradient: Tensor
-    params: tuple[Tensor, ...]
-    start: bool
-    time: bool
+    forward: Forward
 
     def undo(self, t: Tensor) -> Undone:
         """Returns the gradients, that of the output times t among them."""
@@ -89,10 +76,10 @@ class GridUndoing:
         return start, totals, through_grid(self.recipe.grid, t, ends, outputs[: len(t)])
 
     def _make(self, func: Func, stand_ins: dict[int, Tensor]) -> tuple[CapturedGrid, list[Tensor]]:
-        states, gradient = torch.empty_like(self.states), self.states.new_empty(self.gradient.shape)
-        params, recipe = standing_for(self.params, stand_ins), replace(self.recipe, func=func, grid=None)
+        states, gradient = torch.empty_like(self.states), self.states.new_empty(self.forward.gradient.shape)
+        params, recipe = standing_for(self.forward.params, stand_ins), replace(self.recipe, func=func, grid=None)
         *starts, end = states.unbind()
-        reversal = ExplicitReversal(recipe, self.steps, end, None, gradient, params, self.start, self.time, [])
+        reversal = ExplicitReversal(recipe, replace(self.forward, end=end, gradient=gradient, params=params), [])
         reversal.survey = Survey(params, recipe.warns)
 
         @torch.enable_grad()
@@ -103,6 +90,6 @@ class GridUndoing:
         return CapturedGrid(work, Stats()), [states, gradient]
 
     def _fill(self, captured: Captured) -> None:
-        for place, given in zip(captured.inputs, (self.states, self.gradient)):
+        for place, given in zip(captured.inputs, (self.states, self.forward.gradient)):
             place.copy_(given)
         captured.fill_slots(self.bound)

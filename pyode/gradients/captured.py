@@ -14,7 +14,7 @@ from ..stepping.outputs import interpolant_of
 from ..stepping.ring import DT, Rows, rows_for
 from ..stepping.tape import Step
 from .explicit import ExplicitReversal
-from .reversal import Recipe
+from .reversal import Forward, Recipe
 from .survey import Survey
 
 
@@ -65,7 +65,8 @@ class CapturedReversal:
         self._end, self._apart = torch.zeros_like(y0), torch.ones((), dtype=torch.bool, device=y0.device)
         opening = self._here.openings[1] if jumps else None
         steps = [Step(its_words[DT], times, opening) for times, its_words in zip(self._here.times, self._here.words)]
-        self.reversal = ExplicitReversal(recipe, steps, self.end, None, self.gradients, params, True, False, [])
+        forward = Forward(steps, self.end, None, self.gradients, params, start=True, time=False)
+        self.reversal = ExplicitReversal(recipe, forward, [])
         self.reversal.survey = Survey(params, recipe.warns)
         self.interpolant = interpolant_of(native, method)
         # Of the derivative at a step's end alone, which the step after it has evaluated.

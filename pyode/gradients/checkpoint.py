@@ -24,7 +24,7 @@ from ..stepping.tape import Tape
 from .explicit import ExplicitReversal
 from .partials import partial_derivatives
 from .retaken import RetakenReversal
-from .reversal import Recipe, Undone
+from .reversal import Forward, Recipe, Undone
 from .survey import Survey
 
 
@@ -82,14 +82,14 @@ class _Checkpointed(torch.autograd.Function):
         params = tuple(p for p, want in zip(saved, wanted) if want)
         (gradient,) = gradients
         kind = ExplicitReversal if isinstance(ctx.recipe.method, Tableau) else RetakenReversal
-        given = ctx.steps, end, ctx.left, gradient, params, y0_wanted, time_wanted
+        forward = Forward(ctx.steps, end, ctx.left, gradient, params, y0_wanted, time_wanted)
         on_device = torch.cuda.device(gradient.device) if gradient.is_cuda else nullcontext()
         undone: Undone | None = None
         with on_device, ctx.circumstances.again(), torch.enable_grad():
             if ctx.undo is not None:
-                undone = ctx.undo(ctx.recipe, states, t, *given)
+                undone = ctx.undo(ctx.recipe, states, t, forward)
             if undone is None:
-                reversal = kind(ctx.recipe, *given, ctx.last)
+                reversal = kind(ctx.recipe, forward, ctx.last)
                 undone = *reversal.run(states), reversal.of_times(t) if time_wanted else None
             start, totals, times = undone
             found = iter(partial_derivatives(params, totals))

@@ -51,43 +51,48 @@ class Recipe:
     retake: Retake | None
 
 
-class Reversal(ABC):
-    """Undoes the steps of a solve; with gradients enabled.
+@dataclass(eq=False)
+class Forward:
+    """What a solve has left, and what is wanted of its way back.
 
-    Args:
-        recipe: see there.
+    Attributes:
         steps: those of the solve.
         end: the state behind the last one.
         left: [T] or [T, B], which outputs are that state because they were not reached; None if all were.
         gradient: [T, ...] what arrives at the outputs.
         params: the tensors whose gradients are wanted.
         start, time: whether those of the start and of the times are.
+    """
+
+    steps: list[Step]
+    end: Tensor
+    left: Tensor | None
+    gradient: Tensor
+    params: tuple[Tensor, ...]
+    start: bool
+    time: bool
+
+
+class Reversal(ABC):
+    """Undoes the steps of a solve; with gradients enabled.
+
+    Args:
+        recipe, forward: see there.
         last: the evaluation at the end, if its graph was kept; taken out when it is used.
 
     Attributes:
         totals: the gradients of the params, of the steps undone so far.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        steps: list[Step],
-        end: Tensor,
-        left: Tensor | None,
-        gradient: Tensor,
-        params: tuple[Tensor, ...],
-        start: bool,
-        time: bool,
-        last: list[Evaluation | None],
-    ) -> None:
-        self.recipe, self.steps, self.end, self.left, self.params = recipe, steps, end, left, params
-        self.totals, self.vjp = Totals(params), Vjp()
-        self.gradient = plain(gradient.detach())
-        self.ops = ops = backend_for(end)
+    def __init__(self, recipe: Recipe, forward: Forward, last: list[Evaluation | None]) -> None:
+        self.recipe, self.params, self.steps, self.left = recipe, forward.params, forward.steps, forward.left
+        self.start, self.time, self.last = forward.start, forward.time, last
+        self.totals, self.vjp = Totals(self.params), Vjp()
+        self.end, self.gradient = forward.end, plain(forward.gradient.detach())
+        end, self.ops = self.end, backend_for(self.end)
         samples, size = recipe.form.samples, recipe.form.segments[-1]
-        self.layout = ops.Layout(samples, size, (0, size), end.dtype, end.device)
-        self.arrivals = arrivals_at(self.gradient, self.layout, ops)
-        self.start, self.time, self.last = start, time, last
+        self.layout = self.ops.Layout(samples, size, (0, size), end.dtype, end.device)
+        self.arrivals = arrivals_at(self.gradient, self.layout, self.ops)
 
     def run(self, states: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Undoes all steps, from the states that were kept; returns the gradients at the start and of the params."""
