@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
+# Of the numbers that states of a dtype are made of: `Scalar` of csrc/core/common.h.
+SCALARS = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.complex64: 0,
+    torch.complex128: 1,
+}
+
 
 class RightHandSide(Protocol):
     """What a loop evaluates: a packed state's derivative."""

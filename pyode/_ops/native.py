@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _C
 from . import contract
-from .contract import Flag, Grid, Phase, Policy, RightHandSide, largest
+from .contract import SCALARS, Flag, Grid, Phase, Policy, RightHandSide, largest
 from .memory import as_view, exchange, pattern, storage_uses, unit_steps, with_views
 from .openmp import address_of_team
 from .transforms import transforming
@@ -28,15 +28,6 @@ class Interpolant(_C.Interpolant):
         super().__init__(coefficients, end)
         self.coefficients, self.end = coefficients, end
 
-
-_SCALARS = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.complex64: 0,
-    torch.complex128: 1,
-}
 
 _TEAM = address_of_team()
 _C.join_team(_TEAM)  # next to torch's ops ours run on the same threads
@@ -63,7 +54,7 @@ def supports(y: Tensor) -> bool:
     return (
         type(y) in (Tensor, torch.nn.Parameter)
         and (y.is_cpu or (y.is_cuda and _C.CUDA is not None))
-        and y.dtype in _SCALARS
+        and y.dtype in SCALARS
         and not transforming()
     )
 
@@ -98,7 +89,7 @@ class Layout(contract.Layout):
         lasting = cuda or torch.is_grad_enabled() or torch.is_inference_mode_enabled()
         self.storage_uses = None if lasting else storage_uses
         self.handle = _C.Layout(
-            _SCALARS[dtype],
+            SCALARS[dtype],
             dtype.is_complex,
             samples,
             width * size,
@@ -107,7 +98,7 @@ class Layout(contract.Layout):
             cuda,
             current_stream(device) if cuda else 0,
             torch.tensor(offsets, device=device) if cuda else None,
-            _large_like if not cuda and self.stride * self.real_dtype.itemsize >= _LARGE else torch.empty_like,
+            _new_like if not cuda and self.stride * self.real_dtype.itemsize >= _LARGE else torch.empty_like,
             self.storage_uses,
         )
 
@@ -119,19 +110,19 @@ class Layout(contract.Layout):
 _LARGE = 1 << 22  # bytes of a tensor whose first write is mostly the system's work
 
 
-def _large_like(y: Tensor) -> Tensor:
-    """A new tensor, of large pages where they are to be had."""
-    new = torch.empty_like(y)
-    _C.prefer_large_pages(new, new.nbytes)
+def _of_large_pages(new: Tensor) -> Tensor:
+    if new.is_cpu and new.nbytes >= _LARGE:
+        _C.prefer_large_pages(new, new.nbytes)
     return new
 
 
 def new_states(n: int, y0: Tensor) -> Tensor:
-    """A place for n states like y0, [n, ...]."""
-    states = y0.new_empty((n, *y0.shape))
-    if states.is_cpu and states.nbytes >= _LARGE:
-        _C.prefer_large_pages(states, states.nbytes)
-    return states
+    """A place for n states like y0, [n, ...]; a large one of large pages, where they are to be had."""
+    return _of_large_pages(y0.new_empty((n, *y0.shape)))
+
+
+def _new_like(y: Tensor) -> Tensor:
+    return _of_large_pages(torch.empty_like(y))
 
 
 class Table(_C.Table):
@@ -356,7 +347,7 @@ class Controller(Words):
         self.one = unit_steps(B, device)
         shape = (len(abscissae),) if B == 1 else (len(abscissae), B)
         self.handle = handle = _C.Controller(
-            state.handle, _SCALARS[state.real_dtype], self._words, self._stride, self.address_of_flags, abscissae,
+            state.handle, SCALARS[state.real_dtype], self._words, self._stride, self.address_of_flags, abscissae,
             pattern(shape, state.real_dtype, device), pattern(shape[1:], state.real_dtype, device),
             with_views, as_view, state.storage_uses,
         )  # fmt: skip
