@@ -128,3 +128,32 @@ def check_same_gradients(*given, captures=2, **kwargs):
     assert all(gradient.isfinite().all() for gradient in ours)
     assert our_stats == their_stats
     assert their_stats.n_f_evals > 0
+
+
+class Scaled(Field):
+    """With a factor in args."""
+
+    def forward(self, t, y, scale):
+        return super().forward(t, y) * scale
+
+
+def check_training(solve):
+    """Steps of training, without and with ON, in which args change: to the same bits, from two captures.
+
+    Args:
+        solve: a function of func, y0, the options, scale, and the number of the step.
+    """
+    finals, y0, before = [], normal(4, 3), n_captures()
+    for more in ({}, ON):
+        torch.manual_seed(0)
+        func, scale = Scaled(), torch.ones(3, device=DEVICE)
+        optimizer = torch.optim.SGD(func.parameters(), lr=0.1)
+        for i in range(4):
+            optimizer.zero_grad(set_to_none=False)
+            with torch.enable_grad():
+                (solve(func, y0, more, scale, i)[-1] - 1).square().mean().backward()
+            optimizer.step()
+            scale = scale * 0.9
+        finals.append([p.detach().clone() for p in func.parameters()])
+    assert all(map(torch.equal, *finals))
+    assert n_captures() == before + 2

@@ -6,7 +6,17 @@ import warnings
 
 import pytest
 import torch
-from device_loops import DEVICE, MARKS, ON, Field, both_gradients, check_same_gradients, n_captures, normal, times
+from device_loops import (
+    DEVICE,
+    MARKS,
+    ON,
+    Field,
+    both_gradients,
+    check_same_gradients,
+    check_training,
+    normal,
+    times,
+)
 from factories import ROUNDOFF, controller_for, layout_for, numbers, operands
 
 import pyode
@@ -190,26 +200,10 @@ def test_of_a_structure_with_args_and_a_parameter_without_effect(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_captures_once_and_args_are_copied_in(method):
-    finals, y0, before = [], normal(4, 3), n_captures()
+    def solve(func, y0, more, scale, i):
+        return by_odeint(func, y0, times(), more, {"stats": None}, method, args=(scale,))
 
-    class Scaled(Field):
-        def forward(self, t, y, scale):
-            return super().forward(t, y) * scale
-
-    for more in ({}, ON):
-        torch.manual_seed(0)
-        func, scale = Scaled(), torch.ones(3, device=DEVICE)
-        optimizer = torch.optim.SGD(func.parameters(), lr=0.1)
-        for _ in range(4):
-            optimizer.zero_grad(set_to_none=False)
-            with torch.enable_grad():
-                out = by_odeint(func, y0, times(), more, {"stats": None}, method, args=(scale,))
-                (out[-1] - 1).square().mean().backward()
-            optimizer.step()
-            scale = scale * 0.9
-        finals.append([p.detach().clone() for p in func.parameters()])
-    assert all(map(torch.equal, *finals))
-    assert n_captures() == before + 2
+    check_training(solve)
 
 
 @pytest.mark.parametrize("method", METHODS)

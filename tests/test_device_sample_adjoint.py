@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_loops import DEVICE, MARKS, ON, Field, both_gradients, check_same_gradients, n_captures, normal, times
+from device_loops import (
+    DEVICE,
+    MARKS,
+    ON,
+    Field,
+    both_gradients,
+    check_same_gradients,
+    check_training,
+    normal,
+    times,
+)
 
 import pyode
 
@@ -112,26 +122,10 @@ def test_steps_that_no_sample_has_accepted_give_nothing():
 
 
 def test_training_captures_once_and_times_and_args_are_copied_in():
-    finals, y0, before = [], normal(4, 3), n_captures()
+    def solve(func, y0, more, scale, i):
+        return by_odeint(func, y0, times() * (1 + i / 8), more, more, args=(scale,))
 
-    class Scaled(Field):
-        def forward(self, t, y, scale):
-            return super().forward(t, y) * scale
-
-    for more in ({}, ON):
-        torch.manual_seed(0)
-        func, scale = Scaled(), torch.ones(3, device=DEVICE)
-        optimizer = torch.optim.SGD(func.parameters(), lr=0.1)
-        for i in range(4):
-            optimizer.zero_grad(set_to_none=False)
-            with torch.enable_grad():
-                out = by_odeint(func, y0, times() * (1 + i / 8), more, more, args=(scale,))
-                (out[-1] - 1).square().mean().backward()
-            optimizer.step()
-            scale = scale * 0.9
-        finals.append([p.detach().clone() for p in func.parameters()])
-    assert all(map(torch.equal, *finals))
-    assert n_captures() == before + 2
+    check_training(solve)
 
 
 @pytest.mark.parametrize("solve", INTERFACES)
